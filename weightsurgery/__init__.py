@@ -1,0 +1,63 @@
+"""Surgery on the weights of language models.
+
+A checkpoint is a read-only mapping from name to a tensor that has not been read yet; an operator
+is a plain function from checkpoints to a checkpoint; `save` is where work happens:
+
+    from weightsurgery import mix, open_checkpoint, save
+
+    base, tuned = open_checkpoint("base/"), open_checkpoint("tuned/")
+    save(mix(base, tuned, ratio=0.3), "mixed/")
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+from weightsurgery.version import __version__
+
+_HOMES = {
+    "align": "align",
+    "Alignment": "align",
+    "Pair": "align",
+    "match_names": "align",
+    "Checkpoint": "checkpoint",
+    "TensorView": "checkpoint",
+    "from_arrays": "checkpoint",
+    "diff": "diff",
+    "drift": "diff",
+    "DiffReport": "diff",
+    "BusyError": "errors",
+    "ChangedError": "errors",
+    "FormatError": "errors",
+    "GateError": "errors",
+    "MismatchError": "errors",
+    "NonFiniteError": "errors",
+    "PolicyError": "errors",
+    "SettingError": "errors",
+    "StorageError": "errors",
+    "SurgeryError": "errors",
+    "open_checkpoint": "formats",
+    "save": "formats",
+    "inspect": "inspection",
+    "interpolate": "operators.interpolate",
+    "mix": "operators.mix",
+    "OPERATORS": "registry",
+    "Setting": "registry",
+    "operator": "registry",
+    "Engine": "stream",
+    "fold": "stream",
+    "map_tensors": "stream",
+}
+__all__ = ["__version__", *_HOMES]
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name when it is asked for: `import weightsurgery` loads nothing heavy."""
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,385 @@
+"""What belongs together: pairs of tensors of BASE and TUNED, and why others stand alone."""
+
+from __future__ import annotations
+
+import difflib
+import fnmatch
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from weightsurgery.anatomy import kind_of, natural_key
+from weightsurgery.checkpoint import Checkpoint, TensorView
+from weightsurgery.dtypes import FLOATING
+from weightsurgery.errors import MismatchError, PolicyError, SettingError, shown
+
+_PACKED_SUFFIXES = (".qweight", ".qzeros", ".g_idx", ".absmax", ".quant_map", ".weight_packed")
+_PACKED_PARTS = (".quant_state.", ".weight_scale", ".scale_inv")
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One tensor of TUNED and its counterpart in BASE.
+
+    Attributes:
+        tuned: The tensor whose name, shape and dtype results have.
+        base: Its counterpart, under whatever name BASE has for it; None if it has none.
+        eligible: How many leading elements (row-major) may be edited; 0 keeps all of TUNED's.
+        reason: Why not all of them, "" if all.
+        key: The name random masks are drawn under: that of the tensor this one is tied to.
+        note: Something the report should say about the pair, "" if nothing.
+    """
+
+    tuned: TensorView
+    base: TensorView | None
+    eligible: int
+    reason: str = ""
+    key: str = ""
+    note: str = ""
+
+    @property
+    def name(self) -> str:
+        """TUNED's name for the tensor."""
+        return self.tuned.name
+
+    @property
+    def is_tied_copy(self) -> bool:
+        """True if another pair stands for the same weights."""
+        return self.key != self.tuned.name
+
+
+@dataclass(frozen=True)
+class Alignment:
+    """Which tensors of BASE and TUNED belong together, and everything that does not.
+
+    Attributes:
+        base: The base checkpoint.
+        tuned: The tuned checkpoint.
+        pairs: One for every tensor of TUNED, in TUNED's order.
+        unused: Tensors of BASE without a counterpart, each with the reason.
+        prefix: The prefix that one side's names have and the other's lack; "" if none.
+        prefix_on: "tuned" or "base": the side that has it.
+    """
+
+    base: Checkpoint
+    tuned: Checkpoint
+    pairs: tuple[Pair, ...]
+    unused: tuple[tuple[str, str], ...] = ()
+    prefix: str = ""
+    prefix_on: str = ""
+    excluded: tuple[str, ...] = field(default=())
+
+    @property
+    def eligible(self) -> tuple[Pair, ...]:
+        """The pairs of which something may be edited."""
+        return tuple(pair for pair in self.pairs if pair.eligible)
+
+    @property
+    def dimensions(self) -> int:
+        """Number of eligible dimensions, tied weights counted once."""
+        return sum(p.eligible for p in self.pairs if not p.is_tied_copy)
+
+    def only(self, include: Sequence[str] = (), exclude: Sequence[str] = ()) -> Alignment:
+        """Restrict what is eligible by globs over TUNED's names.
+
+        Args:
+            include: Where given, only tensors that match one of these stay eligible.
+            exclude: Tensors that match one of these do not.
+
+        Raises:
+            SettingError: A glob matches no tensor, or nothing eligible is left.
+        """
+        if not include and not exclude:
+            return self
+        for glob in (*include, *exclude):
+            check_glob(glob, list(self.tuned))
+
+        def keep(pair: Pair) -> Pair:
+            if include and not matches(pair.name, include):
+                return replace(pair, eligible=0, reason="not included")
+            if matches(pair.name, exclude):
+                return replace(pair, eligible=0, reason="excluded")
+            return pair
+
+        restricted = replace(self, pairs=tuple(map(keep, self.pairs)))
+        if not restricted.dimensions:
+            raise SettingError("include and exclude leave nothing to edit")
+        return restricted
+
+    def to_json(self) -> dict[str, Any]:
+        """The report, as records and `--json` show it."""
+        return {
+            "eligible_tensors": len(self.eligible),
+            "eligible_dimensions": self.dimensions,
+            "prefix": {"text": self.prefix, "on": self.prefix_on} if self.prefix else None,
+            "kept_from_tuned": [
+                {"tensor": p.name, "reason": p.reason} for p in self.pairs if not p.eligible
+            ],
+            "partly_eligible": [
+                {"tensor": p.name, "dimensions": p.eligible, "reason": p.reason}
+                for p in self.eligible
+                if p.reason
+            ],
+            "only_in_base": [{"tensor": name, "reason": reason} for name, reason in self.unused],
+            "notes": [{"tensor": p.name, "note": p.note} for p in self.pairs if p.note],
+        }
+
+
+def matches(name: str, globs: Sequence[str]) -> bool:
+    """True if a name matches one of the globs (case matters; `*` crosses dots)."""
+    return any(fnmatch.fnmatchcase(name, glob) for glob in globs)
+
+
+def check_glob(glob: str, names: Sequence[str]) -> None:
+    """Refuse a glob that matches no tensor, with the nearest name as a suggestion.
+
+    Raises:
+        SettingError: Nothing matches.
+    """
+    if not any(fnmatch.fnmatchcase(name, glob) for name in names):
+        near = difflib.get_close_matches(glob, names, 1, 0.3)
+        raise SettingError(
+            f"'{shown(glob)}' matches no tensor",
+            hint=f"did you mean '{shown(near[0])}'?" if near else "see `wsurg inspect` for names",
+        )
+
+
+def align(base: Checkpoint, tuned: Checkpoint, *, mismatched: str = "refuse") -> Alignment:
+    """Pair the tensors of TUNED with those of BASE.
+
+    Exact names first; the rest by one common prefix that either side has (`bert.`, `model.`,
+    `module.` …), found by counting. A head that BASE ties to its embedding is paired with that
+    embedding; an extended vocabulary is paired on the rows both have; a head that BASE lacks is
+    kept from TUNED. What does not pair is listed with its reason.
+
+    Args:
+        base: Trusted pre-trained weights.
+        tuned: Fine-tuned weights.
+        mismatched: "refuse" a pair of different shapes that is neither vocabulary nor head, or
+            "keep" TUNED's.
+
+    Raises:
+        MismatchError: The models are of different types, a pair's shapes differ, or nothing
+            pairs at all.
+    """
+    _check_types(base, tuned)
+    prefix, side = _common_prefix(base, tuned)
+    ties = _tie(tuned)
+    pairs, used = [], set()
+    for name, view in tuned.items():
+        other, note = _counterpart(name, base, prefix, side)
+        if other is not None:
+            used.add(other.name)
+        pair = _judge(view, other, note, base=base, tuned=tuned)
+        pairs.append(replace(pair, key=ties.get(name, name)))
+    wrong = [pair for pair in pairs if pair.reason.startswith("shapes differ")]
+    if wrong and mismatched == "refuse":
+        first = wrong[0]
+        raise MismatchError(
+            f"{first.reason} ({len(wrong)} tensors like this)",
+            file=tuned.label,
+            tensor=first.name,
+            hint="are these the same architecture? --keep-mismatched keeps TUNED's",
+        )
+    if not any(pair.eligible for pair in pairs):
+        raise _nothing_pairs(base, tuned)
+    unused = tuple((n, _why_unused(n, base, tuned)) for n in base if n not in used)
+    return Alignment(base, tuned, tuple(pairs), unused, prefix, side)
+
+
+def require_unquantised(*checkpoints: Checkpoint) -> None:
+    """Refuse quantised or packed weights: their stored numbers are codes, not weights.
+
+    Raises:
+        PolicyError: config.json has a quantization_config, or a tensor looks packed.
+    """
+    hint = "dequantise the model first; `wsurg inspect` shows it as it is"
+    for checkpoint in checkpoints:
+        if checkpoint.config.get("quantization_config"):
+            raise PolicyError(
+                "config.json has a quantization_config; arithmetic on codes is meaningless",
+                file=checkpoint.label,
+                hint=hint,
+            )
+        for name, view in checkpoint.items():
+            packed = name.endswith(_PACKED_SUFFIXES) or any(part in name for part in _PACKED_PARTS)
+            if packed or (view.dtype.name in FLOATING and not view.dtype.arithmetic):
+                raise PolicyError(
+                    f"quantised or packed weights ({view.dtype.name}); arithmetic is refused",
+                    file=checkpoint.label,
+                    tensor=name,
+                    hint=hint,
+                )
+
+
+def match_names(
+    base: Checkpoint,
+    tuned: Checkpoint,
+    *,
+    strip_prefix: str = "",
+    name_map: Mapping[str, str] | None = None,
+) -> Checkpoint:
+    """BASE under TUNED's names, as the user says they correspond.
+
+    Args:
+        base: The checkpoint to rename.
+        tuned: The checkpoint whose names count.
+        strip_prefix: Ignored at the front of either side's names.
+        name_map: TUNED's name to BASE's name; wins over the prefix.
+
+    Returns:
+        BASE, lazily renamed; what no rule covers keeps its name.
+
+    Raises:
+        SettingError: The prefix occurs nowhere, or the map names a tensor that does not exist.
+    """
+    names: dict[str, str] = {}
+    if strip_prefix:
+        if not any(n.startswith(strip_prefix) for n in (*base, *tuned)):
+            raise SettingError(f"no tensor name begins with '{shown(strip_prefix)}'")
+        bare = {name.removeprefix(strip_prefix): name for name in tuned}
+        for name in base:
+            if name not in tuned and name.removeprefix(strip_prefix) in bare:
+                names[name] = bare[name.removeprefix(strip_prefix)]
+    for tuned_name, base_name in (name_map or {}).items():
+        for name, side in ((tuned_name, tuned), (base_name, base)):
+            if name not in side:
+                near = difflib.get_close_matches(name, list(side), 1, 0.3)
+                raise SettingError(
+                    "the name map names a tensor that is not there",
+                    file=side.label,
+                    tensor=name,
+                    hint=f"did you mean '{shown(near[0])}'?" if near else "",
+                )
+        names = {b: t for b, t in names.items() if t != tuned_name}
+        names[base_name] = tuned_name
+    taken = Counter(names.get(name, name) for name in base)
+    for name, count in taken.items():
+        if count > 1:
+            raise SettingError("two tensors of BASE would get this name", tensor=name)
+    return base.renamed(names)
+
+
+def _check_types(base: Checkpoint, tuned: Checkpoint) -> None:
+    types = [checkpoint.config.get("model_type") for checkpoint in (base, tuned)]
+    if all(types) and types[0] != types[1]:
+        raise MismatchError(
+            f"model_type is {shown(types[0])} in BASE and {shown(types[1])} in TUNED",
+            file=tuned.label,
+            hint="give the model that TUNED was fine-tuned from",
+        )
+
+
+def _common_prefix(base: Checkpoint, tuned: Checkpoint) -> tuple[str, str]:
+    """The prefix that pairs most of the names left over by exact matching, and its side."""
+    votes: Counter[tuple[str, str]] = Counter()
+    for longer, shorter, side in ((tuned, base, "tuned"), (base, tuned, "base")):
+        free = {name for name in shorter if name not in longer}
+        for name, view in longer.items():
+            if name in shorter:
+                continue
+            dot = name.find(".")
+            while dot >= 0:  # every dotted suffix: a.b.c gives b.c and c
+                rest = name[dot + 1 :]
+                if rest in free and shorter[rest].shape == view.shape:
+                    votes[name[: dot + 1], side] += 1
+                dot = name.find(".", dot + 1)
+    if not votes:
+        return "", ""
+    return min(votes, key=lambda vote: (-votes[vote], len(vote[0]), vote))
+
+
+def _counterpart(
+    name: str, base: Checkpoint, prefix: str, side: str
+) -> tuple[TensorView | None, str]:
+    if name in base:
+        return base[name], ""
+    if side == "tuned" and name.startswith(prefix) and name[len(prefix) :] in base:
+        return base[name[len(prefix) :]], ""
+    if side == "base" and prefix + name in base:
+        return base[prefix + name], ""
+    if name.rpartition(".")[0].endswith(("lm_head", "embed_out")) and _says_tied(base):
+        embedding = _input_embedding(base)
+        if embedding:
+            return base[embedding], f"BASE ties it to '{shown(embedding)}'"
+    return None, ""
+
+
+def _says_tied(checkpoint: Checkpoint) -> bool:
+    return checkpoint.config.get("tie_word_embeddings") is True
+
+
+def _input_embedding(checkpoint: Checkpoint) -> str | None:
+    return next((n for n in checkpoint if kind_of(n) == "embedding"), None)
+
+
+def _tie(checkpoint: Checkpoint) -> dict[str, str]:
+    """Head to embedding, where the config ties them and the file still stores both."""
+    embedding = _input_embedding(checkpoint)
+    if not _says_tied(checkpoint) or embedding is None:
+        return {}
+    like = checkpoint[embedding]
+    return {
+        name: embedding
+        for name, view in checkpoint.items()
+        if name.rpartition(".")[0].endswith(("lm_head", "embed_out"))
+        and (view.shape, view.dtype) == (like.shape, like.dtype)
+    }
+
+
+def _judge(
+    view: TensorView, other: TensorView | None, note: str, *, base: Checkpoint, tuned: Checkpoint
+) -> Pair:
+    def kept(reason: str) -> Pair:
+        return Pair(view, other, 0, reason, note=note)
+
+    if other is None:
+        is_head = kind_of(view.name) == "head"
+        return kept("a task head that BASE lacks" if is_head else "BASE has no such tensor")
+    if not (view.dtype.arithmetic and other.dtype.arithmetic):
+        return kept(f"not floating ({other.dtype.name} in BASE, {view.dtype.name} in TUNED)")
+    if view.dtype != other.dtype:
+        note = f"{other.dtype.name} in BASE, {view.dtype.name} in TUNED" + (note and f"; {note}")
+    if view.shape == other.shape:
+        return Pair(view, other, view.size, "" if view.size else "empty", note=note)
+    shapes = f"{list(other.shape)} in BASE, {list(view.shape)} in TUNED"
+    if _is_vocabulary(view, other, base, tuned):
+        rows = min(view.shape[0], other.shape[0])
+        return Pair(view, other, rows * view.width, f"{rows:,} common rows ({shapes})", note=note)
+    if kind_of(view.name) == "head":
+        return kept(f"a task head of another shape ({shapes})")
+    return kept(f"shapes differ: {shapes}")
+
+
+def _is_vocabulary(
+    view: TensorView, other: TensorView, base: Checkpoint, tuned: Checkpoint
+) -> bool:
+    """An embedding, or an output head or bias over the vocabulary, with rows added or dropped."""
+    if len(view.shape) != len(other.shape) or view.shape[1:] != other.shape[1:] or not view.shape:
+        return False
+    if kind_of(view.name) == "embedding":
+        return len(view.shape) == 2
+    sizes = [checkpoint.config.get("vocab_size") for checkpoint in (base, tuned)]
+    return sizes == [other.shape[0], view.shape[0]] and kind_of(view.name) == "head"
+
+
+def _why_unused(name: str, base: Checkpoint, tuned: Checkpoint) -> str:
+    if name in _tie(base) or (name.startswith("lm_head.") and _says_tied(tuned)):
+        return "tied to the word embedding in TUNED"
+    return "TUNED has no such tensor"
+
+
+def _nothing_pairs(base: Checkpoint, tuned: Checkpoint) -> MismatchError:
+    names = [next(iter(checkpoint), "(no tensors)") for checkpoint in (base, tuned)]
+    return MismatchError(
+        f"no tensor of BASE and TUNED belongs together (names such as '{shown(names[0])}' and "
+        f"'{shown(names[1])}')",
+        file=tuned.label,
+        hint="are these the same architecture? --strip-prefix or --map FILE can pair names",
+    )
+
+
+def in_reading_order(names: Sequence[str]) -> list[str]:
+    """Names with layer 2 before layer 10."""
+    return sorted(names, key=natural_key)

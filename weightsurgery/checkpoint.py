@@ -1,0 +1,230 @@
+"""A checkpoint: a read-only mapping from name to a tensor that has not been read yet."""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from weightsurgery.dtypes import DType, dtype_of
+from weightsurgery.kernels import Block
+
+BLOCK = 1 << 20  # elements read at a time
+ReadBoth = Callable[[int, int], tuple[Block, Block]]
+
+
+@dataclass(frozen=True)
+class TensorView:
+    """A tensor that has not been read: what it is called, what it looks like, how to read it.
+
+    Elements are numbered in row-major order, so one pair of numbers names a run of them whatever
+    the shape. Blocks are fresh one-dimensional arrays in the stored dtype; nobody edits them in
+    place. For a packed dtype (F4, F6) they are the bytes that hold the elements.
+
+    Attributes:
+        name: The tensor's name in its checkpoint.
+        shape: Its shape; () is a scalar.
+        dtype: How it is stored.
+        read_both: (start, stop) to the elements as the file stores them, and as this view gives
+            them. For a tensor straight from a file both are the same array.
+        status: What happened to it since the file: copied, edited or added.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: DType
+    read_both: ReadBoth = field(repr=False)
+    status: str = "copied"
+
+    @property
+    def size(self) -> int:
+        """Number of elements."""
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes the tensor takes when stored."""
+        return self.dtype.nbytes(self.size)
+
+    @property
+    def width(self) -> int:
+        """Elements in a row, that is in one step along the leading dimension.
+
+        A tensor of fewer than two dimensions is one row.
+        """
+        return math.prod(self.shape[1:]) if len(self.shape) > 1 else self.size
+
+    def read(self, start: int, stop: int) -> Block:
+        """Elements [start, stop) in row-major order, in the stored dtype."""
+        return self.read_both(start, stop)[1]
+
+    def blocks(self) -> Iterator[tuple[int, int]]:
+        """The grid every reader uses: whole rows, about `BLOCK` elements; a longer row is cut.
+
+        Example:
+            >>> view = TensorView("w", (3, 500_000), DTYPES["F32"], read_both=None)
+            >>> list(view.blocks())
+            [(0, 1000000), (1000000, 1500000)]
+        """
+        width = self.width
+        if width <= BLOCK and len(self.shape) > 1:
+            step = max(1, BLOCK // max(1, width)) * width
+            return ((i, min(i + step, self.size)) for i in range(0, self.size, max(1, step)))
+        return (
+            (i, min(i + BLOCK, row + width))
+            for row in range(0, self.size, max(1, width))
+            for i in range(row, row + width, BLOCK)
+        )
+
+
+@dataclass(frozen=True)
+class FileRef:
+    """One input file: its name for messages and records, its size, and how to hash it.
+
+    Attributes:
+        name: File name without its folder.
+        path: Where it lies.
+        size: Bytes.
+        sha256: Reads the whole file, until the event is set; gives the digest in hexadecimal.
+        check_unchanged: Raises ChangedError if the file is no longer the one that was opened.
+    """
+
+    name: str
+    path: str
+    size: int
+    sha256: Callable[[threading.Event | None], str] = field(repr=False)
+    check_unchanged: Callable[[], None] = field(repr=False)
+
+
+@dataclass(frozen=True)
+class SideFile:
+    """A file that travels with the weights: config, tokenizer, licence."""
+
+    name: str
+    path: str
+    size: int
+    content: Callable[[], bytes] = field(repr=False)
+
+
+@dataclass(frozen=True)
+class Step:
+    """One operator applied: what it was, its settings, and the checkpoints it took."""
+
+    operator: str
+    settings: Mapping[str, Any]
+    inputs: Mapping[str, Checkpoint]
+
+
+@dataclass(frozen=True, repr=False)
+class Checkpoint(Mapping[str, TensorView]):
+    """An immutable mapping of names to tensors, in sorted order, plus what travels with them.
+
+    Attributes:
+        tensors: The tensors by name.
+        label: What to call the checkpoint in messages: the path or hub id as the user gave it.
+        hub_id: `org/name@commit` for what came from the hub, else "".
+        metadata: The safetensors header's `__metadata__`.
+        layout: Shard file name of each tensor; empty for a single unnamed file.
+        is_directory: True for a model directory, False for one file.
+        files: The files the weights came from.
+        side_files: Files that travel with the weights.
+        left_out: Directory entries that do not travel, each with the reason.
+        warnings: What was odd about it, but not wrong.
+        config: The parsed config.json, {} if there is none.
+        step: The operator that made it; None for what was opened.
+        notes: What the record should tell besides: how BASE and TUNED were aligned.
+    """
+
+    tensors: Mapping[str, TensorView]
+    label: str = ""
+    hub_id: str = ""
+    metadata: Mapping[str, str] = field(default_factory=dict)
+    layout: Mapping[str, str] = field(default_factory=dict)
+    is_directory: bool = False
+    files: tuple[FileRef, ...] = ()
+    side_files: tuple[SideFile, ...] = ()
+    left_out: tuple[tuple[str, str], ...] = ()
+    warnings: tuple[str, ...] = ()
+    config: Mapping[str, Any] = field(default_factory=dict)
+    step: Step | None = None
+    notes: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "tensors", dict(sorted(self.tensors.items())))
+
+    def __getitem__(self, name: str) -> TensorView:
+        return self.tensors[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.tensors)
+
+    def __len__(self) -> int:
+        return len(self.tensors)
+
+    def __repr__(self) -> str:
+        return f"Checkpoint({self.label!r}, {len(self)} tensors, {self.nbytes:,} bytes)"
+
+    __hash__ = object.__hash__
+    __eq__ = object.__eq__  # two checkpoints are equal only if they are the same one
+
+    @property
+    def size(self) -> int:
+        """Number of elements in all tensors."""
+        return sum(view.size for view in self.tensors.values())
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(view.nbytes for view in self.tensors.values())
+
+    def sources(self) -> tuple[Checkpoint, ...]:
+        """The opened checkpoints this one is made from, each once, in order of appearance."""
+        if self.step is None:
+            return (self,)
+        found: dict[int, Checkpoint] = {}
+        for given in self.step.inputs.values():
+            for source in given.sources():
+                found.setdefault(id(source), source)
+        return tuple(found.values())
+
+    def made_by(self, step: Step) -> Checkpoint:
+        """The same checkpoint, remembering the operator that made it."""
+        return replace(self, step=step)
+
+    def renamed(self, names: Mapping[str, str]) -> Checkpoint:
+        """The same tensors under other names; those not mentioned keep theirs."""
+        return replace(
+            self,
+            tensors={
+                names.get(n, n): replace(view, name=names.get(n, n)) for n, view in self.items()
+            },
+            layout={names.get(n, n): shard for n, shard in self.layout.items()},
+        )
+
+
+def from_arrays(arrays: Mapping[str, Any], *, label: str = "memory", **fields: Any) -> Checkpoint:
+    """A checkpoint of numpy arrays, as tests and notebooks want it.
+
+    Args:
+        arrays: Name to array; the dtype must be one of the safetensors format's.
+        label: What to call it in messages.
+        fields: Any other field of `Checkpoint`.
+
+    Raises:
+        KeyError: An array's dtype is not one of the format's.
+    """
+
+    def view(name: str, array: Any) -> TensorView:
+        dtype = dtype_of(array)
+        flat = array.reshape(-1).view(dtype.numpy)
+
+        def read_both(start: int, stop: int) -> tuple[Block, Block]:
+            block = flat[start:stop].copy()
+            return block, block
+
+        return TensorView(name, tuple(array.shape), dtype, read_both)
+
+    tensors = {name: view(name, array) for name, array in arrays.items()}
+    return Checkpoint(tensors, label=label, **fields)

@@ -1,0 +1,150 @@
+"""The command line: parse, call the Python function, show what it gave.
+
+Nothing heavy is imported here: `wsurg --help` reads the operators' summaries from their source.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import signal
+import sys
+from pathlib import Path
+from types import FrameType
+from typing import Any, NoReturn
+
+import click
+
+from weightsurgery.errors import SurgeryError
+from weightsurgery.version import __version__
+
+_OWN = {
+    "diff": "Show what moved between BASE and TUNED.",
+    "inspect": "Show what a checkpoint holds.",
+}
+_OPERATORS = Path(__file__).parent.parent / "operators"
+INTERRUPTED, TERMINATED = 130, 143
+
+
+class Commands(click.Group):
+    """A group whose commands are imported when they are run."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """Own commands and operators, by name."""
+        return sorted({*_OWN, *operator_summaries()})
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """Import one command."""
+        if cmd_name in _OWN:
+            command: click.Command = importlib.import_module(
+                f"weightsurgery.cli.{cmd_name}_command"
+            ).command
+            return command
+        if cmd_name in operator_summaries():
+            from weightsurgery.cli.operator_command import make_command
+
+            return make_command(cmd_name)
+        return None
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """Find the command; suggest the nearest name where there is none."""
+        import difflib
+
+        if args and args[0] not in self.list_commands(ctx) and not args[0].startswith("-"):
+            near = difflib.get_close_matches(args[0], self.list_commands(ctx), 1)
+            hint = f"; did you mean '{near[0]}'?" if near else "; see `wsurg --help`"
+            raise click.UsageError(f"no command '{args[0]}'{hint}")
+        return super().resolve_command(ctx, args)
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """List the commands without importing them."""
+        rows = sorted({**_OWN, **operator_summaries()}.items())
+        with formatter.section("Commands"):
+            formatter.write_dl(rows)
+
+
+def operator_summaries() -> dict[str, str]:
+    """Command name to first docstring line of every operator, read from the source files."""
+    import ast
+
+    found: dict[str, str] = {}
+    for path in sorted(_OPERATORS.glob("*.py")):
+        for node in ast.parse(path.read_text("utf-8")).body:
+            if isinstance(node, ast.FunctionDef) and any(
+                isinstance(d, ast.Name) and d.id == "operator" for d in node.decorator_list
+            ):
+                summary = (ast.get_docstring(node) or "").partition("\n")[0]
+                found[node.name.replace("_", "-")] = summary
+    return found
+
+
+@click.group(
+    cls=Commands,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+    epilog="Exit codes: 0 done, 1 our bug, 2 usage, 3 malformed input, 4 inputs that do not fit "
+    "each other, 5 refused by policy, 6 disk or system, 7 output busy, 10 a gate failed, "
+    "130 interrupted.",
+)
+@click.version_option(__version__, prog_name="wsurg")
+@click.option(
+    "--config",
+    type=click.Path(dir_okay=False),
+    help="TOML file with arguments; ./wsurg.toml is read by itself.",
+)
+@click.pass_context
+def cli(ctx: click.Context, config: str | None) -> None:
+    r"""Surgery on the weights of language models.
+
+    BASE are the trusted pre-trained weights, TUNED the fine-tuned ones. Both are a .safetensors
+    file, a model directory, or a hub id org/name@revision.
+
+    \b
+    Examples:
+      wsurg inspect model/
+      wsurg diff base.safetensors tuned.safetensors
+      wsurg mix base/ tuned/ --ratio 0.3 -o mixed/
+    """
+    if config is not None or os.path.lexists("wsurg.toml"):
+        from weightsurgery.cli.settings_file import read_settings
+
+        ctx.default_map = read_settings(config or "wsurg.toml", ctx)
+
+
+def main(arguments: list[str] | None = None) -> NoReturn:
+    """Run `wsurg`, turn every error into one line on stderr, and exit with its code."""
+    signal.signal(signal.SIGTERM, _terminated)
+    try:
+        cli.main(arguments, prog_name="wsurg", standalone_mode=False)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # The reader (`head`, `less`) has gone; so that the interpreter's last flush does not fail:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except SurgeryError as error:
+        _exit(str(error), error.exit_code)
+    except click.exceptions.Exit as error:
+        sys.exit(error.exit_code)
+    except click.ClickException as error:
+        _exit(_one_line(error), error.exit_code)
+    except (KeyboardInterrupt, click.Abort):
+        _exit("interrupted; nothing was written", INTERRUPTED)
+    sys.exit(0)
+
+
+def _terminated(_number: int, _frame: FrameType | None) -> None:
+    # As an exception, so that temporary files are removed on the way out.
+    raise SystemExit(TERMINATED)
+
+
+def _exit(message: str, code: int) -> NoReturn:
+    click.echo(f"error: {message}", err=True)
+    sys.exit(code)
+
+
+def _one_line(error: click.ClickException) -> str:
+    text = " ".join(error.format_message().split())
+    context: Any = getattr(error, "ctx", None)
+    if isinstance(error, click.UsageError) and context is not None:
+        return f"{text.rstrip('.')}; see `{context.command_path} --help`"
+    return text

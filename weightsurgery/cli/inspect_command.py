@@ -1,0 +1,48 @@
+"""`wsurg inspect`."""
+
+from __future__ import annotations
+
+import click
+
+from weightsurgery.cli import options
+from weightsurgery.formats import open_checkpoint
+from weightsurgery.inspection import inspect
+from weightsurgery.report.description import description_tables
+from weightsurgery.report.tables import show
+
+
+def _inspect(path: str, weights: str | None, values: bool, workers: int, as_json: bool) -> None:
+    checkpoint = open_checkpoint(path, weights=weights)
+    with options.running(workers) as engine:
+        description = inspect(checkpoint, values=values, engine=engine)
+    options.warn(description["warnings"])
+    if as_json:
+        options.print_json(description)
+    else:
+        show(description_tables(description))
+
+
+command = click.Command(
+    "inspect",
+    callback=_inspect,
+    help="""Show what a checkpoint holds.
+
+    Lists tensors with shape, dtype, parameters and bytes, sums by module and kind, metadata and
+    side files. Only headers are read, unless --values asks for the weights.
+
+    \b
+    Examples:
+      wsurg inspect model.safetensors
+      wsurg inspect model/ --values
+      wsurg inspect model/ --json | jq .parameters
+    """,
+    params=[
+        click.Argument(["path"], metavar="PATH"),
+        options.WEIGHTS,
+        click.Option(
+            ["--values"], is_flag=True, help="Read the weights: L2 norm, NaN and infinity counts."
+        ),
+        options.WORKERS,
+        options.JSON,
+    ],
+)

@@ -1,0 +1,144 @@
+"""A command for each operator, made from its signature and docstring."""
+
+from __future__ import annotations
+
+import inspect
+from decimal import Decimal, InvalidOperation
+from typing import Any, Literal, get_args, get_origin
+
+import click
+
+import weightsurgery.operators
+from weightsurgery.cli import options
+from weightsurgery.formats import save
+from weightsurgery.formats.plan import make_plan
+from weightsurgery.registry import OPERATORS, Operator, Setting
+from weightsurgery.report.outcome import outcome_tables, plan_tables
+from weightsurgery.report.tables import show
+
+
+def make_command(name: str) -> click.Command:
+    """The click command of a registered operator."""
+    operator = OPERATORS[name]
+    parameters: list[click.Parameter] = [
+        click.Argument([given], metavar=given.upper()) for given in operator.inputs
+    ]
+    for setting, (kind, declaration, default) in operator.settings.items():
+        parameters += _make_options(setting, kind, declaration, default)
+    parameters += [
+        *options.WRITING,
+        options.WEIGHTS,
+        *options.NAMES,
+        options.WORKERS,
+        options.JSON,
+    ]
+
+    def callback(**given: Any) -> None:
+        _run(operator, given)
+
+    return click.Command(name, callback=callback, params=parameters, help=_help(operator))
+
+
+def _run(operator: Operator, given: dict[str, Any]) -> None:
+    context = click.get_current_context()
+    settings = {n: _value(context, n, operator.settings[n], given) for n in operator.settings}
+    names = {key: given[key] for key in ("weights", "strip_prefix", "name_map")}
+    inputs = options.open_pair(*(given[name] for name in operator.inputs), **names)
+    out = given["out"]
+    sizes = {key: given[key] for key in ("overwrite", "max_shard_size", "max_memory")}
+    with options.running(given["workers"]) as engine:
+        run = (
+            {"engine": engine}
+            if "engine" in inspect.signature(operator.function).parameters
+            else {}
+        )
+        result = operator.function(*inputs, **settings, **run)
+        if given["dry_run"]:
+            plan = make_plan(result, out, engine=engine, **sizes).to_json()
+        else:
+            record = save(result, out, hashes=given["hashes"], engine=engine, **sizes)
+    if given["dry_run"]:
+        alignment = result.notes.get("alignment")
+        if given["as_json"]:
+            options.print_json({**plan, "alignment": alignment})
+        else:
+            show(plan_tables(plan, alignment))
+    elif given["as_json"]:
+        options.print_json({"out": out, **record})
+    else:
+        show(outcome_tables(out, record))
+
+
+def _make_options(
+    name: str, kind: Any, declaration: Setting, default: Any
+) -> list[click.Parameter]:
+    flag = "--" + name.replace("_", "-")
+    text = declaration.help[:1].upper() + declaration.help[1:] + "."
+    if kind is bool:
+        return [click.Option([flag, name], is_flag=True, default=default, help=text)]
+    if get_origin(kind) is tuple:
+        return [
+            click.Option(
+                [flag, name],
+                multiple=True,
+                metavar=declaration.metavar or None,
+                help=f"{text.rstrip('.')}; repeatable.",
+            )
+        ]
+    type_ = click.Choice(get_args(kind)) if get_origin(kind) is Literal else kind
+    made: list[click.Parameter] = [
+        click.Option([flag, name], type=type_, default=default, show_default=True, help=text)
+    ]
+    if declaration.complement:
+        made.append(
+            click.Option(
+                [f"--{declaration.complement}"],
+                metavar="FLOAT",
+                help=f"One minus {flag}, in its place.",
+            )
+        )
+    return made
+
+
+def _value(
+    context: click.Context, name: str, setting: tuple[Any, Setting, Any], given: dict[str, Any]
+) -> Any:
+    kind, declaration, _ = setting
+    if get_origin(kind) is tuple and get_origin(get_args(kind)[0]) is tuple:
+        return tuple(_rule(context, name, text) for text in given[name])
+    other = declaration.complement
+    if not other or given[other] is None:
+        return given[name]
+    sources = [context.get_parameter_source(n) for n in (name, other)]
+    if sources[0] == sources[1]:
+        raise click.UsageError(f"--{name} and --{other} exclude each other", context)
+    if sources[0] is click.core.ParameterSource.COMMANDLINE:
+        return given[name]  # the other one is only in wsurg.toml
+    try:
+        # In decimals: 1 - 0.7 in binary is not 0.3, and the two must give the same bytes.
+        return float(1 - Decimal(str(given[other])))
+    except InvalidOperation:
+        raise click.UsageError(
+            f"--{other} is '{given[other]}'; expected a number", context
+        ) from None
+
+
+def _rule(context: click.Context, name: str, text: str) -> tuple[str, float]:
+    glob, _, number = str(text).rpartition("=")
+    try:
+        if glob:
+            return glob, float(number)
+    except ValueError:
+        pass  # falls through to the message
+    flag = "--" + name.replace("_", "-")
+    raise click.UsageError(f"{flag} is '{text}'; expected GLOB=NUMBER", context)
+
+
+def _help(operator: Operator) -> str:
+    """The docstring up to its sections, and an example."""
+    text = (inspect.getdoc(operator.function) or "").partition("\nArgs:")[0].replace("`", "'")
+    inputs = " ".join(f"{name}/" for name in operator.inputs)
+    return f"{text}\n\n\b\nExample:\n  wsurg {operator.name} {inputs} -o out/"
+
+
+assert weightsurgery.operators  # noqa: S101  imported for what it registers

@@ -1,0 +1,138 @@
+"""Options that commands share, and what is made of them."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import click
+
+from weightsurgery.align import match_names
+from weightsurgery.checkpoint import Checkpoint
+from weightsurgery.errors import SettingError
+from weightsurgery.formats import open_checkpoint
+from weightsurgery.formats.files import InputFile
+from weightsurgery.formats.plan import parse_size
+from weightsurgery.formats.strict_json import parse_object
+from weightsurgery.stream import Engine
+
+
+class Size(click.ParamType):  # type: ignore[type-arg]
+    """A number of bytes: 5GB, 512MiB, 1000."""
+
+    name = "size"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        """Parse, with the usual message where that fails."""
+        try:
+            return parse_size(value)
+        except SettingError as error:
+            self.fail(str(error), param, ctx)
+
+
+JSON = click.Option(["--json", "as_json"], is_flag=True, help="Print the result as JSON.")
+WORKERS = click.Option(
+    ["--workers"],
+    type=click.IntRange(0),
+    default=0,
+    help="Blocks worked on at a time; 0 means one for each core. Results do not depend on it.",
+)
+WEIGHTS = click.Option(
+    ["--weights"],
+    metavar="FILE",
+    help="Weights file to use where a model directory has two answers.",
+)
+NAMES = (
+    click.Option(
+        ["--strip-prefix"], metavar="PREFIX", default="", help="Ignore this prefix when pairing."
+    ),
+    click.Option(
+        ["--map", "name_map"],
+        metavar="FILE",
+        help='JSON file {"TUNED\'s name": "BASE\'s name"} that pairs tensors by hand.',
+    ),
+)
+WRITING = (
+    click.Option(["-o", "--out"], required=True, metavar="OUT", help="Where to write."),
+    click.Option(["--overwrite"], is_flag=True, help="Replace OUT if it exists."),
+    click.Option(
+        ["--dry-run"], is_flag=True, help="Show what would be written, and write nothing."
+    ),
+    click.Option(
+        ["--max-shard-size"], type=Size(), help="Split the weights into files of at most this size."
+    ),
+    click.Option(
+        ["--max-memory"], type=Size(), help="Use fewer workers to stay under this much memory."
+    ),
+    click.Option(
+        ["--hash/--no-hash", "hashes"],
+        default=True,
+        help="Take the SHA-256 of all inputs, outputs and tensors for the record.",
+    ),
+)
+
+
+def open_pair(
+    base: str, tuned: str, *, weights: str | None, strip_prefix: str, name_map: str | None
+) -> tuple[Checkpoint, Checkpoint]:
+    """Open BASE and TUNED, with BASE's names as the user says they correspond."""
+    opened = open_checkpoint(base, weights=weights), open_checkpoint(tuned, weights=weights)
+    if not strip_prefix and name_map is None:
+        return opened
+    names: Mapping[str, str] | None = None
+    if name_map is not None:
+        file = InputFile(name_map)
+        names = parse_object(file.read_all(1 << 28), file=file.path, what="name map")
+        for tensor, other in names.items():
+            if not isinstance(other, str):
+                raise SettingError("the name map gives no name", file=name_map, tensor=tensor)
+    return match_names(*opened, strip_prefix=strip_prefix, name_map=names), opened[1]
+
+
+@contextmanager
+def running(workers: int) -> Iterator[Engine]:
+    """An engine with a progress bar on stderr, if that is a terminal."""
+    if not sys.stderr.isatty():
+        yield Engine(workers=workers)
+        return
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        DownloadColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+        TransferSpeedColumn,
+    )
+
+    with Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+        console=Console(stderr=True),
+        transient=True,
+    ) as bar:
+        tasks: dict[str, Any] = {}
+
+        def progress(what: str, done: int, total: int) -> None:
+            if what not in tasks:
+                tasks[what] = bar.add_task(what, total=total)
+            bar.update(tasks[what], completed=done)
+
+        yield Engine(workers=workers, progress=progress)
+
+
+def print_json(value: Any) -> None:
+    """One JSON document on stdout."""
+    click.echo(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False))
+
+
+def warn(warnings: list[str]) -> None:
+    """Warnings, one line each, on stderr."""
+    for warning in warnings:
+        click.echo(f"warning: {warning}", err=True)

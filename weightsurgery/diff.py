@@ -1,0 +1,465 @@
+"""What moved between BASE and TUNED: drift statistics per tensor, layer, kind and model.
+
+Our own; the papers look at drift per dimension, and these are the numbers that lets one see.
+"""
+
+from __future__ import annotations
+
+import heapq
+import operator
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from weightsurgery.align import Alignment, Pair, align, matches, require_unquantised
+from weightsurgery.anatomy import find_embedding, kind_of, layer_of, natural_key
+from weightsurgery.checkpoint import BLOCK, Checkpoint, Step
+from weightsurgery.dtypes import DTYPES, DType
+from weightsurgery.errors import GateError, PolicyError, SettingError
+from weightsurgery.formats.vocabulary import read_vocabulary
+from weightsurgery.kernels import (
+    BIN_SHIFT,
+    BINS,
+    TOTALS,
+    Block,
+    count_different,
+    drift_statistics,
+    same_float,
+)
+from weightsurgery.stream import Engine, fold, map_tensors
+
+SCHEMA = "wsurg.diff/1"
+QUANTILES = (0.5, 0.9, 0.99, 0.999)
+QUANTILE_ERROR = 1 / 64  # half the relative width of a histogram bin
+METRICS = (
+    *("count", "changed", "changed_share", "l2", "relative_l2", "max_abs", "mean", "std"),
+    *("cosine", "sign_flips", *(f"q{q * 100:g}" for q in QUANTILES)),
+    *("base_nan", "base_inf", "tuned_nan", "tuned_inf", "skipped"),
+)
+_SIGNED_LARGEST = TOTALS.index("largest")
+
+
+@dataclass
+class Statistics:
+    """Sums that add up: over blocks to tensors, over tensors to layers, kinds and the model.
+
+    Attributes:
+        count: Elements compared.
+        totals: float64 sums, as named in `kernels.TOTALS`.
+        bins: int64 histogram of |drift| by float32 bits.
+    """
+
+    count: int = 0
+    totals: Block = field(default_factory=lambda: np.zeros(len(TOTALS)))
+    bins: Block = field(default_factory=lambda: np.zeros(BINS, np.int64))
+
+    def add(self, count: int, totals: Block, bins: Block) -> None:
+        """Add another set of sums to this one."""
+        self.count += count
+        largest = max(self.totals[_SIGNED_LARGEST], totals[_SIGNED_LARGEST])
+        self.totals += totals
+        self.totals[_SIGNED_LARGEST] = largest
+        self.bins += bins
+
+    def summary(self) -> dict[str, Any]:
+        """The numbers a report shows; None where one is undefined.
+
+        All are over the pairs with finite drift; `skipped` tells how many had none. Quantiles are
+        of |drift| and within `QUANTILE_ERROR` of the true ones, relatively.
+        """
+        total = dict(zip(TOTALS, map(float, self.totals), strict=True))
+        finite = self.count - int(total["skipped"])
+        mean = total["sum"] / finite if finite else 0.0
+        mean_square = total["drift2"] / finite if finite else 0.0
+        base2, tuned2 = total["base2"], total["tuned2"]
+        norms = (base2 * tuned2) ** 0.5
+        counts = ("changed", "sign_flips", "base_nan", "base_inf", "tuned_nan", "tuned_inf")
+        return {
+            "count": self.count,
+            "changed_share": total["changed"] / self.count if self.count else 0.0,
+            "l2": total["drift2"] ** 0.5,
+            "relative_l2": (total["drift2"] / base2) ** 0.5 if base2 else None,
+            "max_abs": total["largest"],
+            "mean": mean,
+            "std": max(0.0, mean_square - mean * mean) ** 0.5,
+            "cosine": min(1.0, max(-1.0, total["dot"] / norms)) if norms else None,
+            **{f"q{q * 100:g}": self._quantile(q, finite) for q in QUANTILES},
+            **{name: int(total[name]) for name in (*counts, "skipped")},
+            "bit_equal": total["changed"] == 0,
+        }
+
+    def _quantile(self, share: float, finite: int) -> float:
+        """The smallest |drift| that at least `share` of the elements do not exceed."""
+        rank = max(1, int(np.ceil(share * finite)))
+        place = int(np.searchsorted(np.cumsum(self.bins), rank))
+        if place == 0 or not finite:
+            return 0.0  # the first bin: zero, or below 4e-40
+        edges = np.array([place, place + 1], np.uint32) << np.uint32(BIN_SHIFT)
+        middle = float(edges.view(np.float32).astype(np.float64).mean())
+        return min(middle, float(self.totals[_SIGNED_LARGEST]))
+
+
+@dataclass(frozen=True)
+class DiffReport:
+    """What `diff` found. Every entry is a dict with the keys of `METRICS` and what names it.
+
+    Attributes:
+        base: BASE's label.
+        tuned: TUNED's label.
+        model: The statistics of everything compared.
+        layers: By numbered layer; tensors outside any layer are under "".
+        kinds: By kind of module.
+        tensors: One for each tensor compared, largest relative drift first.
+        other: Tensors that are not floating: how many elements differ.
+        top: "dimensions", "rows", "columns" and "tokens" of largest drift.
+        alignment: What belongs together, and what does not.
+        warnings: What the user should know.
+    """
+
+    base: str
+    tuned: str
+    model: dict[str, Any]
+    layers: list[dict[str, Any]]
+    kinds: list[dict[str, Any]]
+    tensors: list[dict[str, Any]]
+    other: list[dict[str, Any]]
+    top: dict[str, list[dict[str, Any]]]
+    alignment: dict[str, Any]
+    warnings: list[str]
+
+    def to_json(self) -> dict[str, Any]:
+        """The report in its versioned schema."""
+        return {"schema": SCHEMA, "quantile_error": QUANTILE_ERROR, **self.__dict__}
+
+
+def diff(
+    base: Checkpoint, tuned: Checkpoint, *, top: int = 10, engine: Engine | None = None
+) -> DiffReport:
+    """Compare two checkpoints in one pass over both.
+
+    Per tensor, per layer, per kind of module and for the model: count, changed (stored bits
+    differ) and its share, L2 of the drift, relative L2 (to BASE's norm), largest |drift|, mean and
+    standard deviation of the drift, cosine between the weights, sign flips, quantiles of |drift|,
+    NaN and infinity counts.
+
+    Args:
+        base: Trusted pre-trained weights.
+        tuned: Fine-tuned weights.
+        top: How many dimensions, rows, columns and embedding rows of largest drift to list.
+        engine: Workers and progress; the report does not depend on them.
+
+    Returns:
+        The report.
+
+    Raises:
+        SettingError: `top` is negative.
+        MismatchError: No tensor of the two belongs together.
+    """
+    if top < 0:
+        raise SettingError(f"top is {top}; expected 0 or more")
+    alignment = align(base, tuned, mismatched="keep")
+    collector = _Collector(alignment, top)
+    pairs = [pair for pair in map(_comparable, alignment.pairs) if pair is not None]
+    fold(collector.step, _combine, collector, pairs, engine=engine or Engine(), what="comparing")
+    return collector.report()
+
+
+def _comparable(pair: Pair) -> Pair | None:
+    """Eligible pairs, and pairs of one shape that can only be compared as bytes."""
+    if pair.eligible or pair.base is None or pair.is_tied_copy:
+        return pair if pair.eligible and not pair.is_tied_copy else None
+    same = (pair.base.shape, pair.base.dtype) == (pair.tuned.shape, pair.tuned.dtype)
+    only_bytes = same and not pair.tuned.dtype.arithmetic
+    return Pair(pair.tuned, pair.base, pair.tuned.size, "bytes") if only_bytes else None
+
+
+def _combine(collector: _Collector, pair: Pair, start: int, result: Any) -> _Collector:
+    collector.add(pair, start, result)
+    return collector
+
+
+class _Collector:
+    """Gathers partial results block by block; holds one tensor's sums at a time."""
+
+    def __init__(self, alignment: Alignment, top: int) -> None:
+        self.alignment, self.top = alignment, top
+        self.embedding = find_embedding(alignment.tuned)
+        self.model = Statistics()
+        self.layers: dict[str, Statistics] = {}
+        self.kinds: dict[str, Statistics] = {}
+        self.tensors: list[dict[str, Any]] = []
+        self.other: dict[str, int] = {}
+        self.best: dict[str, list[tuple[float, str, int]]] = {
+            name: [] for name in ("dimensions", "rows", "columns", "tokens")
+        }
+        self.current: Pair | None = None
+        self.statistics = Statistics()
+        self.columns = np.zeros(0)
+
+    def step(self, pair: Pair, _start: int, base: Block, tuned: Block) -> Any:
+        """What a worker does with a pair of blocks."""
+        if pair.reason == "bytes":
+            return count_different(base, tuned)
+        has_rows = _has_rows(pair)
+        totals, bins, rows, columns, values, places = drift_statistics(
+            base,
+            tuned,
+            width=pair.tuned.width if has_rows else tuned.size,
+            top=self.top,
+            by_column=has_rows and self.top > 0,
+        )
+        first = _largest(rows, self.top) if has_rows else np.zeros(0, np.int64)
+        return tuned.size, totals, bins, (first, rows[first]), columns, (values, places)
+
+    def add(self, pair: Pair, start: int, result: Any) -> None:
+        """Take a partial result; they come in the order of pairs and blocks."""
+        if pair.reason == "bytes":
+            self.other[pair.name] = self.other.get(pair.name, 0) + result
+            return
+        if self.current is None or self.current.name != pair.name:
+            self._finish_tensor()
+            self.current, self.statistics = pair, Statistics()
+            self.columns = np.zeros(result[4].size)
+        size, totals, bins, (rows, energies), columns, (values, places) = result
+        self.statistics.add(size, totals, bins)
+        self.columns += columns
+        found = places >= 0
+        self._keep("dimensions", pair, values[found], start + places[found])
+        first_row = start // max(1, pair.tuned.width)
+        self._keep("rows", pair, np.sqrt(energies), first_row + rows)
+        if pair.name == self.embedding:
+            self._keep("tokens", pair, np.sqrt(energies), first_row + rows)
+
+    def _keep(self, what: str, pair: Pair, values: Block, places: Block) -> None:
+        new = [(-float(v), pair.name, int(i)) for v, i in zip(values, places, strict=True) if v > 0]
+        self.best[what] = heapq.nsmallest(self.top, [*self.best[what], *new])
+
+    def _finish_tensor(self) -> None:
+        pair = self.current
+        if pair is None:
+            return
+        first = _largest(self.columns, self.top)
+        self._keep("columns", pair, np.sqrt(self.columns[first]), first)
+        sums = self.statistics
+        layer, kind = layer_of(pair.name), kind_of(pair.name)
+        self.tensors.append(
+            {
+                "tensor": pair.name,
+                "layer": layer,
+                "kind": kind,
+                "dtype": pair.tuned.dtype.name,
+                "shape": list(pair.tuned.shape),
+                **sums.summary(),
+            }
+        )
+        for group in (
+            self.model,
+            self.layers.setdefault(layer, Statistics()),
+            self.kinds.setdefault(kind, Statistics()),
+        ):
+            group.add(sums.count, sums.totals, sums.bins)
+
+    def report(self) -> DiffReport:
+        """The finished report."""
+        self._finish_tensor()
+        base, tuned = self.alignment.base, self.alignment.tuned
+        return DiffReport(
+            base=base.label,
+            tuned=tuned.label,
+            model=self.model.summary(),
+            layers=[
+                {"layer": layer, **self.layers[layer].summary()}
+                for layer in sorted(self.layers, key=natural_key)
+            ],
+            kinds=_by_drift([{"kind": k, **s.summary()} for k, s in sorted(self.kinds.items())]),
+            tensors=_by_drift(self.tensors),
+            other=[{"tensor": n, "changed": c} for n, c in self.other.items()],
+            top=self._tops(),
+            alignment=self.alignment.to_json(),
+            warnings=self._warnings(),
+        )
+
+    def _tops(self) -> dict[str, list[dict[str, Any]]]:
+        pairs = {pair.name: pair for pair in self.alignment.pairs}
+        vocabulary = read_vocabulary(self.alignment.tuned) if self.best["tokens"] else {}
+
+        def dimension(_value: float, name: str, place: int) -> dict[str, Any]:
+            pair = pairs[name]
+            index = [int(i) for i in np.unravel_index(place, pair.tuned.shape)]
+            old, new = (
+                float(side.read(place, place + 1)[0]) for side in (pair.base, pair.tuned) if side
+            )
+            return {
+                "tensor": name, "index": index, "base": old, "tuned": new, "drift": new - old
+            }  # fmt: skip
+
+        best = self.best
+        return {
+            "dimensions": [dimension(*entry) for entry in best["dimensions"]],
+            "rows": [{"tensor": n, "row": i, "l2": -v} for v, n, i in best["rows"]],
+            "columns": [{"tensor": n, "column": i, "l2": -v} for v, n, i in best["columns"]],
+            "tokens": [
+                {"tensor": n, "row": i, "token": vocabulary.get(i), "l2": -v}
+                for v, n, i in best["tokens"]
+            ],
+        }
+
+    def _warnings(self) -> list[str]:
+        found = [*self.alignment.base.warnings, *self.alignment.tuned.warnings]
+        bad = sum(entry["skipped"] for entry in self.tensors)
+        if bad:
+            found.append(f"{bad:,} dimensions are NaN or infinite on a side; left out of the sums")
+        for checkpoint in (self.alignment.base, self.alignment.tuned):
+            try:
+                require_unquantised(checkpoint)
+            except PolicyError as error:
+                found.append(f"{checkpoint.label}: {error.reason}; packed tensors as bytes only")
+        return found
+
+
+def _has_rows(pair: Pair) -> bool:
+    """Rows and columns are ranked in tensors of two dimensions or more, of rows up to a block."""
+    return len(pair.tuned.shape) > 1 and 0 < pair.tuned.width <= BLOCK
+
+
+def _largest(values: Block, count: int) -> Block:
+    """Places of the `count` largest values, largest first; of equal ones the first."""
+    if values.size > 4 * count:
+        bound = np.partition(values, values.size - count)[values.size - count] if count else np.inf
+        places = np.flatnonzero(values >= bound)
+    else:
+        places = np.arange(values.size)
+    return places[np.argsort(-values[places], kind="stable")][:count]
+
+
+def _by_drift(entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Largest relative drift first; entries that have none (BASE is zero) before all if moved."""
+
+    def key(entry: dict[str, Any]) -> float:
+        relative = entry["relative_l2"]
+        return -relative if relative is not None else (-np.inf if entry["l2"] else 0.0)
+
+    return sorted(entries, key=key)
+
+
+# --- drift as a checkpoint --------------------------------------------------------------------
+
+
+def drift(base: Checkpoint, tuned: Checkpoint, *, allow_nonfinite: bool = False) -> Checkpoint:
+    """The drift itself, δ = tuned - base, as a checkpoint that has not been computed yet.
+
+    Args:
+        base: Trusted pre-trained weights.
+        tuned: Fine-tuned weights.
+        allow_nonfinite: Let NaN and infinity pass instead of refusing them.
+
+    Returns:
+        The eligible tensors under TUNED's names, in float32 (float64 where a side is F64).
+
+    Raises:
+        MismatchError: No tensor of the two belongs together.
+        PolicyError: A model is quantised.
+    """
+    require_unquantised(base, tuned)
+
+    def dtype(pair: Pair) -> DType:
+        views = (pair.base, pair.tuned)
+        return DTYPES["F64" if any(v and v.dtype.name == "F64" for v in views) else "F32"]
+
+    def edit(_name: str, _start: int, tuned: Block, base: Block) -> Block:
+        base, tuned = same_float(base, tuned)
+        return tuned - base
+
+    result = map_tensors(
+        edit,
+        align(base, tuned, mismatched="keep"),
+        dtype=dtype,
+        arithmetic=True,
+        allow_nonfinite=allow_nonfinite,
+    )
+    settings = {"allow_nonfinite": allow_nonfinite}
+    return result.made_by(Step("drift", settings, {"base": base, "tuned": tuned}))
+
+
+# --- gates ------------------------------------------------------------------------------------
+
+_COMPARE: Mapping[str, Callable[[float, float], bool]] = {
+    ">": operator.gt,
+    ">=": operator.ge,
+    "<": operator.lt,
+    "<=": operator.le,
+    "==": operator.eq,
+    "!=": operator.ne,
+}
+_GATE = re.compile(r"\s*(?:(\S+)\s*:)?\s*(\w+(?:\.\d+)?)\s*(>=|<=|==|!=|>|<)\s*(\S+)\s*")
+
+
+@dataclass(frozen=True)
+class Gate:
+    """A condition under which `diff` fails: `[GLOB:]METRIC OPERATOR NUMBER`.
+
+    Attributes:
+        text: As the user wrote it.
+        glob: Tensors it looks at; "" for the whole model.
+        metric: One of `METRICS`.
+        comparison: One of > >= < <= == !=.
+        bound: The number.
+    """
+
+    text: str
+    glob: str
+    metric: str
+    comparison: str
+    bound: float
+
+    def failures(self, report: DiffReport) -> list[str]:
+        """What meets the condition, as lines; empty if the gate holds."""
+        entries = [{"tensor": "model", **report.model}]
+        if self.glob:
+            entries = [e for e in report.tensors if matches(e["tensor"], (self.glob,))]
+        compare = _COMPARE[self.comparison]
+        return [
+            f"{entry['tensor']}: {self.metric} is {entry[self.metric]:.6g}"
+            for entry in entries
+            if entry[self.metric] is not None and compare(entry[self.metric], self.bound)
+        ]
+
+
+def parse_gate(text: str) -> Gate:
+    """Read a condition such as `relative_l2 > 0.1` or `*.bias: max_abs > 1`.
+
+    Raises:
+        SettingError: It cannot be read, or names no metric.
+
+    Example:
+        >>> parse_gate("relative_l2 > 0.1").bound
+        0.1
+    """
+    found = _GATE.fullmatch(text)
+    try:
+        bound = float(found[4]) if found else None
+    except ValueError:
+        bound = None
+    if found is None or bound is None:
+        raise SettingError(
+            f"cannot read the condition '{text}'", hint="write for example 'relative_l2 > 0.1'"
+        )
+    if found[2] not in METRICS:
+        raise SettingError(f"no metric '{found[2]}'; there are {', '.join(METRICS)}")
+    return Gate(text.strip(), found[1] or "", found[2], found[3], bound)
+
+
+def check_gates(report: DiffReport, gates: Sequence[Gate]) -> None:
+    """Raise if a condition is met.
+
+    Raises:
+        GateError: The first gate that fails, with what made it fail.
+    """
+    for gate in gates:
+        failures = gate.failures(report)
+        if failures:
+            more = f" (and {len(failures) - 1} more)" if len(failures) > 1 else ""
+            raise GateError(f"the gate '{gate.text}' failed: {failures[0]}{more}")

@@ -1,0 +1,112 @@
+"""Every error weightsurgery raises on purpose, and the exit code each one gives.
+
+SurgeryError                1   (base class; never raised itself)
+├── SettingError            2   a setting is out of range, unknown, or contradicts another
+├── FormatError             3   an input is malformed
+├── MismatchError           4   the inputs do not fit each other
+│   └── NonFiniteError      4   NaN or infinity where arithmetic is asked
+├── PolicyError             5   refused by policy
+├── StorageError            6   the disk or the operating system said no
+│   └── ChangedError        6   an input changed while it was read
+├── BusyError               7   another run is writing the same output
+└── GateError              10   a gate (`diff --fail-if`) failed
+"""
+
+from __future__ import annotations
+
+import os
+
+_LONGEST_NAME = 200
+
+
+def shown(text: object) -> str:
+    r"""Make hostile text safe to print: control characters escaped, cut at 200 characters.
+
+    Example:
+        >>> shown("a\nb\x1b[31m")
+        'a\\nb\\x1b[31m'
+    """
+    escaped = "".join(
+        c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode("ascii")
+        for c in str(text)
+    )
+    return escaped if len(escaped) <= _LONGEST_NAME else escaped[: _LONGEST_NAME - 1] + "…"
+
+
+class SurgeryError(Exception):
+    """Base class: one line that says what, where, and what to do.
+
+    Args:
+        reason: What is wrong: what was expected, what was found.
+        file: The file concerned, if one is.
+        tensor: The tensor concerned, if one is.
+        hint: What the user can do about it.
+    """
+
+    exit_code = 1
+
+    def __init__(
+        self,
+        reason: str,
+        *,
+        file: str | os.PathLike[str] | None = None,
+        tensor: str | None = None,
+        hint: str = "",
+    ) -> None:
+        self.reason = reason
+        self.file = None if file is None else os.fspath(file)
+        self.tensor = tensor
+        self.hint = hint
+        where = "" if self.file is None else f"{shown(self.file)}: "
+        where += "" if tensor is None else f"tensor '{shown(tensor)}': "
+        super().__init__(where + reason + (f"; {hint}" if hint else ""))
+
+
+class SettingError(SurgeryError):
+    """A setting is out of range, unknown, or contradicts another."""
+
+    exit_code = 2
+
+
+class FormatError(SurgeryError):
+    """An input is malformed."""
+
+    exit_code = 3
+
+
+class MismatchError(SurgeryError):
+    """The inputs do not fit each other."""
+
+    exit_code = 4
+
+
+class NonFiniteError(MismatchError):
+    """NaN or infinity where arithmetic is asked."""
+
+
+class PolicyError(SurgeryError):
+    """Refused by policy; the message names the flag, or the way round."""
+
+    exit_code = 5
+
+
+class StorageError(SurgeryError):
+    """The disk or the operating system said no."""
+
+    exit_code = 6
+
+
+class ChangedError(StorageError):
+    """An input changed while it was read."""
+
+
+class BusyError(SurgeryError):
+    """Another run is writing the same output."""
+
+    exit_code = 7
+
+
+class GateError(SurgeryError):
+    """A gate failed: the comparison was made, and its answer is no."""
+
+    exit_code = 10

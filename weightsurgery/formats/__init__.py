@@ -1,0 +1,48 @@
+"""Files in, files out: everything that knows what a checkpoint looks like on disk."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+
+from weightsurgery.checkpoint import Checkpoint
+from weightsurgery.errors import StorageError
+from weightsurgery.formats import hub
+from weightsurgery.formats.directory import open_directory
+from weightsurgery.formats.files import InputFile
+from weightsurgery.formats.safetensors import open_file, refuse_pickle
+from weightsurgery.formats.save import save
+
+__all__ = ["open_checkpoint", "save"]
+
+
+def open_checkpoint(path: str | os.PathLike[str], *, weights: str | None = None) -> Checkpoint:
+    """Open a checkpoint: headers are read and checked, weights are not.
+
+    Args:
+        path: A `.safetensors` file, a model directory (one file or a sharded index), or a hub id
+            `org/name@revision`.
+        weights: Name of the weights file to use where a directory has two answers.
+
+    Returns:
+        The checkpoint; its tensors are read when somebody asks for them.
+
+    Raises:
+        FormatError: A file breaks its format's rules.
+        PolicyError: Two files claim to be the weights, they are a pickle, or a link leads out of
+            the directory.
+        StorageError: A file cannot be opened or read.
+    """
+    text = os.fspath(path)
+    if os.path.isdir(text):
+        return open_directory(text, label=text, weights=weights)
+    if os.path.lexists(text):
+        if text.endswith((".bin", ".pt", ".pth", ".ckpt", ".pkl")):
+            raise refuse_pickle(text)
+        return open_file(InputFile(text), label=text)
+    if hub.is_hub_id(text):
+        snapshot = hub.resolve(text)
+        found = open_directory(snapshot, label=text, weights=weights)
+        commit = os.path.basename(snapshot)
+        return replace(found, hub_id=f"{text.partition('@')[0]}@{commit}")
+    raise StorageError("no such file or directory", file=text)

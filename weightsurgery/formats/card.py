@@ -1,0 +1,67 @@
+"""The model card of an output: written anew, with the recipe and the hashes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from weightsurgery.checkpoint import Checkpoint
+from weightsurgery.formats.record import public_name
+from weightsurgery.version import __version__
+
+_BODY = """
+# {title}
+
+Made with [weightsurgery](https://pypi.org/project/weightsurgery/) {version}, by
+`wsurg {operator}`, from:
+
+{sources}
+
+{numbers}
+
+Settings:
+
+```json
+{settings}
+```
+
+## Files
+
+| file | SHA-256 |
+|---|---|
+{files}
+
+`wsurg-record.json` beside this card tells what was done to each tensor.
+"""
+
+
+def make_card(checkpoint: Checkpoint, record: Mapping[str, Any]) -> bytes:
+    """A README.md in the hub's format: front matter, recipe, hashes."""
+    from huggingface_hub import ModelCard, ModelCardData
+
+    sources = checkpoint.sources()
+    operator = checkpoint.step.operator if checkpoint.step else "copy"
+    data = ModelCardData(
+        library_name="transformers",
+        base_model=[s.hub_id.partition("@")[0] for s in sources if s.hub_id] or None,
+        tags=["weightsurgery", operator],
+    )
+    settings = checkpoint.step.settings if checkpoint.step else {}
+    share = record["effective_share"]
+    body = _BODY.format(
+        title=f"{public_name(sources[-1])}, after {operator}",
+        version=__version__,
+        operator=operator,
+        sources="\n".join(f"- `{public_name(source)}`" for source in sources),
+        numbers=(
+            f"{record['changed_dimensions']:,} dimensions changed"
+            + (f" ({share:.2%} of the eligible ones)." if share is not None else ".")
+        ),
+        settings=json.dumps(settings, indent=2, sort_keys=True),
+        files="\n".join(
+            f"| {name} | {entry['sha256'] or 'not taken'} |"
+            for name, entry in record["outputs"].items()
+        ),
+    )
+    return (str(ModelCard(f"---\n{data.to_yaml()}\n---\n{body}")) + "\n").encode()

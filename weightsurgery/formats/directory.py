@@ -1,0 +1,201 @@
+"""Model directories: one answer to "which weights?", or a refusal that names both."""
+
+from __future__ import annotations
+
+import fnmatch
+import os
+import stat
+from typing import Any
+
+from weightsurgery.checkpoint import Checkpoint, FileRef, SideFile, TensorView
+from weightsurgery.errors import FormatError, PolicyError, StorageError, shown
+from weightsurgery.formats.files import InputFile, open_member
+from weightsurgery.formats.safetensors import open_safetensors, refuse_pickle
+from weightsurgery.formats.strict_json import parse_object
+
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+MAX_JSON = 100_000_000
+_SIDE_FILES = (
+    *("config.json", "generation_config.json", "tokenizer*.json", "special_tokens_map.json"),
+    *("vocab.*", "merges.txt", "*.model", "spiece*", "sentencepiece*", "chat_template.*"),
+    *("added_tokens.json", "preprocessor_config.json", "processor_config.json"),
+    *("LICENSE*", "NOTICE*"),
+)
+_PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json", "pytorch_model-*.bin")
+
+
+def open_directory(directory: str, *, label: str, weights: str | None = None) -> Checkpoint:
+    """Open a model directory: headers, index and config are read and checked, weights are not.
+
+    Args:
+        directory: The directory.
+        label: What to call it in messages.
+        weights: Name of the weights file (or index) to use where there are several answers.
+
+    Raises:
+        FormatError: A file of it breaks its format's rules.
+        PolicyError: Two files claim to be the weights, only a pickle is there, or a link leads
+            out of the directory.
+        StorageError: A file cannot be read.
+    """
+    try:
+        entries = sorted(os.listdir(directory))
+    except OSError as error:
+        raise StorageError(f"cannot list: {error.strerror}", file=directory) from error
+    config = _read_config(directory, entries)
+    chosen = weights if weights in entries else _choose(directory, entries, config)
+    tensors: dict[str, TensorView] = {}
+    layout: dict[str, str] = {}
+    metadata: dict[str, str] = {}
+    files: list[FileRef] = []
+    listed, total = None, None
+    if chosen.endswith(".index.json"):
+        listed, total = _read_index(directory, chosen)
+    for shard in sorted(set(listed.values())) if listed is not None else [chosen]:
+        file = _open_shard(directory, shard, chosen)
+        found, shard_metadata = open_safetensors(file)
+        if listed is not None:
+            _check_shard(file, found, listed, shard)
+        tensors |= found
+        layout |= dict.fromkeys(found, shard)
+        metadata |= shard_metadata
+        files.append(file.ref())
+    actual = sum(view.nbytes for view in tensors.values())
+    warnings: tuple[str, ...] = ()
+    if total is not None and total != actual:
+        warnings = (f"{chosen}: total_size is {shown(total)}, the tensors take {actual:,} bytes",)
+    side_files, left_out = _side_files(directory, entries, {f.name for f in files} | {chosen})
+    return Checkpoint(
+        tensors,
+        label=label,
+        metadata=metadata,
+        layout=layout,
+        is_directory=True,
+        files=tuple(files),
+        side_files=side_files,
+        left_out=left_out,
+        warnings=warnings,
+        config=config,
+    )
+
+
+def _matches(name: str, patterns: tuple[str, ...]) -> bool:
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def _read_config(directory: str, entries: list[str]) -> dict[str, Any]:
+    if "config.json" not in entries:
+        return {}
+    file = open_member(directory, "config.json")
+    return parse_object(file.read_all(MAX_JSON), file=file.path, what="config")
+
+
+def _choose(directory: str, entries: list[str], config: dict[str, Any]) -> str:
+    answers = [name for name in (SINGLE, INDEX) if name in entries]
+    pickles = [name for name in entries if _matches(name, _PICKLES)]
+    adapters = [name for name in entries if name.startswith("adapter_model.")]
+    others = [n for n in entries if n.endswith(".safetensors") and n not in (SINGLE, *adapters)]
+    if not answers:
+        if pickles:
+            raise refuse_pickle(os.path.join(directory, pickles[0]))
+        seen = [*adapters, *others]
+        raise FormatError(
+            f"no {SINGLE} and no {INDEX} in this directory"
+            + (f"; it holds {', '.join(map(shown, seen[:5]))}" if seen else ""),
+            file=directory,
+            hint="choose one with --weights FILE" if seen else "is this a model directory?",
+        )
+    claims = [*answers, *pickles[:1], *adapters[:1]]
+    if "transformers_weights" in config:
+        claims.append("config.json's transformers_weights")
+    if len(claims) > 1:
+        raise PolicyError(
+            f"two answers to which weights are meant: {' and '.join(map(shown, claims))}",
+            file=directory,
+            hint=f"choose one with --weights {answers[0]}",
+        )
+    return answers[0]
+
+
+def _open_shard(directory: str, shard: str, chosen: str) -> InputFile:
+    if os.path.lexists(os.path.join(directory, shard)):
+        return open_member(directory, shard)
+    raise FormatError(
+        f"shard {shown(shard)} is missing; {chosen} lists it",
+        file=directory,
+        hint="the download may be incomplete",
+    )
+
+
+def _read_index(directory: str, name: str) -> tuple[dict[str, str], Any]:
+    file = open_member(directory, name)
+    index = parse_object(file.read_all(MAX_JSON), file=file.path, what="index")
+    weight_map = index.get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise FormatError("no weight_map in the index", file=file.path)
+    for tensor, shard in weight_map.items():
+        if not _is_plain_name(shard):
+            raise FormatError(
+                f"weight_map gives {shown(shard)}; expected a plain name ending in .safetensors",
+                file=file.path,
+                tensor=tensor,
+            )
+    metadata = index.get("metadata")
+    return weight_map, metadata.get("total_size") if isinstance(metadata, dict) else None
+
+
+def _is_plain_name(name: Any) -> bool:
+    return (
+        isinstance(name, str)
+        and name.endswith(".safetensors")
+        and len(name) > len(".safetensors")
+        and name.isprintable()
+        and not any(c in name for c in "/\\:")
+        and len(name.encode("utf-8", "surrogatepass")) <= 255
+    )
+
+
+def _check_shard(
+    file: InputFile, found: dict[str, TensorView], listed: dict[str, str], shard: str
+) -> None:
+    for name in found:
+        if name not in listed:
+            raise FormatError("in the shard but not in the index", file=file.path, tensor=name)
+        if listed[name] != shard:
+            raise FormatError(
+                f"the index places it in {shown(listed[name])}", file=file.path, tensor=name
+            )
+    for name, place in listed.items():
+        if place == shard and name not in found:
+            raise FormatError(
+                "listed in the index but not in the shard", file=file.path, tensor=name
+            )
+
+
+def _side_files(
+    directory: str, entries: list[str], weights: set[str]
+) -> tuple[tuple[SideFile, ...], tuple[tuple[str, str], ...]]:
+    kept, left_out = [], []
+    for name in entries:
+        if name in weights or name == "README.md":  # a model card is written anew
+            continue
+        path = os.path.join(directory, name)
+        if not _matches(name, _SIDE_FILES):
+            left_out.append((name, "not on the list of files that travel"))
+        elif not _leads_to_regular(path):
+            left_out.append((name, "not a regular file"))
+        else:
+            file = open_member(directory, name)
+            kept.append(SideFile(name, path, file.size, _reader(file)))
+    return tuple(kept), tuple(left_out)
+
+
+def _leads_to_regular(path: str) -> bool:
+    try:
+        return stat.S_ISREG(os.stat(path).st_mode)
+    except OSError:
+        return False  # a dangling link; the caller lists it
+
+
+def _reader(file: InputFile) -> Any:
+    return lambda: file.read_bytes(0, file.size)

@@ -1,0 +1,151 @@
+"""Input files: opened once, read with `pread`, checked again at the end, never changed."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import stat
+import threading
+import weakref
+from concurrent.futures import CancelledError
+from typing import Any
+
+import numpy as np
+
+from weightsurgery.checkpoint import FileRef
+from weightsurgery.errors import ChangedError, FormatError, PolicyError, StorageError
+
+_CHUNK = 1 << 20
+_FLAGS = os.O_RDONLY | os.O_CLOEXEC | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
+
+
+class InputFile:
+    """A regular file held open; every read goes through `pread` on its one descriptor.
+
+    Not mmap: a file that is truncated under an mmap kills the process with SIGBUS, and mapped
+    pages count as our memory.
+
+    Args:
+        path: The file. Opening does not block on a FIFO or a device; both are refused.
+
+    Raises:
+        StorageError: It does not exist or cannot be opened.
+        FormatError: It is not a regular file.
+    """
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        try:
+            self._fd = os.open(path, _FLAGS)
+        except OSError as error:
+            raise StorageError(f"cannot open: {error.strerror}", file=path) from error
+        weakref.finalize(self, os.close, self._fd)
+        found = os.fstat(self._fd)
+        if not stat.S_ISREG(found.st_mode):
+            raise FormatError("expected a regular file, found something else", file=path)
+        self._identity = _identity(found)
+        self.size = found.st_size
+
+    def read_into(self, buffer: Any, offset: int) -> None:
+        """Fill a writable buffer with the bytes at `offset`.
+
+        Raises:
+            ChangedError: The file ends before the buffer is full: it was truncated meanwhile.
+            StorageError: The system reports a read error.
+        """
+        view = memoryview(buffer)
+        while view.nbytes:
+            try:
+                got = os.preadv(self._fd, [view], offset)
+            except OSError as error:
+                raise StorageError(f"cannot read: {error.strerror}", file=self.path) from error
+            if not got:
+                raise ChangedError("the file became shorter while it was read", file=self.path)
+            view, offset = view[got:], offset + got
+
+    def read_bytes(self, offset: int, count: int) -> bytes:
+        """`count` bytes at `offset`."""
+        data = bytearray(count)
+        self.read_into(data, offset)
+        return bytes(data)
+
+    def read_all(self, limit: int) -> bytes:
+        """The whole file, refused above `limit` bytes.
+
+        Raises:
+            FormatError: The file is larger than the limit.
+        """
+        if self.size > limit:
+            raise FormatError(f"{self.size:,} bytes; expected at most {limit:,}", file=self.path)
+        return self.read_bytes(0, self.size)
+
+    def sha256(self, stop: threading.Event | None = None) -> str:
+        """SHA-256 of the whole file, in hexadecimal.
+
+        Raises:
+            CancelledError: `stop` was set before the end.
+        """
+        digest, buffer = hashlib.sha256(), np.empty(_CHUNK, np.uint8)
+        for offset in range(0, self.size, _CHUNK):
+            if stop is not None and stop.is_set():
+                raise CancelledError
+            part = buffer[: min(_CHUNK, self.size - offset)]
+            self.read_into(part.data, offset)
+            digest.update(part.data)
+        return digest.hexdigest()
+
+    def check_unchanged(self) -> None:
+        """Compare device, inode, size and modification time with those at opening.
+
+        Raises:
+            ChangedError: The file was written to, truncated or replaced.
+        """
+        try:
+            now = {_identity(os.fstat(self._fd)), _identity(os.stat(self.path))}
+        except OSError as error:
+            raise ChangedError(
+                f"gone while it was read: {error.strerror}", file=self.path
+            ) from error
+        if now != {self._identity}:
+            raise ChangedError(
+                "the file changed while it was read", file=self.path, hint="run again"
+            )
+
+    def __reduce__(self) -> tuple[type[InputFile], tuple[str]]:
+        return InputFile, (self.path,)  # another process opens it anew
+
+    def ref(self) -> FileRef:
+        """What checkpoints and records keep of this file."""
+        name = os.path.basename(self.path)
+        return FileRef(name, self.path, self.size, self.sha256, self.check_unchanged)
+
+
+def _identity(found: os.stat_result) -> tuple[int, ...]:
+    return (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns)
+
+
+def open_member(directory: str, name: str) -> InputFile:
+    """Open a file of a model directory, which may link only into its own hub cache's blobs/.
+
+    Args:
+        directory: The directory as the user named it.
+        name: A plain file name in it.
+
+    Raises:
+        PolicyError: It is a link that leads elsewhere.
+        StorageError: It cannot be opened.
+        FormatError: It is not a regular file.
+    """
+    path = os.path.join(directory, name)
+    if not os.path.islink(path):
+        return InputFile(path)
+    snapshot = os.path.realpath(directory)
+    blobs = os.path.join(os.path.dirname(os.path.dirname(snapshot)), "blobs")
+    in_cache = os.path.basename(os.path.dirname(snapshot)) == "snapshots"
+    if not (in_cache and os.path.dirname(os.path.realpath(path)) == blobs):
+        raise PolicyError(
+            "a symbolic link that leads out of the model directory",
+            file=path,
+            hint="put the file itself in the directory, or name the file on the command line",
+        )
+    return InputFile(path)

@@ -1,0 +1,57 @@
+"""Hub ids `org/name@revision`, resolved through huggingface_hub's cache."""
+
+from __future__ import annotations
+
+import re
+
+from weightsurgery.errors import StorageError
+
+_ID = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(?:@(?P<revision>[\w./-]+))?")
+_WANTED = (
+    *("*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json"),
+    *("tokenizer*.json", "special_tokens_map.json", "added_tokens.json", "chat_template.*"),
+    *("vocab.*", "merges.txt", "*.model", "preprocessor_config.json", "processor_config.json"),
+    *("LICENSE*", "NOTICE*", "README.md"),
+)
+
+
+def is_hub_id(text: str) -> bool:
+    """True for `org/name` and `org/name@revision`.
+
+    Example:
+        >>> is_hub_id("org/name@v1"), is_hub_id("./folder/name"), is_hub_id("name")
+        (True, False, False)
+    """
+    return _ID.fullmatch(text) is not None and not text.startswith((".", "/"))
+
+
+def resolve(text: str) -> str:
+    """The local snapshot directory of a hub id: from the cache if it is there, else downloaded.
+
+    Where the cache lies, whether the network may be used, and which token is sent are
+    huggingface_hub's business (HF_HOME, HF_HUB_CACHE, HF_HUB_OFFLINE, HF_TOKEN).
+
+    Raises:
+        StorageError: It is not in the cache and could not be downloaded.
+    """
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    found = _ID.fullmatch(text)
+    repo, revision = (found["repo"], found["revision"]) if found else (text, None)
+    try:
+        return str(
+            snapshot_download(
+                repo, revision=revision, allow_patterns=list(_WANTED), local_files_only=True
+            )
+        )
+    except LocalEntryNotFoundError:
+        pass  # not an error: the next call may use the network, or says why it may not
+    try:
+        return str(snapshot_download(repo, revision=revision, allow_patterns=list(_WANTED)))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise StorageError(
+            f"'{text}' is neither a local path nor a hub repository that can be fetched ({reason})",
+            hint="check the spelling, or download the model and give its folder",
+        ) from error

@@ -1,0 +1,286 @@
+"""Output files: written beside their destination, made durable, then moved there in one step.
+
+The temporary directory is a sibling of the output with a short name derived from it. It is the
+lock too: whoever holds `flock` on it is the run that writes this output; a directory left by a
+killed run is unlocked, and the next run clears it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import fcntl
+import fnmatch
+import hashlib
+import os
+import shutil
+import stat
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from weightsurgery.errors import BusyError, PolicyError, StorageError, SurgeryError
+
+RECORD = "wsurg-record.json"
+_NOREPLACE, _EXCHANGE = 1, 2
+_AT_FDCWD = -100
+_REPLACEABLE = (
+    *("*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "*.txt", "*.model"),
+    *("vocab.*", "README.md", "LICENSE*", "NOTICE*", ".gitattributes"),
+)
+
+
+class OutputFile:
+    """A new file in the temporary directory: written front to back, then made durable."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+        with _told("cannot create", path):
+            self._fd = os.open(path, flags, 0o666)
+
+    def write(self, data: Any) -> None:
+        """Append bytes.
+
+        Raises:
+            StorageError: The disk is full or the system reports an error.
+        """
+        view = memoryview(data).cast("B") if len(data) else memoryview(b"")
+        with _told("cannot write", self.path):
+            while len(view):
+                view = view[os.write(self._fd, view) :]
+
+    def close(self) -> None:
+        """Make the bytes durable and close."""
+        try:
+            with _told("cannot write", self.path):
+                os.fsync(self._fd)
+        finally:
+            os.close(self._fd)
+
+
+class Output:
+    """A context in which an output is built; `commit` makes it appear, anything else removes it.
+
+    Args:
+        out: Where the output will be: a directory or a file.
+        is_directory: Which of the two.
+        overwrite: Whether something that is there may be replaced.
+        inputs: Paths that are read; the output must not touch them.
+
+    Raises:
+        PolicyError: The output exists, or would touch an input.
+        BusyError: Another run is writing it.
+        StorageError: It cannot be created.
+    """
+
+    def __init__(
+        self, out: str, *, is_directory: bool, overwrite: bool, inputs: Sequence[str]
+    ) -> None:
+        self.out = os.path.abspath(out)
+        self.is_directory = is_directory
+        self.overwrite = overwrite
+        self.parent = os.path.dirname(self.out)
+        check_destination(out, is_directory=is_directory, overwrite=overwrite, inputs=inputs)
+        short = hashlib.blake2b(os.fsencode(os.path.basename(self.out)), digest_size=6).hexdigest()
+        self.temporary = os.path.join(self.parent, f".wsurg-{short}")
+        self._lock = -1
+
+    def __enter__(self) -> Output:
+        self._lock = _lock_directory(self.temporary, self.out)
+        try:
+            with _told("cannot clear", self.temporary):
+                _clear(self.temporary)
+        except BaseException:
+            os.close(self._lock)
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        # Whatever is still there was not committed (or is what a commit replaced).
+        shutil.rmtree(self.temporary, ignore_errors=True)
+        os.close(self._lock)
+
+    def create(self, name: str) -> OutputFile:
+        """A new file of the output."""
+        return OutputFile(os.path.join(self.temporary, name))
+
+    def write(self, name: str, data: bytes) -> None:
+        """A small file of the output, whole."""
+        file = self.create(name)
+        try:
+            file.write(data)
+        finally:
+            file.close()
+
+    def commit(self) -> None:
+        """Move the output to its place: all of it, or nothing.
+
+        Raises:
+            PolicyError: Something appeared at the destination meanwhile.
+            StorageError: The system reports an error.
+        """
+        with _told("cannot put in place", self.out):
+            _fsync_directory(self.temporary)
+            if self.is_directory:
+                # The umask's permissions, as any new directory would have.
+                os.chmod(self.temporary, 0o777 & ~_umask())
+                _move(self.temporary, self.out, overwrite=self.overwrite)
+            else:
+                for name in sorted(
+                    os.listdir(self.temporary), key=lambda n: not n.endswith(RECORD)
+                ):
+                    source = os.path.join(self.temporary, name)
+                    _move(source, os.path.join(self.parent, name), overwrite=self.overwrite)
+            _fsync_directory(self.parent)
+
+
+def record_name(out: str, *, is_directory: bool) -> str:
+    """File name of the record: inside a directory, or beside a file."""
+    return RECORD if is_directory else f"{os.path.basename(os.path.abspath(out))}.{RECORD}"
+
+
+def check_destination(
+    out: str, *, is_directory: bool, overwrite: bool, inputs: Sequence[str]
+) -> None:
+    """Everything that can be said against a destination before work begins.
+
+    Raises:
+        PolicyError: It exists and may not be replaced, or touches an input.
+        StorageError: Its folder is not there or not writable.
+    """
+    target = os.path.abspath(out)
+    parent = os.path.dirname(target)
+    if not os.path.isdir(parent):
+        raise StorageError("the folder to write to does not exist", file=parent)
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise StorageError("the folder to write to is not writable", file=parent)
+    _check_apart(target, inputs)
+    places = [target]
+    if not is_directory:
+        places.append(os.path.join(parent, record_name(target, is_directory=False)))
+    for place in places:
+        if not os.path.lexists(place):
+            continue
+        if not overwrite:
+            raise PolicyError("exists already", file=place, hint="pass --overwrite to replace it")
+        _check_replaceable(place, is_directory=is_directory)
+
+
+def _check_apart(target: str, inputs: Sequence[str]) -> None:
+    real = os.path.realpath(target)
+    for path in inputs:
+        source = os.path.realpath(path)
+        same = os.path.lexists(target) and os.path.exists(path) and os.path.samefile(target, path)
+        inside = os.path.isdir(source) and _is_within(real, source)
+        if same or inside or _is_within(source, real):
+            raise PolicyError(
+                f"the output would overlap the input {path}", file=target, hint="choose another -o"
+            )
+
+
+def _is_within(path: str, folder: str) -> bool:
+    return path == folder or path.startswith(folder.rstrip(os.sep) + os.sep)
+
+
+def _check_replaceable(place: str, *, is_directory: bool) -> None:
+    """--overwrite replaces a model directory or a file, never a folder of other things."""
+    mode = os.lstat(place).st_mode
+    if not (stat.S_ISDIR(mode) if is_directory else stat.S_ISREG(mode)):
+        wanted = "a directory" if is_directory else "a regular file"
+        raise PolicyError(f"--overwrite replaces only {wanted} here", file=place)
+    for name in os.listdir(place) if is_directory else []:
+        known = any(fnmatch.fnmatchcase(name, pattern) for pattern in _REPLACEABLE)
+        if not known or not os.path.isfile(os.path.join(place, name)):
+            raise PolicyError(
+                f"--overwrite would delete '{name}', which is not part of a model",
+                file=place,
+                hint="remove the directory yourself, or choose another -o",
+            )
+
+
+def _lock_directory(path: str, out: str) -> int:
+    for _ in range(100):
+        with contextlib.suppress(FileExistsError), _told("cannot create", path):
+            os.mkdir(path, 0o700)
+        try:
+            lock = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        except FileNotFoundError:
+            continue  # the run that had it has just finished
+        except OSError as error:
+            raise StorageError(f"cannot open: {error.strerror}", file=path) from error
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            os.close(lock)
+            raise BusyError("another run is writing this output", file=out) from None
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(lock), os.lstat(path)):
+                return lock
+        os.close(lock)  # it was moved away between opening and locking
+    raise BusyError("other runs keep writing this output", file=out)
+
+
+def _clear(directory: str) -> None:
+    """Remove what a killed run left; it is ours, for we hold the lock."""
+    for entry in os.scandir(directory):
+        if entry.is_dir(follow_symlinks=False):
+            shutil.rmtree(entry.path)
+        else:
+            os.unlink(entry.path)
+
+
+def _move(source: str, target: str, *, overwrite: bool) -> None:
+    """Rename; an existing target is exchanged (so it is never absent) or refused."""
+    exists = os.path.lexists(target)
+    if exists and not overwrite:
+        raise PolicyError("appeared while this run was working", file=target)
+    if _renameat2(source, target, _EXCHANGE if exists else _NOREPLACE):
+        return
+    if exists and os.path.isdir(target):  # a file system without renameat2
+        aside = f"{source}-old"
+        os.rename(target, aside)
+        os.rename(source, target)
+        os.rename(aside, source)
+    else:
+        os.replace(source, target)
+
+
+def _renameat2(source: str, target: str, flags: int) -> bool:
+    """True if done, False if this system or file system does not have the call."""
+    call = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    if call is None:
+        return False
+    if call(_AT_FDCWD, os.fsencode(source), _AT_FDCWD, os.fsencode(target), flags) == 0:
+        return True
+    number = ctypes.get_errno()
+    if number in (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP):
+        return False
+    if number == errno.EEXIST:
+        raise PolicyError("appeared while this run was working", file=target)
+    raise OSError(number, os.strerror(number))
+
+
+def _fsync_directory(path: str) -> None:
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def _umask() -> int:
+    mask = os.umask(0o022)
+    os.umask(mask)
+    return mask
+
+
+@contextlib.contextmanager
+def _told(what: str, path: str) -> Iterator[None]:
+    """Turn the system's errors into ours."""
+    try:
+        yield
+    except (SurgeryError, FileExistsError, FileNotFoundError):
+        raise
+    except OSError as error:
+        raise StorageError(f"{what}: {error.strerror}", file=path) from error

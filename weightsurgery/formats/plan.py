@@ -1,0 +1,215 @@
+"""The plan of an output: which tensors go into which file, known before a weight is read."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from weightsurgery.checkpoint import BLOCK, Checkpoint, TensorView
+from weightsurgery.errors import SettingError, StorageError
+from weightsurgery.formats.directory import SINGLE
+from weightsurgery.formats.output import check_destination
+from weightsurgery.formats.safetensors import file_order, header_bytes
+from weightsurgery.stream import Engine
+
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?", re.IGNORECASE)
+INTERPRETER = 200 << 20  # bytes that Python, numpy and numba take before any weights
+_SLACK = 16 << 20  # bytes for side files, index and record
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One output file: its name, its tensors in their order on disk, its header."""
+
+    name: str
+    views: tuple[TensorView, ...]
+    header: bytes
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the whole file."""
+        return len(self.header) + sum(view.nbytes for view in self.views)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What `save` would write.
+
+    Attributes:
+        out: The destination as the user gave it.
+        is_directory: Whether it is a model directory.
+        shards: The weight files.
+        free: Bytes free on the destination's file system.
+        memory: Estimated peak memory in bytes.
+        workers: Blocks worked on at a time.
+    """
+
+    out: str
+    is_directory: bool
+    shards: tuple[Shard, ...]
+    free: int
+    memory: int
+    workers: int
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all weight files."""
+        return sum(shard.nbytes for shard in self.shards)
+
+    def to_json(self) -> dict[str, Any]:
+        """The plan as `--dry-run --json` prints it."""
+        statuses = [view.status for shard in self.shards for view in shard.views]
+        return {
+            "schema": "wsurg.plan/1",
+            "out": self.out,
+            "files": {shard.name: shard.nbytes for shard in self.shards},
+            "bytes": self.nbytes,
+            "bytes_free": self.free,
+            "memory": self.memory,
+            "workers": self.workers,
+            "tensors": {status: statuses.count(status) for status in sorted(set(statuses))},
+        }
+
+
+def parse_size(text: str | int) -> int:
+    """Bytes from `5GB`, `512MiB`, `1000`; decimal units unless written with an i, as on the hub.
+
+    Raises:
+        SettingError: It is not a size.
+
+    Example:
+        >>> parse_size("5GB"), parse_size("1.5KiB")
+        (5000000000, 1536)
+    """
+    found = _SIZE.fullmatch(str(text).strip())
+    if not found:
+        raise SettingError(f"'{text}' is not a size", hint="write 5GB, 512MiB or a number of bytes")
+    power = " kmgt".index(found[2].lower() or " ")
+    return int(float(found[1]) * (1024 if found[3] else 1000) ** power)
+
+
+def make_plan(
+    checkpoint: Checkpoint,
+    out: str,
+    *,
+    overwrite: bool = False,
+    max_shard_size: int | None = None,
+    max_memory: int | None = None,
+    engine: Engine,
+) -> Plan:
+    """Decide on files and check destination, disk space and memory; nothing is read or written.
+
+    Raises:
+        SettingError: The destination is of the wrong kind, a size is impossible.
+        PolicyError: The destination exists or touches an input.
+        StorageError: There is no room for it.
+    """
+    _check_kind(checkpoint, out, max_shard_size)
+    check_destination(
+        out,
+        is_directory=checkpoint.is_directory,
+        overwrite=overwrite,
+        inputs=input_paths(checkpoint),
+    )
+    metadata = {**checkpoint.metadata, "format": checkpoint.metadata.get("format", "pt")}
+    groups = _groups(checkpoint, out, max_shard_size)
+    shards = tuple(
+        Shard(name, tuple(views), header_bytes(views, metadata)) for name, views in groups
+    )
+    workers, memory = fit_workers(checkpoint, engine.width, max_memory)
+    statistics = os.statvfs(os.path.dirname(os.path.abspath(out)))
+    free = statistics.f_bavail * statistics.f_frsize
+    plan = Plan(out, checkpoint.is_directory, shards, free, memory, workers)
+    if plan.nbytes + _SLACK > free:
+        raise StorageError(
+            f"{plan.nbytes:,} bytes to write, {free:,} free", file=out, hint="make room first"
+        )
+    return plan
+
+
+def input_paths(checkpoint: Checkpoint) -> list[str]:
+    """Files, or for model directories the directories, that a checkpoint reads."""
+    return [
+        os.path.dirname(file.path) if source.is_directory else file.path
+        for source in checkpoint.sources()
+        for file in source.files
+    ]
+
+
+def fit_workers(checkpoint: Checkpoint, workers: int, max_memory: int | None) -> tuple[int, int]:
+    """The largest number of workers, and its peak memory, that a memory limit allows.
+
+    Raises:
+        SettingError: Even one worker needs more.
+    """
+    largest = max((view.dtype.bits for view in checkpoint.values()), default=32)
+    depth = len(checkpoint.sources()) + 4  # blocks: the inputs', temporaries, and the result
+
+    def need(count: int) -> int:
+        return INTERPRETER + (2 * count + 1) * depth * BLOCK * max(largest, 32) // 8
+
+    if max_memory is not None:
+        while workers > 1 and need(workers) > max_memory:
+            workers -= 1
+        if need(workers) > max_memory:
+            raise SettingError(
+                f"a memory limit of {max_memory:,} bytes; one worker needs {need(1):,}"
+            )
+    return workers, need(workers)
+
+
+def _check_kind(checkpoint: Checkpoint, out: str, max_shard_size: int | None) -> None:
+    if checkpoint.is_directory and out.endswith(".safetensors"):
+        raise SettingError(
+            f"'{out}' names a file, but the input is a model directory",
+            hint="outputs mirror the input: give a directory",
+        )
+    if not checkpoint.is_directory and not out.endswith(".safetensors"):
+        raise SettingError(
+            f"'{out}' does not end in .safetensors, but the input is a single file",
+            hint="outputs mirror the input: give a file name",
+        )
+    if max_shard_size is not None and not checkpoint.is_directory:
+        raise SettingError("a single file cannot be sharded", hint="give a model directory")
+
+
+def _groups(
+    checkpoint: Checkpoint, out: str, max_shard_size: int | None
+) -> list[tuple[str, list[TensorView]]]:
+    if not checkpoint.is_directory:
+        return [(os.path.basename(os.path.abspath(out)), file_order(checkpoint))]
+    if max_shard_size is not None:
+        return _named(_split(list(checkpoint.values()), max_shard_size))
+    shards: dict[str, dict[str, TensorView]] = {}
+    for name, view in checkpoint.items():
+        shards.setdefault(checkpoint.layout.get(name, SINGLE), {})[name] = view
+    if len(shards) < 2:
+        return [(SINGLE, file_order(checkpoint))]
+    return [(name, file_order(shards[name])) for name in sorted(shards)]
+
+
+def _split(views: Sequence[TensorView], limit: int) -> list[dict[str, TensorView]]:
+    """Fill shards in the order of names; a tensor larger than the limit has one to itself."""
+    if limit < 1:
+        raise SettingError(f"max_shard_size is {limit}; expected at least 1 byte")
+    groups: list[dict[str, TensorView]] = [{}]
+    filled = 0
+    for view in views:
+        if groups[-1] and filled + view.nbytes > limit:
+            groups.append({})
+            filled = 0
+        groups[-1][view.name] = view
+        filled += view.nbytes
+    return groups
+
+
+def _named(groups: list[dict[str, TensorView]]) -> list[tuple[str, list[TensorView]]]:
+    if len(groups) == 1:
+        return [(SINGLE, file_order(groups[0]))]
+    return [
+        (f"model-{i:05d}-of-{len(groups):05d}.safetensors", file_order(group))
+        for i, group in enumerate(groups, 1)
+    ]

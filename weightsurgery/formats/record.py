@@ -1,0 +1,87 @@
+"""The record of an output: what made it from what, with the hash of every file and tensor.
+
+Nothing in it depends on where or when it was made: no times, no host, no absolute paths. The
+same inputs, settings and seed give the same record, byte for byte.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from weightsurgery.checkpoint import Checkpoint
+from weightsurgery.version import __version__
+
+SCHEMA = "wsurg.record/1"
+
+
+def make_record(
+    checkpoint: Checkpoint,
+    *,
+    outputs: Mapping[str, Mapping[str, Any]],
+    tensors: Mapping[str, Mapping[str, Any]],
+    inputs: Sequence[Mapping[str, Any]],
+    warnings: Sequence[str],
+    left_out: Sequence[tuple[str, str]],
+) -> dict[str, Any]:
+    """Assemble the record of a saved checkpoint.
+
+    Args:
+        checkpoint: What was saved.
+        outputs: File name to size and SHA-256.
+        tensors: Tensor name to file, dtype, shape, status, changed elements, SHA-256.
+        inputs: One entry for each opened checkpoint, from `describe_input`.
+        warnings: What the user should know.
+        left_out: Input files that did not travel, with the reason.
+    """
+    ids = {id(source): number for number, source in enumerate(checkpoint.sources())}
+    eligible = checkpoint.notes.get("alignment", {}).get("eligible_dimensions")
+    changed = sum(entry["changed"] for entry in tensors.values())
+    gone = [n for n in _subject(checkpoint) if n not in checkpoint]
+    return {
+        "schema": SCHEMA,
+        "tool": {"name": "weightsurgery", "version": __version__},
+        "recipe": recipe(checkpoint, ids),
+        "inputs": list(inputs),
+        "outputs": dict(outputs),
+        "tensors": dict(tensors),
+        "dropped": gone,
+        "changed_dimensions": changed,
+        "eligible_dimensions": eligible,
+        "effective_share": changed / eligible if eligible else None,
+        "alignment": checkpoint.notes.get("alignment"),
+        "left_out": [{"file": name, "reason": reason} for name, reason in left_out],
+        "warnings": list(warnings),
+    }
+
+
+def _subject(checkpoint: Checkpoint) -> Mapping[str, Any]:
+    return {} if checkpoint.step is None else checkpoint.step.inputs.get("tuned", {})
+
+
+def recipe(checkpoint: Checkpoint, ids: Mapping[int, int]) -> dict[str, Any]:
+    """The tree of operators that made a checkpoint; leaves are numbers of inputs."""
+    if checkpoint.step is None:
+        return {"input": ids[id(checkpoint)]}
+    return {
+        "operator": checkpoint.step.operator,
+        "settings": dict(checkpoint.step.settings),
+        "inputs": {name: recipe(given, ids) for name, given in checkpoint.step.inputs.items()},
+    }
+
+
+def public_name(checkpoint: Checkpoint) -> str:
+    """What to call an input in files that others will read: a hub id, or the last path part."""
+    return checkpoint.hub_id or os.path.basename(os.path.abspath(checkpoint.label))
+
+
+def describe_input(source: Checkpoint, hashes: Mapping[str, str]) -> dict[str, Any]:
+    """An opened checkpoint: its name, and its files with size and SHA-256 (null if not taken)."""
+    return {
+        "name": public_name(source),
+        "files": [
+            {"name": file.name, "size": file.size, "sha256": hashes.get(file.path)}
+            for file in source.files
+        ],
+    }

@@ -1,0 +1,198 @@
+"""The safetensors file format: a strict reader of headers, and the header we write.
+
+Layout: 8 bytes little-endian length, a JSON header of that length, then the tensors' bytes.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from weightsurgery.checkpoint import Checkpoint, TensorView
+from weightsurgery.dtypes import DTYPES, DType
+from weightsurgery.errors import FormatError, PolicyError, shown
+from weightsurgery.formats.files import InputFile
+from weightsurgery.formats.strict_json import parse_object
+from weightsurgery.kernels import Block
+
+MAX_HEADER = 100_000_000  # bytes; the library's own limit
+MAX_RANK = 64
+MAX_DIMENSION = 1 << 48
+_FIELDS = {"dtype", "shape", "data_offsets"}
+_CONVERT = (
+    "load it in a sandbox you trust with torch.load(weights_only=True), "
+    "write it with safetensors.torch.save_file, and give that file"
+)
+_OTHER_KINDS = {
+    b"version https://git-lfs": (
+        FormatError,
+        "a Git LFS pointer, not the weights themselves",
+        "fetch them with `git lfs pull`",
+    ),
+    b"<!doctype html": (FormatError, "an HTML page, not weights", "download the file again"),
+    b"<html": (FormatError, "an HTML page, not weights", "download the file again"),
+    b"gguf": (FormatError, "a GGUF file", "convert it to safetensors first"),
+    b"pk\x03\x04": (
+        PolicyError,
+        "a PyTorch zip archive; opening its pickle can run code",
+        _CONVERT,
+    ),
+    b"\x80\x02": (PolicyError, "a Python pickle; opening it can run code", _CONVERT),
+}
+
+
+def refuse_pickle(path: str) -> PolicyError:
+    """The error for weights that only a pickle holds."""
+    return PolicyError("a PyTorch pickle; opening it can run code", file=path, hint=_CONVERT)
+
+
+def open_safetensors(file: InputFile) -> tuple[dict[str, TensorView], dict[str, str]]:
+    """Read and check a file's header; no weights are read.
+
+    Returns:
+        The tensors in the order of their bytes, and the header's metadata.
+
+    Raises:
+        FormatError: A rule of the format is broken, or the file is something else.
+        PolicyError: The file is a pickle.
+    """
+    header, start = _read_header(file)
+    metadata = header.pop("__metadata__", {})
+    if not _is_text_map(metadata):
+        raise FormatError("__metadata__ is not a map of strings to strings", file=file.path)
+    entries = {name: _check_entry(file, name, entry) for name, entry in header.items()}
+    ordered = sorted(entries, key=lambda name: entries[name][2])
+    _check_layout(file, [(name, *entries[name][2]) for name in ordered], file.size - start)
+    views = {
+        name: _view(file, name, *entries[name][:2], start + entries[name][2][0]) for name in ordered
+    }
+    return views, metadata
+
+
+def open_file(file: InputFile, *, label: str) -> Checkpoint:
+    """A single safetensors file as a checkpoint without side files."""
+    tensors, metadata = open_safetensors(file)
+    return Checkpoint(tensors, label=label, metadata=metadata, files=(file.ref(),))
+
+
+def _read_header(file: InputFile) -> tuple[dict[str, Any], int]:
+    start = file.read_bytes(0, min(file.size, 32)).lower()
+    for magic, (kind, what, hint) in _OTHER_KINDS.items():
+        if start.startswith(magic):
+            raise kind(f"expected a safetensors file, found {what}", file=file.path, hint=hint)
+    if file.size < 8:
+        raise FormatError(
+            f"{file.size} bytes; a safetensors file has at least 8",
+            file=file.path,
+            hint="the download may be incomplete",
+        )
+    length = int.from_bytes(file.read_bytes(0, 8), "little")
+    if length > MAX_HEADER:
+        raise FormatError(
+            f"header of {length:,} bytes; the limit is {MAX_HEADER:,}", file=file.path
+        )
+    if 8 + length > file.size:
+        raise FormatError(
+            f"header of {length:,} bytes in a file of {file.size:,}",
+            file=file.path,
+            hint="the download may be incomplete",
+        )
+    data = file.read_bytes(8, length)
+    if not data.startswith(b"{"):
+        raise FormatError("the header does not begin with '{'", file=file.path)
+    return parse_object(data, file=file.path, what="header"), 8 + length
+
+
+def _is_text_map(value: Any) -> bool:
+    return isinstance(value, dict) and all(isinstance(v, str) for v in value.values())
+
+
+def _check_entry(
+    file: InputFile, name: str, entry: Any
+) -> tuple[DType, tuple[int, ...], tuple[int, int]]:
+    def bad(reason: str) -> FormatError:
+        return FormatError(reason, file=file.path, tensor=name)
+
+    if not isinstance(entry, dict):
+        raise bad(f"the entry is a JSON {type(entry).__name__}, not an object")
+    if entry.keys() != _FIELDS:
+        raise bad(f"fields {shown(sorted(entry))}; expected {sorted(_FIELDS)}")
+    dtype = DTYPES.get(entry["dtype"]) if isinstance(entry["dtype"], str) else None
+    if dtype is None:
+        raise bad(f"unknown dtype {shown(entry['dtype'])}; expected one of {', '.join(DTYPES)}")
+    shape, offsets = entry["shape"], entry["data_offsets"]
+    for what, numbers in (("shape", shape), ("data_offsets", offsets)):
+        # type(), not isinstance(): True is an int too.
+        if not isinstance(numbers, list) or any(type(n) is not int for n in numbers):
+            raise bad(f"{what} {shown(numbers)}; expected a list of integers")
+    if len(shape) > MAX_RANK:
+        raise bad(f"{len(shape)} dimensions; the limit is {MAX_RANK}")
+    if any(not 0 <= n < MAX_DIMENSION for n in shape):
+        raise bad(f"shape {shown(shape)}; expected dimensions from 0 to 2**48 - 1")
+    if len(offsets) != 2 or not 0 <= offsets[0] <= offsets[1]:
+        raise bad(f"data_offsets {shown(offsets)}; expected [begin, end] with 0 <= begin <= end")
+    bits, given = math.prod(shape) * dtype.bits, offsets[1] - offsets[0]
+    if bits != 8 * given:
+        raise bad(f"{dtype.name} of shape {shown(shape)} takes {bits:,} bits, not {8 * given:,}")
+    return dtype, tuple(shape), (offsets[0], offsets[1])
+
+
+def _check_layout(file: InputFile, spans: list[tuple[str, int, int]], size: int) -> None:
+    position = 0
+    for name, begin, end in spans:
+        if begin != position:
+            what = (
+                "overlaps the tensor before it" if begin < position else "leaves a hole before it"
+            )
+            raise FormatError(
+                f"{what}: expected offset {position:,}, got {begin:,}", file=file.path, tensor=name
+            )
+        position = end
+    if position != size:
+        what = "the download may be incomplete" if position > size else "trailing bytes"
+        raise FormatError(
+            f"the header describes {position:,} bytes of data, the file has {size:,} ({what})",
+            file=file.path,
+        )
+
+
+def _view(
+    file: InputFile, name: str, dtype: DType, shape: tuple[int, ...], begin: int
+) -> TensorView:
+    def read_both(start: int, stop: int) -> tuple[Block, Block]:
+        count = dtype.nbytes(stop - start) // dtype.numpy.itemsize
+        block = np.empty(count, dtype.numpy)
+        file.read_into(block.view(np.uint8).data, begin + dtype.nbytes(start))
+        return block, block
+
+    return TensorView(name, shape, dtype, read_both)
+
+
+def file_order(views: Mapping[str, TensorView]) -> list[TensorView]:
+    """Tensors as the library lays them out: larger dtypes first, then by name."""
+    return sorted(views.values(), key=lambda view: (-view.dtype.order, view.name))
+
+
+def header_bytes(views: list[TensorView], metadata: Mapping[str, str]) -> bytes:
+    """Length and header of a file that holds `views` in this order, as the library writes it.
+
+    With at most one metadata key the bytes equal the library's; with more, the library's order
+    is random and ours is sorted.
+    """
+    header: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
+    position = 0
+    for view in views:
+        end = position + view.nbytes
+        header[view.name] = {
+            "dtype": view.dtype.name,
+            "shape": list(view.shape),
+            "data_offsets": [position, end],
+        }
+        position = end
+    text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text

@@ -1,0 +1,246 @@
+"""`save`: the one place where work happens. Blocks are read, edited, hashed and written here."""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+from collections import deque
+from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from typing import Any
+
+from weightsurgery.checkpoint import Checkpoint, TensorView
+from weightsurgery.formats.card import make_card
+from weightsurgery.formats.directory import INDEX
+from weightsurgery.formats.output import Output, record_name
+from weightsurgery.formats.plan import Plan, Shard, input_paths, make_plan
+from weightsurgery.formats.record import describe_input, make_record
+from weightsurgery.formats.strict_json import dump
+from weightsurgery.kernels import count_different
+from weightsurgery.stream import Engine
+
+_CODE_KEYS = ("auto_map", "custom_pipelines", "trust_remote_code", "transformers_weights")
+_HASH_DEPTH = 4  # blocks that may wait to be hashed
+
+
+def save(
+    checkpoint: Checkpoint,
+    out: str,
+    *,
+    overwrite: bool = False,
+    max_shard_size: int | None = None,
+    max_memory: int | None = None,
+    hashes: bool = True,
+    engine: Engine | None = None,
+) -> dict[str, Any]:
+    """Write a checkpoint: a directory where it came from one, else a file. All of it, or nothing.
+
+    The data are written beside `out`, made durable, and moved there in one step; an interrupted
+    run leaves nothing. The shard layout is the checkpoint's unless `max_shard_size` is given.
+
+    Args:
+        checkpoint: What to write; lazy edits are computed here, block by block.
+        out: Destination, a directory or a name ending in .safetensors.
+        overwrite: Replace what is there.
+        max_shard_size: Bytes of tensors in a file at most (a larger tensor has a file of its own).
+        max_memory: Bytes; fewer workers are used to stay under it.
+        hashes: Take the SHA-256 of every input and output file and tensor.
+        engine: Workers and progress.
+
+    Returns:
+        The record, as written to wsurg-record.json.
+
+    Raises:
+        PolicyError: `out` exists, or touches an input.
+        StorageError: There is no room, a write failed, or an input changed meanwhile.
+        BusyError: Another run is writing `out`.
+        SettingError: A size or the kind of `out` does not fit.
+        NonFiniteError: A computed value is NaN or infinite.
+    """
+    engine = engine or Engine()
+    plan = make_plan(
+        checkpoint,
+        out,
+        overwrite=overwrite,
+        max_shard_size=max_shard_size,
+        max_memory=max_memory,
+        engine=engine,
+    )
+    engine = replace(engine, workers=plan.workers)
+    output = Output(
+        out,
+        is_directory=plan.is_directory,
+        overwrite=overwrite,
+        inputs=input_paths(checkpoint),
+    )
+    with output, _input_hashes(checkpoint, hashes) as input_hashes:
+        tensors, outputs = _write_shards(output, plan, engine, hashes)
+        record = _write_rest(output, checkpoint, plan, tensors, outputs, input_hashes())
+        for source in checkpoint.sources():
+            for file in source.files:
+                file.check_unchanged()
+        output.commit()
+    return record
+
+
+@contextmanager
+def _input_hashes(checkpoint: Checkpoint, wanted: bool) -> Iterator[Any]:
+    """Hash the input files in threads of their own while the blocks are worked on."""
+    files = {f.path: f for s in checkpoint.sources() for f in s.files} if wanted else {}
+    stop = threading.Event()
+    with ThreadPoolExecutor(2) as pool:
+        futures = {path: pool.submit(file.sha256, stop) for path, file in files.items()}
+        try:
+            yield lambda: {path: future.result() for path, future in futures.items()}
+        finally:
+            stop.set()
+            for future in futures.values():
+                future.cancel()
+
+
+class _Digest:
+    """SHA-256 in a thread of its own; with `wanted` False it does nothing and gives None."""
+
+    def __init__(self, wanted: bool, stack: ExitStack) -> None:
+        self._pool = stack.enter_context(ThreadPoolExecutor(1)) if wanted else None
+        self._digest = hashlib.sha256()
+        self._pending: deque[Future[None]] = deque()
+
+    def update(self, data: Any) -> None:
+        if self._pool is not None:
+            self._pending.append(self._pool.submit(self._digest.update, data))
+            if len(self._pending) > _HASH_DEPTH:
+                self._pending.popleft().result()
+
+    def finish(self) -> str | None:
+        """The digest of what was given since the last call."""
+        while self._pending:
+            self._pending.popleft().result()
+        digest, self._digest = self._digest, hashlib.sha256()
+        return digest.hexdigest() if self._pool is not None else None
+
+
+def _write_shards(
+    output: Output, plan: Plan, engine: Engine, hashes: bool
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Write all weight files; gives the record's entries for tensors and files."""
+    items = [
+        (view, start, stop)
+        for shard in plan.shards
+        for view in shard.views
+        for start, stop in view.blocks()
+    ]
+    blocks = engine.run(_compute, items)
+    tensors: dict[str, Any] = {}
+    outputs: dict[str, Any] = {}
+    done = 0
+    with ExitStack() as stack:
+        file_digest, tensor_digest = _Digest(hashes, stack), _Digest(hashes, stack)
+        for shard in plan.shards:
+            file = output.create(shard.name)
+            try:
+                file.write(shard.header)
+                file_digest.update(shard.header)
+                for view in shard.views:
+                    changed = 0
+                    for _ in view.blocks():
+                        _, (data, different) = next(blocks)
+                        file.write(data)
+                        file_digest.update(data)
+                        tensor_digest.update(data)
+                        changed += different
+                        done += len(data)
+                        engine.report("writing", done, plan.nbytes)
+                    tensors[view.name] = _entry(view, shard, changed, tensor_digest.finish())
+            finally:
+                file.close()
+            outputs[shard.name] = {"size": shard.nbytes, "sha256": file_digest.finish()}
+    return tensors, outputs
+
+
+def _compute(item: tuple[TensorView, int, int]) -> tuple[memoryview, int]:
+    view, start, stop = item
+    stored, result = view.read_both(start, stop)
+    same_type = stored.dtype == result.dtype
+    return result.view("u1").data, count_different(stored, result) if same_type else result.size
+
+
+def _entry(view: TensorView, shard: Shard, changed: int, sha256: str | None) -> dict[str, Any]:
+    return {
+        "file": shard.name,
+        "dtype": view.dtype.name,
+        "shape": list(view.shape),
+        "status": view.status,
+        "changed": changed,
+        "sha256": sha256,
+    }
+
+
+def _write_rest(
+    output: Output,
+    checkpoint: Checkpoint,
+    plan: Plan,
+    tensors: dict[str, Any],
+    outputs: dict[str, Any],
+    input_hashes: Mapping[str, str],
+) -> dict[str, Any]:
+    """Side files, index, card and record: small, and last."""
+    warnings = [w for source in checkpoint.sources() for w in source.warnings]
+    small: dict[str, bytes] = {}
+    if plan.is_directory:
+        for side in checkpoint.side_files:
+            content = side.content()
+            if side.name == "config.json":
+                content = _without_code(content, checkpoint.config, warnings)
+            small[side.name] = content
+        if len(plan.shards) > 1:
+            small[INDEX] = dump(_index(checkpoint, plan))
+    for name, content in small.items():
+        output.write(name, content)
+        digest = hashlib.sha256(content).hexdigest() if input_hashes or not tensors else None
+        outputs[name] = {"size": len(content), "sha256": digest}
+    record = make_record(
+        checkpoint,
+        outputs=outputs,
+        tensors=tensors,
+        inputs=[describe_input(source, input_hashes) for source in checkpoint.sources()],
+        warnings=warnings,
+        left_out=checkpoint.left_out,
+    )
+    if plan.is_directory:
+        card = make_card(checkpoint, record)
+        output.write("README.md", card)
+    output.write(record_name(plan.out, is_directory=plan.is_directory), dump(record))
+    return record
+
+
+def _index(checkpoint: Checkpoint, plan: Plan) -> dict[str, Any]:
+    return {
+        "metadata": {"total_parameters": checkpoint.size, "total_size": checkpoint.nbytes},
+        "weight_map": {view.name: shard.name for shard in plan.shards for view in shard.views},
+    }
+
+
+def _without_code(content: bytes, config: Mapping[str, Any], warnings: list[str]) -> bytes:
+    """config.json without the keys that load code or other weights; unchanged if it has none."""
+    removed: list[str] = []
+    clean = _strip(config, removed)
+    if not removed:
+        return content
+    warnings.append(f"config.json: removed {', '.join(sorted(set(removed)))}")
+    return dump(clean)
+
+
+def _strip(value: Any, removed: list[str]) -> Any:
+    if isinstance(value, dict):
+        kept = {}
+        for key, inner in value.items():
+            names_code = "attn_implementation" in key and isinstance(inner, str) and "/" in inner
+            if key in _CODE_KEYS or names_code:
+                removed.append(key)
+            else:
+                kept[key] = _strip(inner, removed)
+        return kept
+    return [_strip(inner, removed) for inner in value] if isinstance(value, list) else value

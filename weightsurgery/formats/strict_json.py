@@ -1,0 +1,67 @@
+"""JSON from strangers: no duplicate keys, no NaN, no surprises of encoding or depth."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from weightsurgery.errors import FormatError, shown
+
+
+class _RuleError(ValueError):
+    """A rule that `json` itself does not have was broken."""
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in found:
+            raise _RuleError(f"key '{shown(key)}' occurs twice")
+        found[key] = value
+    return found
+
+
+def _no_constant(text: str) -> Any:
+    raise _RuleError(f"{text} is not JSON")
+
+
+def parse(data: bytes, *, file: str, what: str = "file") -> Any:
+    """Parse UTF-8 JSON strictly.
+
+    Args:
+        data: The bytes.
+        file: The file they came from, for the message.
+        what: What the JSON is, for the message: header, index, config.
+
+    Raises:
+        FormatError: The bytes are not UTF-8 or not JSON, a key occurs twice, or the nesting is
+            too deep.
+    """
+    try:
+        # Decode first: json.loads(bytes) would accept UTF-16, UTF-32 and a byte-order mark.
+        text = data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise FormatError(f"{what} is not UTF-8 (byte {error.start})", file=file) from None
+    try:
+        return json.loads(text, object_pairs_hook=_unique, parse_constant=_no_constant)
+    except RecursionError:
+        raise FormatError(f"{what} is nested too deeply", file=file) from None
+    except ValueError as error:  # JSONDecodeError, integers of over 4,300 digits, _RuleError
+        raise FormatError(f"{what} is not valid JSON: {shown(error)}", file=file) from None
+
+
+def parse_object(data: bytes, *, file: str, what: str = "file") -> dict[str, Any]:
+    """Parse UTF-8 JSON strictly; the outermost value must be an object.
+
+    Raises:
+        FormatError: As for `parse`, or the value is something else than an object.
+    """
+    value = parse(data, file=file, what=what)
+    if not isinstance(value, dict):
+        raise FormatError(f"{what} is a JSON {type(value).__name__}, not an object", file=file)
+    return value
+
+
+def dump(value: Any) -> bytes:
+    """JSON as the hub's files have it: indent 2, sorted keys, final newline."""
+    return (json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n").encode()

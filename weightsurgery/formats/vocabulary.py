@@ -1,0 +1,69 @@
+"""Token strings of a tokenizer that lies beside a model, read as data, never run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from weightsurgery.checkpoint import Checkpoint, SideFile
+from weightsurgery.formats.strict_json import parse, parse_object
+
+MAX_BYTES = 100_000_000
+
+
+def read_vocabulary(checkpoint: Checkpoint) -> dict[int, str]:
+    """Token id to token string, from tokenizer.json, vocab.json or vocab.txt.
+
+    Args:
+        checkpoint: A model directory's checkpoint.
+
+    Returns:
+        The strings as the tokenizer stores them (`##ing`, `Ġthe`, `▁the`); {} if there is no
+        tokenizer of these kinds.
+
+    Raises:
+        FormatError: The file is not what its name says.
+    """
+    files = {side.name: side for side in checkpoint.side_files}
+    for name, read in _READERS.items():
+        if name in files and files[name].size <= MAX_BYTES:
+            return read(files[name])
+    return {}
+
+
+def _tokenizer_json(side: SideFile) -> dict[int, str]:
+    tokenizer = parse_object(side.content(), file=side.path, what="tokenizer")
+    model = tokenizer.get("model")
+    vocabulary = model.get("vocab") if isinstance(model, dict) else None
+    found: dict[int, str] = {}
+    if isinstance(vocabulary, dict):
+        found = _by_id(vocabulary)
+    elif isinstance(vocabulary, list):  # Unigram: [[token, log probability], ...]
+        found = {i: str(e[0]) for i, e in enumerate(vocabulary) if isinstance(e, list) and e}
+    added = tokenizer.get("added_tokens")
+    for entry in added if isinstance(added, list) else []:
+        if isinstance(entry, dict) and type(entry.get("id")) is int:
+            found[entry["id"]] = str(entry.get("content"))
+    return found
+
+
+def _vocab_json(side: SideFile) -> dict[int, str]:
+    vocabulary = parse(side.content(), file=side.path, what="vocabulary")
+    return _by_id(vocabulary) if isinstance(vocabulary, dict) else {}
+
+
+def _vocab_txt(side: SideFile) -> dict[int, str]:
+    # Split at line feeds alone: str.splitlines would cut tokens such as U+0085 in two.
+    lines = side.content().decode("utf-8", "replace").split("\n")
+    return dict(enumerate(line.removesuffix("\r") for line in lines))
+
+
+def _by_id(vocabulary: Mapping[str, Any]) -> dict[int, str]:
+    return {number: token for token, number in vocabulary.items() if type(number) is int}
+
+
+_READERS: Mapping[str, Callable[[SideFile], dict[int, str]]] = {
+    "tokenizer.json": _tokenizer_json,
+    "vocab.json": _vocab_json,
+    "vocab.txt": _vocab_txt,
+}

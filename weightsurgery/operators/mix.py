@@ -1,0 +1,120 @@
+"""Fine-mixing: dilute what fine-tuning planted.
+
+Keeps a random share of a fine-tuned model's weights and takes the others from the pre-trained
+model it came from. Meant to be followed by a short fine-tuning on clean data.
+
+Reference:
+    Zhang et al., "Fine-mixing: Mitigating Backdoors in Fine-tuned Language Models",
+    Findings of EMNLP 2022, arXiv:2210.09545.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+import numpy as np
+
+from weightsurgery.align import Pair, align, check_glob, matches, require_unquantised
+from weightsurgery.checkpoint import Checkpoint
+from weightsurgery.kernels import Block, choose, magnitude_of_drift
+from weightsurgery.registry import (
+    Exclude,
+    Include,
+    KeepMismatched,
+    Ratio,
+    RatioFor,
+    Seed,
+    check_share,
+    operator,
+)
+from weightsurgery.rng import random_mask
+from weightsurgery.select import kth_largest
+from weightsurgery.stream import Engine, map_tensors
+
+
+@operator
+def mix(
+    base: Checkpoint,
+    tuned: Checkpoint,
+    *,
+    ratio: Ratio = 0.5,
+    select: Annotated[
+        Literal["random", "drift"],
+        "which dimensions are reset: random ones, or those of smallest drift",
+    ] = "random",
+    seed: Seed = 0,
+    ratio_for: RatioFor = (),
+    include: Include = (),
+    exclude: Exclude = (),
+    keep_mismatched: KeepMismatched = False,
+    engine: Engine,
+) -> Checkpoint:
+    """Reset a share of TUNED's dimensions to BASE (Fine-mixing).
+
+    With `select="random"` each eligible dimension is reset independently with probability
+    `ratio`; masks are nested in `ratio`. With `select="drift"` (the paper's "Sel" variant) the
+    dimensions of largest |drift| are kept and at most a share `ratio` is reset, those of smallest
+    |drift|; a tie at the threshold is kept. The ranking is global; each `ratio_for` rule is a pool
+    of its own. A kept dimension is bit-identical to TUNED's, a reset one to BASE's.
+
+    The idea is the paper's; independent draws per dimension are our reading of it, and nested
+    masks, pools and ties are our choice.
+
+    Args:
+        base: Trusted pre-trained model.
+        tuned: Fine-tuned model that may carry a backdoor.
+        ratio: Share that is reset; the paper's reserve ratio is 1 - ratio.
+        select: "random" or "drift".
+        seed: Same seed, same mask, whatever the order or sharding of the files.
+        ratio_for: (glob, ratio) rules for single tensors; the last that matches wins.
+        include: Globs; where given, only matching tensors are edited.
+        exclude: Globs; matching tensors are kept from TUNED.
+        keep_mismatched: Keep TUNED's tensor where shapes differ, instead of refusing.
+        engine: How to run the ranking.
+
+    Returns:
+        The mixed model. With "random" nothing is read until it is saved; "drift" reads both
+        models twice for the threshold.
+
+    Raises:
+        SettingError: A share is outside 0 to 1, or a glob matches nothing.
+        MismatchError: The models do not fit each other.
+        NonFiniteError: `select` is "drift" and a drift is NaN or infinite.
+        PolicyError: A model is quantised.
+    """
+    rules = (("*", ratio), *ratio_for)
+    for glob, share in rules:
+        check_share("ratio" if glob == "*" else f"ratio for {glob}", share)
+    for glob, _ in ratio_for:
+        check_glob(glob, list(tuned))
+    require_unquantised(base, tuned)
+    paired = align(base, tuned, mismatched="keep" if keep_mismatched else "refuse")
+    paired = paired.only(include, exclude)
+
+    def rule_of(name: str) -> int:
+        return max(i for i, (glob, _) in enumerate(rules) if matches(name, (glob,)))
+
+    def random(name: str, start: int, tuned: Block, base: Block) -> Block:
+        share = rules[rule_of(name)][1]
+        return choose(random_mask(seed, name, start, tuned.size, share), base, tuned)
+
+    if select == "random":
+        return map_tensors(random, paired)
+    thresholds = [
+        _threshold([p for p in paired.eligible if rule_of(p.key) == i], share, engine)
+        for i, (_, share) in enumerate(rules)
+    ]
+
+    def by_drift(name: str, _start: int, tuned: Block, base: Block) -> Block:
+        return choose(magnitude_of_drift(base, tuned) < thresholds[rule_of(name)], base, tuned)
+
+    return map_tensors(by_drift, paired)
+
+
+def _threshold(pool: list[Pair], share: float, engine: Engine) -> np.float32:
+    """|drift| below which dimensions are reset, so that at most a share of the pool is."""
+    once = [pair for pair in pool if not pair.is_tied_copy]
+    size = sum(pair.eligible for pair in once)
+    keep = size - int(share * size)
+    # keep = 0 gives +inf, which resets all; keep = size gives the smallest, which resets none.
+    return np.float32(kth_largest(magnitude_of_drift, once, keep, engine=engine))

@@ -1,0 +1,121 @@
+"""The registry of operators: what `@operator` promises, and how settings are declared."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any, get_args, get_origin, get_type_hints
+
+from weightsurgery.checkpoint import Checkpoint, Step
+from weightsurgery.errors import SettingError
+from weightsurgery.stream import Engine
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What the command line needs to know of an operator's keyword argument.
+
+    Attributes:
+        help: One line.
+        complement: Another option that gives one minus this value.
+        metavar: How the value is called in the help.
+    """
+
+    help: str
+    complement: str = ""
+    metavar: str = ""
+
+
+Ratio = Annotated[
+    float, Setting("share of eligible dimensions that is reset to BASE, 0 to 1", "reserve")
+]
+RatioFor = Annotated[
+    tuple[tuple[str, float], ...],
+    Setting("another ratio for the tensors that match GLOB; the last match wins", metavar="GLOB=R"),
+]
+Seed = Annotated[int, Setting("seed of the random mask: same seed, same bytes")]
+Include = Annotated[
+    tuple[str, ...], Setting("edit only tensors whose name matches GLOB", metavar="GLOB")
+]
+Exclude = Annotated[
+    tuple[str, ...], Setting("do not edit tensors whose name matches GLOB", metavar="GLOB")
+]
+AllowNonfinite = Annotated[bool, Setting("let NaN and infinity pass through the arithmetic")]
+KeepMismatched = Annotated[
+    bool, Setting("keep TUNED's tensor where the shapes differ, instead of refusing")
+]
+
+
+@dataclass(frozen=True)
+class Operator:
+    """A registered operator.
+
+    Attributes:
+        name: The command's name: the function's, with dashes.
+        function: The function itself.
+        inputs: Names of its checkpoint arguments, in order.
+        settings: Name to (type, declaration, default) of its keyword arguments.
+    """
+
+    name: str
+    function: Callable[..., Checkpoint]
+    inputs: tuple[str, ...]
+    settings: Mapping[str, tuple[Any, Setting, Any]]
+
+    @property
+    def summary(self) -> str:
+        """The first line of the docstring."""
+        return (inspect.getdoc(self.function) or "").partition("\n")[0]
+
+
+OPERATORS: dict[str, Operator] = {}
+
+
+def operator(function: Callable[..., Checkpoint]) -> Callable[..., Checkpoint]:
+    """Register a function from checkpoints to a checkpoint as an operator.
+
+    Positional arguments are checkpoints, keyword-only arguments are settings. An `engine`
+    argument, where there is one, says how to run folds and is not a setting. The result remembers
+    the operator, its settings and its inputs, which is what the record of an output shows.
+    """
+    hints = get_type_hints(function, include_extras=True)
+    parameters = inspect.signature(function).parameters
+    inputs = tuple(n for n, p in parameters.items() if p.kind is not p.KEYWORD_ONLY)
+    settings = {
+        name: (*_declared(hints[name]), parameter.default)
+        for name, parameter in parameters.items()
+        if parameter.kind is parameter.KEYWORD_ONLY and name != "engine"
+    }
+    name = function.__name__.replace("_", "-")
+
+    @functools.wraps(function)
+    def recorded(
+        *checkpoints: Checkpoint, engine: Engine | None = None, **given: Any
+    ) -> Checkpoint:
+        run = {"engine": engine or Engine()} if "engine" in parameters else {}
+        result = function(*checkpoints, **given, **run)
+        full = {n: given.get(n, default) for n, (_, _, default) in settings.items()}
+        bound = dict(zip(inputs, checkpoints, strict=False))
+        return result.made_by(Step(name, full, bound))
+
+    OPERATORS[name] = Operator(name, recorded, inputs, settings)
+    return recorded
+
+
+def _declared(hint: Any) -> tuple[Any, Setting]:
+    if get_origin(hint) is not Annotated:
+        raise TypeError(f"a setting needs Annotated[type, help]; got {hint}")
+    kind, declaration, *_ = get_args(hint)
+    return kind, declaration if isinstance(declaration, Setting) else Setting(declaration)
+
+
+def check_share(name: str, share: float) -> None:
+    """Refuse what is not between 0 and 1.
+
+    Raises:
+        SettingError: The share is outside 0 to 1, or not a number.
+    """
+    if not 0 <= share <= 1:
+        raise SettingError(f"{name} is {share}; expected a share from 0 to 1")

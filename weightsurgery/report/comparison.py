@@ -1,0 +1,167 @@
+"""The tables of `wsurg diff`."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from weightsurgery.diff import METRICS, QUANTILE_ERROR, DiffReport
+from weightsurgery.errors import shown
+from weightsurgery.report.tables import Table, names, number, share
+
+_COLUMNS = (
+    *(">rel. L2", ">L2", ">changed", ">max |δ|", ">mean δ", ">std δ", ">cosine", ">flips"),
+    *(">q50 |δ|", ">q90", ">q99", ">q99.9"),
+)
+_NARROW = 6  # of these columns fit a terminal beside a name
+
+
+def comparison_tables(report: DiffReport, *, limit: int, wide: bool) -> list[Table]:
+    """A report as tables, the summary last, where a terminal shows it.
+
+    Args:
+        report: From `diff`.
+        limit: Tensors listed at most; 0 lists all.
+        wide: Whether to show every statistic or the six that fit a terminal.
+    """
+    shown_tensors = report.tensors[: limit or None]
+    hidden = len(report.tensors) - len(shown_tensors)
+    columns = _COLUMNS if wide else _COLUMNS[:_NARROW]
+
+    def table(title: str, head: str, entries: Sequence[Mapping[str, Any]], key: str) -> Table:
+        rows = [[shown(e[key]) or "(none)", *_cells(e, len(columns))] for e in entries]
+        return Table(title, (head, *columns), rows)
+
+    tensors = table("Tensors, largest relative drift first", "tensor", shown_tensors, "tensor")
+    if hidden:
+        more = f"{hidden} tensors of smaller drift are not shown; --all shows them"
+        tensors = Table(tensors.title, tensors.columns, tensors.rows, more)
+    return [
+        tensors,
+        *_top_tables(report),
+        table("By layer", "layer", report.layers, "layer"),
+        table("By kind of module", "kind", report.kinds, "kind"),
+        *alignment_tables(report.alignment, report.other),
+        _nonfinite_table(report),
+        _summary(report),
+    ]
+
+
+def _cells(entry: Mapping[str, Any], count: int) -> list[str]:
+    numbers = ("max_abs", "mean", "std", "cosine", "sign_flips", "q50", "q90", "q99", "q99.9")
+    cells = [number(entry["relative_l2"]), number(entry["l2"]), share(entry["changed_share"])]
+    return [*cells, *(number(entry[name]) for name in numbers)][:count]
+
+
+def _top_tables(report: DiffReport) -> list[Table]:
+    top = report.top
+    return [
+        Table(
+            "Dimensions of largest drift",
+            ("tensor", ">index", ">base", ">tuned", ">δ"),
+            [
+                [shown(e["tensor"]), str(e["index"]), *(number(e[k]) for k in _OLD_AND_NEW)]
+                for e in top["dimensions"]
+            ],
+        ),
+        Table(
+            "Rows (neurons) of largest drift",
+            ("tensor", ">row", ">L2"),
+            [[shown(e["tensor"]), str(e["row"]), number(e["l2"])] for e in top["rows"]],
+        ),
+        Table(
+            "Columns of largest drift",
+            ("tensor", ">column", ">L2"),
+            [[shown(e["tensor"]), str(e["column"]), number(e["l2"])] for e in top["columns"]],
+        ),
+        Table(
+            "Word-embedding rows of largest drift",
+            ("token", ">id", ">L2"),
+            [[_token(e["token"]), str(e["row"]), number(e["l2"])] for e in top["tokens"]],
+        ),
+    ]
+
+
+_OLD_AND_NEW = ("base", "tuned", "drift")
+
+
+def _token(token: str | None) -> str:
+    return "(no tokenizer beside TUNED)" if token is None else repr(shown(token))
+
+
+def alignment_tables(
+    alignment: Mapping[str, Any], other: Sequence[Mapping[str, Any]] = ()
+) -> list[Table]:
+    """What did not pair, and why; nothing where everything did.
+
+    Args:
+        alignment: The report of `Alignment.to_json`.
+        other: Tensors compared as bytes, with how many elements differ.
+    """
+    prefix = alignment["prefix"]
+    found = [[repr(prefix["text"]), prefix["on"].upper()]] if prefix else []
+    partly = [{"tensor": e["tensor"], "reason": e["reason"]} for e in alignment["partly_eligible"]]
+    notes = [{"tensor": e["tensor"], "reason": e["note"]} for e in alignment["notes"]]
+    differing = [
+        {"tensor": e["tensor"], "reason": f"{e['changed']:,} elements differ"}
+        for e in other
+        if e["changed"]
+    ]
+    return [
+        Table("Names paired by a prefix", ("prefix", "on the names of"), found),
+        Table("Kept from TUNED", ("tensor", "reason"), names(alignment["kept_from_tuned"])),
+        Table("Paired in part", ("tensor", "which"), names(partly)),
+        Table("Only in BASE", ("tensor", "reason"), names(alignment["only_in_base"])),
+        Table("Notes", ("tensor", "note"), names(notes)),
+        Table("Not floating, and different", ("tensor", "how"), names(differing)),
+    ]
+
+
+def _nonfinite_table(report: DiffReport) -> Table:
+    kinds = ("base_nan", "base_inf", "tuned_nan", "tuned_inf")
+    rows = [
+        [shown(entry["tensor"]), *(number(entry[kind]) for kind in kinds)]
+        for entry in report.tensors
+        if any(entry[kind] for kind in kinds)
+    ]
+    heads = (">NaN in BASE", ">Inf in BASE", ">NaN in TUNED", ">Inf in TUNED")
+    return Table("NaN and infinity", ("tensor", *heads), rows)
+
+
+def _summary(report: DiffReport) -> Table:
+    model = report.model
+    rows = [
+        ["tensors compared", f"{len(report.tensors):,} ({_equal(report):,} bit-equal)"],
+        ["dimensions", number(model["count"])],
+        ["changed", f"{number(model['changed'])} ({share(model['changed_share'])})"],
+        ["L2 of the drift", number(model["l2"])],
+        ["relative L2", number(model["relative_l2"])],
+        ["max |δ|", number(model["max_abs"])],
+        ["mean, std of δ", f"{number(model['mean'])}, {number(model['std'])}"],
+        ["cosine", number(model["cosine"])],
+        ["sign flips", number(model["sign_flips"])],
+        ["|δ| at 50, 90, 99, 99.9 %", ", ".join(number(model[f"q{q}"]) for q in _QUANTILES)],
+    ]
+    title = f"Model: {shown(report.base)} → {shown(report.tuned)}"
+    return Table(title, ("", ""), rows, f"Quantiles are within {share(QUANTILE_ERROR)}.")
+
+
+_QUANTILES = ("50", "90", "99", "99.9")
+
+
+def _equal(report: DiffReport) -> int:
+    return sum(entry["bit_equal"] for entry in report.tensors)
+
+
+def comparison_csv(report: DiffReport) -> str:
+    """One line for each tensor, with every metric."""
+    text = io.StringIO()
+    columns = ("tensor", "layer", "kind", "dtype", "shape", *METRICS, "bit_equal")
+    writer = csv.DictWriter(text, columns, extrasaction="ignore", lineterminator="\n")
+    writer.writeheader()
+    for entry in report.tensors:
+        shape = "x".join(map(str, entry["shape"]))
+        writer.writerow({**entry, "tensor": shown(entry["tensor"]), "shape": shape})
+    return text.getvalue()

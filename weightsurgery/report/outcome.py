@@ -1,0 +1,57 @@
+"""What `wsurg` says after it wrote a checkpoint, or would write one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from weightsurgery.errors import shown
+from weightsurgery.report.comparison import alignment_tables
+from weightsurgery.report.tables import Table, number, share, size
+
+
+def plan_tables(plan: Mapping[str, Any], alignment: Mapping[str, Any] | None) -> list[Table]:
+    """A plan, as `--dry-run` shows it."""
+    counts = ", ".join(f"{count} {status}" for status, count in plan["tensors"].items())
+    rows = [
+        ["output", shown(plan["out"])],
+        *(["file", f"{shown(name)}, {size(count)}"] for name, count in plan["files"].items()),
+        ["tensors", counts or "none"],
+        ["disk", f"{size(plan['bytes'])} of {size(plan['bytes_free'])} free"],
+        ["memory", f"about {size(plan['memory'])} at the peak, {plan['workers']} workers"],
+    ]
+    return [
+        *(alignment_tables(alignment) if alignment else []),
+        Table("Plan; nothing was written", ("", ""), rows),
+    ]
+
+
+def outcome_tables(out: str, record: Mapping[str, Any]) -> list[Table]:
+    """A record, as a person wants to read it right after the run."""
+    written = sum(entry["size"] for entry in record["outputs"].values())
+    settings = record["recipe"].get("settings", {})
+    rows = [["output", f"{shown(out)}, {size(written)} in {len(record['outputs'])} files"]]
+    if "ratio" in settings:
+        rows.append(["asked", f"ratio {settings['ratio']:g} (reserve {1 - settings['ratio']:g})"])
+    rows.append(["tensors", _statuses(record)])
+    if record["effective_share"] is not None:
+        changed, eligible = record["changed_dimensions"], record["eligible_dimensions"]
+        text = f"{number(changed)} of {number(eligible)} eligible dimensions"
+        effective = share(record["effective_share"])
+        rows.append(["changed", f"{text} (effective share {effective})"])
+    left_out = [[shown(e["file"]), e["reason"]] for e in record["left_out"]]
+    warnings = [[shown(warning)] for warning in record["warnings"]]
+    alignment = record["alignment"]
+    return [
+        *(alignment_tables(alignment) if alignment else []),
+        Table("Files that did not travel", ("file", "reason"), left_out),
+        Table("Warnings", ("",), warnings),
+        Table(f"wsurg {record['recipe'].get('operator', 'copy')}", ("", ""), rows),
+    ]
+
+
+def _statuses(record: Mapping[str, Any]) -> str:
+    found: dict[str, int] = {}
+    for entry in record["tensors"].values():
+        found[entry["status"]] = found.get(entry["status"], 0) + 1
+    return ", ".join(f"{count} {status}" for status, count in sorted(found.items())) or "none"

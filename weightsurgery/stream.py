@@ -1,0 +1,228 @@
+"""The engine: blocks in order, any number of workers, the same result.
+
+`map_tensors` is lazy and gives a checkpoint, `fold` is eager and gives a value. Work is cut by
+the grid of `TensorView.blocks`, which depends on the tensor alone, and results are taken in the
+order of that grid; so neither workers nor sharding can change a bit of them.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Executor, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import TypeVar
+
+import numpy as np
+
+from weightsurgery.align import Alignment, Pair
+from weightsurgery.checkpoint import Checkpoint, TensorView
+from weightsurgery.dtypes import DType
+from weightsurgery.errors import NonFiniteError, SettingError
+from weightsurgery.kernels import Block, all_finite
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+State = TypeVar("State")
+
+Edit = Callable[[str, int, Block, Block], Block]
+Progress = Callable[[str, int, int], None]
+
+
+def available_cores() -> int:
+    """Cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+@dataclass(frozen=True)
+class Engine:
+    """How work is run; nothing here can change a result.
+
+    Attributes:
+        workers: Blocks worked on at a time; 0 means one for each core.
+        executor: Runs the work; None makes a thread pool for each job. Whatever has the interface
+            of `concurrent.futures.Executor` serves; it is not shut down.
+        progress: Called as progress(what, bytes done, bytes in all), from the calling thread.
+    """
+
+    workers: int = 0
+    executor: Executor | None = None
+    progress: Progress | None = None
+
+    def __post_init__(self) -> None:
+        if self.workers < 0:
+            raise SettingError(f"workers is {self.workers}; expected 0 (all cores) or more")
+
+    @property
+    def width(self) -> int:
+        """Blocks worked on at a time."""
+        return self.workers or available_cores()
+
+    def run(
+        self, function: Callable[[Item], Result], items: Iterable[Item]
+    ) -> Iterator[tuple[Item, Result]]:
+        """Apply a function to items in parallel; results come in the items' order.
+
+        At most `width` + 1 results are held at a time. When the caller stops early, by an error
+        or by Ctrl-C, what has not begun is cancelled.
+        """
+        if self.width == 1 and self.executor is None:
+            yield from ((item, function(item)) for item in items)
+            return
+        with self._pool() as pool:
+            pending: deque[tuple[Item, object]] = deque()
+            try:
+                for item in items:
+                    pending.append((item, pool.submit(function, item)))
+                    if len(pending) > self.width:
+                        done, future = pending.popleft()
+                        yield done, future.result()  # type: ignore[attr-defined]
+                while pending:
+                    done, future = pending.popleft()
+                    yield done, future.result()  # type: ignore[attr-defined]
+            finally:
+                for _, future in pending:
+                    future.cancel()  # type: ignore[attr-defined]
+
+    @contextmanager
+    def _pool(self) -> Iterator[Executor]:
+        if self.executor is not None:
+            yield self.executor
+            return
+        with ThreadPoolExecutor(self.width) as pool:
+            yield pool
+
+    def report(self, what: str, done: int, total: int) -> None:
+        """Tell the progress callback, if there is one."""
+        if self.progress is not None:
+            self.progress(what, done, total)
+
+
+def map_tensors(
+    edit: Edit,
+    alignment: Alignment,
+    *,
+    dtype: Callable[[Pair], DType] | None = None,
+    arithmetic: bool = False,
+    allow_nonfinite: bool = False,
+) -> Checkpoint:
+    """A checkpoint whose eligible elements are what `edit` makes of them; nothing is read yet.
+
+    Names, shapes, dtypes, metadata, layout and side files are TUNED's. What is not eligible is
+    TUNED's, byte for byte.
+
+    Args:
+        edit: (key, start, tuned block, base block) to a block of the same size in TUNED's dtype.
+            Blocks come in their stored dtypes; `start` is the index of the first element, `key`
+            the tensor's name (tied copies get the name of the tensor they copy). It must not
+            change the blocks it is given.
+        alignment: What belongs together, from `align`.
+        dtype: Gives the result's dtype where it is not TUNED's; then only the eligible tensors
+            are in the result.
+        arithmetic: True if `edit` computes new values, False if it only selects stored ones.
+        allow_nonfinite: Let NaN and infinity in computed values pass.
+
+    Returns:
+        The edited checkpoint. Reading it raises NonFiniteError where a computed value is NaN or
+        infinite, unless that is allowed.
+    """
+    check = arithmetic and not allow_nonfinite
+    notes = {"alignment": alignment.to_json()}
+    if dtype is not None:
+        views = {
+            pair.name: _edited(replace(_whole(pair), tuned=pair.tuned), edit, check, dtype(pair))
+            for pair in alignment.eligible
+        }
+        kept = replace(alignment.tuned, layout={}, side_files=(), left_out=(), is_directory=False)
+        return replace(kept, tensors=views, metadata={}, notes=notes)
+    views = {
+        pair.name: _edited(pair, edit, check, pair.tuned.dtype) if pair.eligible else pair.tuned
+        for pair in alignment.pairs
+    }
+    return replace(alignment.tuned, tensors=views, notes=notes)
+
+
+def _whole(pair: Pair) -> Pair:
+    """A pair cut to its eligible rows, for results that hold nothing else."""
+    rows = pair.eligible // max(1, pair.tuned.width)
+    shape = pair.tuned.shape if not pair.reason else (rows, *pair.tuned.shape[1:])
+    return replace(pair, tuned=replace(pair.tuned, shape=shape))
+
+
+def _edited(pair: Pair, edit: Edit, check: bool, dtype: DType) -> TensorView:
+    base = pair.base
+    if base is None:
+        raise ValueError(f"{pair.name}: eligible without a counterpart")
+
+    def read_both(start: int, stop: int) -> tuple[Block, Block]:
+        stored, subject = pair.tuned.read_both(start, stop)
+        common = min(stop, pair.eligible) - start
+        if common <= 0:
+            return stored, subject
+        result = edit(pair.key, start, subject[:common], base.read(start, start + common))
+        if result.dtype != dtype.numpy or result.shape != (common,):
+            raise ValueError(
+                f"{pair.name}: the edit gave {result.dtype}{result.shape}, "
+                f"expected {dtype.numpy}{(common,)}"
+            )
+        if check and not all_finite(result):
+            raise NonFiniteError(
+                f"NaN or infinity among elements {start:,} to {start + common:,}",
+                tensor=pair.name,
+                hint="see `wsurg diff`; --allow-nonfinite lets it pass",
+            )
+        rest = subject[common:]
+        return stored, np.concatenate([result, rest]) if rest.size else result
+
+    return TensorView(pair.name, pair.tuned.shape, dtype, read_both, "edited")
+
+
+def fold(
+    step: Callable[[Pair, int, Block, Block], Result],
+    combine: Callable[[State, Pair, int, Result], State],
+    init: State,
+    pairs: Iterable[Pair],
+    *,
+    engine: Engine,
+    what: str,
+) -> State:
+    """Reduce the eligible elements of pairs to one value, block by block.
+
+    Args:
+        step: (pair, start, base block, tuned block) to a partial result; runs in the workers.
+        combine: (state, pair, start, partial result) to the new state; runs in the calling
+            thread, in the order of pairs and blocks, whatever the number of workers.
+        init: The first state.
+        pairs: What to read; tied copies too, if given.
+        engine: How to run it.
+        what: The work's name, for the progress display.
+
+    Returns:
+        The last state.
+    """
+    items = [
+        (pair, start, min(stop, pair.eligible))
+        for pair in pairs
+        for start, stop in pair.tuned.blocks()
+        if start < pair.eligible
+    ]
+
+    def work(item: tuple[Pair, int, int]) -> Result:
+        pair, start, stop = item
+        assert pair.base is not None  # noqa: S101  eligible pairs have one
+        return step(pair, start, pair.base.read(start, stop), pair.tuned.read(start, stop))
+
+    total = sum(_bytes_read(*item) for item in items)
+    done, state = 0, init
+    for (pair, start, stop), result in engine.run(work, items):
+        state = combine(state, pair, start, result)
+        done += _bytes_read(pair, start, stop)
+        engine.report(what, done, total)
+    return state
+
+
+def _bytes_read(pair: Pair, start: int, stop: int) -> int:
+    views = [view for view in (pair.tuned, pair.base) if view is not None]
+    return sum(view.dtype.nbytes(stop - start) for view in views)
