@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import difflib
 import fnmatch
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from weightsurgery.anatomy import kind_of, natural_key
@@ -68,7 +69,6 @@ class Alignment:
     unused: tuple[tuple[str, str], ...] = ()
     prefix: str = ""
     prefix_on: str = ""
-    excluded: tuple[str, ...] = field(default=())
 
     @property
     def eligible(self) -> tuple[Pair, ...]:
@@ -80,8 +80,17 @@ class Alignment:
         """Number of eligible dimensions, tied weights counted once."""
         return sum(p.eligible for p in self.pairs if not p.is_tied_copy)
 
+    def names(self) -> dict[str, list[str]]:
+        """Key to the names that stand for the same weights: one name, or those tied together."""
+        found: dict[str, list[str]] = {}
+        for pair in self.pairs:
+            found.setdefault(pair.key, []).append(pair.name)
+        return found
+
     def only(self, include: Sequence[str] = (), exclude: Sequence[str] = ()) -> Alignment:
         """Restrict what is eligible by globs over TUNED's names.
+
+        Tied weights are one tensor: a glob that matches one of their names counts for all.
 
         Args:
             include: Where given, only tensors that match one of these stay eligible.
@@ -95,10 +104,12 @@ class Alignment:
         for glob in (*include, *exclude):
             check_glob(glob, list(self.tuned))
 
+        names = self.names()
+
         def keep(pair: Pair) -> Pair:
-            if include and not matches(pair.name, include):
+            if include and not any(matches(name, include) for name in names[pair.key]):
                 return replace(pair, eligible=0, reason="not included")
-            if matches(pair.name, exclude):
+            if any(matches(name, exclude) for name in names[pair.key]):
                 return replace(pair, eligible=0, reason="excluded")
             return pair
 
@@ -168,7 +179,7 @@ def align(base: Checkpoint, tuned: Checkpoint, *, mismatched: str = "refuse") ->
     ties = _tie(tuned)
     pairs, used = [], set()
     for name, view in tuned.items():
-        other, note = _counterpart(name, base, prefix, side)
+        other, note = _counterpart(name, base, tuned, prefix, side)
         if other is not None:
             used.add(other.name)
         pair = _judge(view, other, note, base=base, tuned=tuned)
@@ -291,18 +302,21 @@ def _common_prefix(base: Checkpoint, tuned: Checkpoint) -> tuple[str, str]:
 
 
 def _counterpart(
-    name: str, base: Checkpoint, prefix: str, side: str
+    name: str, base: Checkpoint, tuned: Checkpoint, prefix: str, side: str
 ) -> tuple[TensorView | None, str]:
     if name in base:
         return base[name], ""
-    if side == "tuned" and name.startswith(prefix) and name[len(prefix) :] in base:
-        return base[name[len(prefix) :]], ""
-    if side == "base" and prefix + name in base:
-        return base[prefix + name], ""
-    if name.rpartition(".")[0].endswith(("lm_head", "embed_out")) and _says_tied(base):
-        embedding = _input_embedding(base)
-        if embedding:
-            return base[embedding], f"BASE ties it to '{shown(embedding)}'"
+    other = ""
+    if side == "tuned" and name.startswith(prefix):
+        other = name[len(prefix) :]
+    elif side == "base":
+        other = prefix + name
+    if other in base and other not in tuned:  # what TUNED has too belongs to that one
+        return base[other], ""
+    ties = next((s for s, c in (("BASE", base), ("TUNED", tuned)) if _says_tied(c)), "")
+    embedding = _input_embedding(base)
+    if ties and embedding and name.rpartition(".")[0].endswith(("lm_head", "embed_out")):
+        return base[embedding], f"{ties} ties it to '{shown(embedding)}'"
     return None, ""
 
 
@@ -346,7 +360,8 @@ def _judge(
     shapes = f"{list(other.shape)} in BASE, {list(view.shape)} in TUNED"
     if _is_vocabulary(view, other, base, tuned):
         rows = min(view.shape[0], other.shape[0])
-        return Pair(view, other, rows * view.width, f"{rows:,} common rows ({shapes})", note=note)
+        reason = f"{rows:,} common rows ({shapes})"
+        return Pair(view, other, rows * math.prod(view.shape[1:]), reason, note=note)
     if kind_of(view.name) == "head":
         return kept(f"a task head of another shape ({shapes})")
     return kept(f"shapes differ: {shapes}")

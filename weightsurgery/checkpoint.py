@@ -68,10 +68,11 @@ class TensorView:
             >>> list(view.blocks())
             [(0, 1000000), (1000000, 1500000)]
         """
-        width = self.width
-        if width <= BLOCK and len(self.shape) > 1:
-            step = max(1, BLOCK // max(1, width)) * width
-            return ((i, min(i + step, self.size)) for i in range(0, self.size, max(1, step)))
+        # Packed elements share bytes, so a block of them must not end where a row does.
+        width = self.width if self.dtype.bits >= 8 else self.size
+        if 0 < width <= BLOCK and len(self.shape) > 1:
+            step = BLOCK // width * width
+            return ((i, min(i + step, self.size)) for i in range(0, self.size, step))
         return (
             (i, min(i + BLOCK, row + width))
             for row in range(0, self.size, max(1, width))

@@ -3,8 +3,8 @@
 All kernels take C-contiguous one-dimensional arrays, release the interpreter lock, and are
 compiled once per machine (numba caches the machine code beside this file, or in the user's cache
 directory when this one is read-only). Loops are cut into chunks of `CHUNK` elements that stay in
-the first-level cache, and sums go to float64 at the end of each chunk, so their rounding does not
-grow with the size of a tensor.
+the first-level cache; sums are taken in the blocks' own precision within a chunk and in float64
+over the chunks, so their rounding does not grow with the size of a tensor.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ import numba
 import numpy as np
 from numba.extending import overload
 from numpy.typing import NDArray
+
+from weightsurgery.buffers import empty
 
 Block = NDArray[Any]
 Lanes = Any  # what compiled loops work on: numba has its own idea of types
@@ -55,7 +57,7 @@ def _widen(bits: Lanes, out: Lanes) -> None:
 def to_float(block: Block) -> Block:
     """A block as float32, exactly (float64 for F64): what arithmetic is done in."""
     if block.dtype == ml_dtypes.bfloat16:
-        out = np.empty(block.shape, np.float32)
+        out = empty(block.size, np.float32).reshape(block.shape)
         _widen(block.reshape(-1).view(np.uint16), out.reshape(-1).view(np.uint32))
         return out
     return block.astype(np.float32) if block.dtype == np.float16 else block
@@ -76,7 +78,7 @@ def to_dtype(values: Block, dtype: np.dtype[Any]) -> Block:
     if values.dtype == dtype:
         return values
     if dtype == ml_dtypes.bfloat16 and values.dtype == np.float32:
-        out = np.empty(values.shape, dtype)
+        out = empty(values.size, dtype).reshape(values.shape)
         _narrow(values.reshape(-1).view(np.uint32), out.reshape(-1).view(np.uint16))
         return out
     with np.errstate(over="ignore", invalid="ignore"):
@@ -87,6 +89,27 @@ def _bits(block: Block) -> Block:
     return block.reshape(-1).view(f"u{block.dtype.itemsize}")
 
 
+def _value(x):  # type: ignore[no-untyped-def]  # numba wants both signatures equal, and bare
+    """One stored element as a number."""
+    return x
+
+
+@overload(_value)
+def _value_compiled(x):  # type: ignore[no-untyped-def]
+    if x == numba.types.uint16:  # BF16: the upper half of a float32
+        return lambda x: np.uint32(np.uint32(x) << np.uint32(16)).view(np.float32)
+    return lambda x: x
+
+
+def _comparable(base: Block, tuned: Block) -> tuple[Block, Block]:
+    """Both blocks as compiled loops take them: BF16 by its bits, else of one float type."""
+    if base.dtype != tuned.dtype or base.dtype == np.float16:
+        base, tuned = same_float(base, tuned)
+    if base.dtype == ml_dtypes.bfloat16:
+        return base.view(np.uint16), tuned.view(np.uint16)
+    return base, tuned
+
+
 def same_float(base: Block, tuned: Block) -> tuple[Block, Block]:
     """Both blocks in the wider of the types their arithmetic is done in."""
     base, tuned = to_float(base), to_float(tuned)
@@ -94,10 +117,18 @@ def same_float(base: Block, tuned: Block) -> tuple[Block, Block]:
     return base.astype(wide, copy=False), tuned.astype(wide, copy=False)
 
 
+@jit
+def _subtract(base: Lanes, tuned: Lanes, out: Lanes) -> None:
+    for i in range(base.size):
+        out[i] = abs(_value(tuned[i]) - _value(base[i]))
+
+
 def magnitude_of_drift(base: Block, tuned: Block) -> Block:
     """|tuned - base| as float32."""
-    base, tuned = same_float(base, tuned)
-    return to_dtype(np.abs(tuned - base), np.dtype(np.float32))
+    base, tuned = _comparable(base, tuned)
+    out = empty(base.size, np.float32)
+    _subtract(base.reshape(-1), tuned.reshape(-1), out)
+    return out
 
 
 # --- selection --------------------------------------------------------------------------------
@@ -106,7 +137,8 @@ def magnitude_of_drift(base: Block, tuned: Block) -> Block:
 @jit
 def _choose(mask: Lanes, chosen: Lanes, other: Lanes, out: Lanes) -> None:
     for i in range(mask.size):
-        out[i] = chosen[i] if mask[i] else other[i]
+        a, b = chosen[i], other[i]  # both are read, so that the choice runs in vector lanes
+        out[i] = a if mask[i] != 0 else b
 
 
 def choose(mask: Block, chosen: Block, other: Block) -> Block:
@@ -115,8 +147,8 @@ def choose(mask: Block, chosen: Block, other: Block) -> Block:
     Where `chosen` has another dtype its values are rounded once to that of `other`.
     """
     chosen = to_dtype(to_float(chosen), other.dtype) if chosen.dtype != other.dtype else chosen
-    out = np.empty_like(other)
-    _choose(mask.reshape(-1), _bits(chosen), _bits(other), _bits(out))
+    out = empty(other.size, other.dtype).reshape(other.shape)
+    _choose(mask.reshape(-1).view(np.uint8), _bits(chosen), _bits(other), _bits(out))
     return out
 
 
@@ -164,29 +196,61 @@ def all_finite(block: Block) -> bool:
 # --- order statistics -------------------------------------------------------------------------
 
 
+HALF = 1 << 16  # values of the upper or the lower half of a float32's bits
+
+
 @jit
-def _histogram(keys: Lanes, shift: int, prefix: int, counts: Lanes) -> None:
-    # prefix < 0: count the bits above `shift`; else the bits below, where those above match.
-    width = np.uint32(shift)
-    low = np.uint32((1 << shift) - 1)
-    for i in range(keys.size):
-        if prefix < 0:
-            counts[keys[i] >> width] += 1
-        elif keys[i] >> width == np.uint32(prefix):
-            counts[keys[i] & low] += 1
+def _count_upper(keys: Lanes, c0: Lanes, c1: Lanes, c2: Lanes, c3: Lanes) -> None:
+    # Four counters in turn: the next increment need not wait for the store of the last.
+    whole = keys.size // 4 * 4
+    for i in range(0, whole, 4):
+        c0[keys[i] >> np.uint32(16)] += np.uint32(1)
+        c1[keys[i + 1] >> np.uint32(16)] += np.uint32(1)
+        c2[keys[i + 2] >> np.uint32(16)] += np.uint32(1)
+        c3[keys[i + 3] >> np.uint32(16)] += np.uint32(1)
+    for i in range(whole, keys.size):
+        c0[keys[i] >> np.uint32(16)] += np.uint32(1)
 
 
-def histogram(scores: Block, shift: int, prefix: int, counts: Block) -> None:
-    """Count non-negative float32 scores by their bit patterns, which order like the numbers.
+@jit
+def _lower_bin(key: Lanes, upper: Any, other: Any) -> Any:
+    # A choice, not a branch: which keys match is as good as random.
+    return key & np.uint32(0xFFFF) if key >> np.uint32(16) == upper else other
+
+
+@jit
+def _count_lower(keys: Lanes, upper: Any, c0: Lanes, c1: Lanes, c2: Lanes, c3: Lanes) -> None:
+    whole = keys.size // 4 * 4
+    for i in range(0, whole, 4):
+        other = np.uint32(HALF | (i >> 2 & 15))  # past the end, each time another place
+        c0[_lower_bin(keys[i], upper, other)] += np.uint32(1)
+        c1[_lower_bin(keys[i + 1], upper, other)] += np.uint32(1)
+        c2[_lower_bin(keys[i + 2], upper, other)] += np.uint32(1)
+        c3[_lower_bin(keys[i + 3], upper, other)] += np.uint32(1)
+    for i in range(whole, keys.size):
+        c0[_lower_bin(keys[i], upper, np.uint32(HALF))] += np.uint32(1)
+
+
+def count_halves(scores: Block, upper: int | None) -> Block:
+    """Count float32 scores by one half of their bits, which order like non-negative numbers.
 
     Args:
-        scores: float32, finite, no negative zero.
-        shift: Number of low bits.
-        prefix: -1 to count the high bits, else count the low bits of the scores whose high bits
-            are `prefix`.
-        counts: int64 accumulator, changed in place.
+        scores: float32, without -0.0. NaN, infinity and negative numbers are counted too, in
+            the bins from infinity's upwards.
+        upper: None to count the upper halves, else count the lower halves of the scores whose
+            upper half is this.
+
+    Returns:
+        int64 counts, `HALF` of them.
     """
-    _histogram(scores.view(np.uint32), shift, prefix, counts)
+    keys = scores.view(np.uint32)
+    counts = empty(4 * (HALF + 16), np.uint32).reshape(4, -1)  # 16 more: see `drift_statistics`
+    counts[:] = 0
+    if upper is None:
+        _count_upper(keys, *counts)
+    else:
+        _count_lower(keys, np.uint32(upper), *counts)
+    return counts[:, :HALF].sum(0, dtype=np.int64)
 
 
 # --- drift statistics -------------------------------------------------------------------------
@@ -197,67 +261,76 @@ TOTALS = (
     *("base_nan", "base_inf", "tuned_nan", "tuned_inf", "skipped"),
 )
 _DRIFT2, _CHANGED, _LARGEST = 1, 6, 7
+_LOW, _HIGH = 1e-30, 1e30  # sums of squares that float32 holds without loss
 _BASE_NAN, _BASE_INF, _TUNED_NAN, _TUNED_INF, _SKIPPED = range(8, 13)
 
 
-def _value(x):  # type: ignore[no-untyped-def]  # numba wants both signatures equal, and bare
-    """One stored element as a number."""
-    return x
-
-
-@overload(_value)
-def _value_compiled(x):  # type: ignore[no-untyped-def]
-    if x == numba.types.uint16:  # BF16: the upper half of a float32
-        return lambda x: np.uint32(np.uint32(x) << np.uint32(16)).view(np.float32)
-    return lambda x: x
-
-
-@jit
-def _load(base: Lanes, tuned: Lanes, x: Lanes, y: Lanes, drift: Lanes) -> None:
+@jit_with(fastmath={"reassoc", "contract", "nsz"})  # sums in vector lanes; NaN stays NaN
+def _add_chunk(base: Lanes, tuned: Lanes, magnitude: Lanes, totals: Lanes) -> float:
+    """Everything of one chunk in one loop, in the blocks' own precision."""
+    zero, one = magnitude.dtype.type(0), magnitude.dtype.type(1)
+    total = drift2 = base2 = tuned2 = dot = flips = changed = zero
     for i in range(base.size):
-        x[i] = _value(base[i])
-        y[i] = _value(tuned[i])
-        drift[i] = y[i] - x[i]
-
-
-@jit_with(fastmath={"reassoc", "contract", "nsz"})  # lets sums run in vector lanes; NaN stays NaN
-def _sums(x: Lanes, y: Lanes, drift: Lanes) -> tuple[float, float, float, float, float, float]:
-    total = drift2 = base2 = tuned2 = dot = flips = 0.0
-    for i in range(drift.size):
-        a, b, d = np.float64(x[i]), np.float64(y[i]), np.float64(drift[i])
+        b, t = _value(base[i]), _value(tuned[i])
+        d = t - b
+        magnitude[i] = abs(d)
         total += d
         drift2 += d * d
-        base2 += a * a
-        tuned2 += b * b
-        dot += a * b
-        flips += 1.0 if ((a < 0.0) & (b > 0.0)) | ((a > 0.0) & (b < 0.0)) else 0.0
-    return total, drift2, base2, tuned2, dot, flips
+        base2 += b * b
+        tuned2 += t * t
+        dot += b * t
+        flips += one if ((b < zero) & (t > zero)) | ((b > zero) & (t < zero)) else zero
+        changed += one if base[i] != tuned[i] else zero
+    totals[_CHANGED] += changed
+    if not (_LOW < base2 < _HIGH and _LOW < tuned2 < _HIGH):
+        return np.nan
+    if not (drift2 == zero or _LOW < drift2 < _HIGH):
+        return np.nan
+    totals[0] += total
+    totals[_DRIFT2] += drift2
+    totals[2] += base2
+    totals[3] += tuned2
+    totals[4] += dot
+    totals[5] += flips
+    return drift2
 
 
 @jit
-def _magnitudes(drift: Lanes, mask: int, magnitude: Lanes) -> int:
-    # On bits: non-negative numbers order like their bit patterns, and integers run in lanes.
-    largest = mask & magnitude.dtype.type(0)
-    for i in range(drift.size):
-        bits = drift[i] & mask
-        magnitude[i] = bits
-        largest = max(largest, bits)
-    return largest
-
-
-@jit
-def _drop_nonfinite(x: Lanes, y: Lanes, drift: Lanes, totals: Lanes) -> int:
-    dropped = np.uint32(0)
-    for i in range(drift.size):
-        totals[_BASE_NAN] += np.isnan(x[i])
-        totals[_BASE_INF] += np.isinf(x[i])
-        totals[_TUNED_NAN] += np.isnan(y[i])
-        totals[_TUNED_INF] += np.isinf(y[i])
-        if not np.isfinite(drift[i]):
+def _add_chunk_carefully(
+    base: Lanes, tuned: Lanes, magnitude: Lanes, totals: Lanes
+) -> tuple[float, int]:
+    """The same for a chunk whose squares leave the range of its precision, or are not finite."""
+    drift2, dropped = 0.0, np.uint32(0)
+    for i in range(base.size):
+        raw_b, raw_t = _value(base[i]), _value(tuned[i])
+        b, t = np.float64(raw_b), np.float64(raw_t)
+        totals[_BASE_NAN] += np.isnan(b)
+        totals[_BASE_INF] += np.isinf(b)
+        totals[_TUNED_NAN] += np.isnan(t)
+        totals[_TUNED_INF] += np.isinf(t)
+        if not np.isfinite(raw_t - raw_b):
             dropped += np.uint32(1)
-            x[i] = y[i] = drift[i] = 0
+            magnitude[i] = 0
+            continue
+        d = np.float64(raw_t - raw_b)
+        totals[0] += d
+        drift2 += d * d
+        totals[2] += b * b
+        totals[3] += t * t
+        totals[4] += b * t
+        totals[5] += (b < 0.0 and t > 0.0) or (b > 0.0 and t < 0.0)
+    totals[_DRIFT2] += drift2
     totals[_SKIPPED] += dropped
-    return dropped
+    return drift2, dropped
+
+
+@jit
+def _peak(bits: Lanes) -> int:
+    # On bits: non-negative numbers order like their bit patterns, and integers run in lanes.
+    largest = bits[0]
+    for i in range(bits.size):
+        largest = max(largest, bits[i])
+    return largest
 
 
 def _bin(bits):  # type: ignore[no-untyped-def]
@@ -275,16 +348,16 @@ def _bin_compiled(bits):  # type: ignore[no-untyped-def]
 
 
 @jit
-def _add_bins(magnitude: Lanes, bins: Lanes) -> None:
+def _add_bins(bits: Lanes, bins0: Lanes, bins1: Lanes, bins2: Lanes, bins3: Lanes) -> None:
     # Four counters in turn: the next increment need not wait for the store of the last.
-    whole = magnitude.size // 4 * 4
+    whole = bits.size // 4 * 4
     for i in range(0, whole, 4):
-        bins[0, _bin(magnitude[i])] += np.uint32(1)
-        bins[1, _bin(magnitude[i + 1])] += np.uint32(1)
-        bins[2, _bin(magnitude[i + 2])] += np.uint32(1)
-        bins[3, _bin(magnitude[i + 3])] += np.uint32(1)
-    for i in range(whole, magnitude.size):
-        bins[0, _bin(magnitude[i])] += np.uint32(1)
+        bins0[_bin(bits[i])] += np.uint32(1)
+        bins1[_bin(bits[i + 1])] += np.uint32(1)
+        bins2[_bin(bits[i + 2])] += np.uint32(1)
+        bins3[_bin(bits[i + 3])] += np.uint32(1)
+    for i in range(whole, bits.size):
+        bins0[_bin(bits[i])] += np.uint32(1)
 
 
 @jit
@@ -302,18 +375,17 @@ def _keep_largest(magnitude: Lanes, first: int, values: Lanes, places: Lanes) ->
 
 
 @jit
-def _add_columns(drift: Lanes, columns: Lanes) -> None:
-    for i in range(drift.size):
-        columns[i] += np.float64(drift[i]) * np.float64(drift[i])
+def _add_columns(magnitude: Lanes, columns: Lanes) -> None:
+    for i in range(magnitude.size):
+        columns[i] += np.float64(magnitude[i]) * np.float64(magnitude[i])
 
 
 @jit
 def _drift_statistics(
     base: Lanes,
     tuned: Lanes,
-    scratch: Lanes,
+    magnitude: Lanes,
     bits: Lanes,
-    mask: int,
     width: int,
     totals: Lanes,
     bins: Lanes,
@@ -326,24 +398,25 @@ def _drift_statistics(
         for start in range(row * width, (row + 1) * width, CHUNK):
             stop = min(start + CHUNK, (row + 1) * width)
             part, size = slice(start, stop), stop - start
-            x, y, drift = scratch[0, :size], scratch[1, :size], scratch[2, :size]
-            _load(base[part], tuned[part], x, y, drift)
-            sums = _sums(x, y, drift)
-            if not np.isfinite(sums[1] + sums[2] + sums[3]):
-                bins[0, 0] -= _drop_nonfinite(x, y, drift, totals)
-                sums = _sums(x, y, drift)
-            for i in range(len(sums)):
-                totals[i] += sums[i]
-            rows[row] += sums[_DRIFT2]
-            totals[_CHANGED] += _count_chunk(base[part], tuned[part])
-            bits[4, 0] = _magnitudes(bits[2, :size], mask, bits[3, :size])
-            largest = scratch[4, 0]
+            drift2 = _add_chunk(base[part], tuned[part], magnitude[:size], totals)
+            dropped: Lanes = np.uint32(0)
+            if np.isnan(drift2):
+                drift2, dropped = _add_chunk_carefully(
+                    base[part], tuned[part], magnitude[:size], totals
+                )
+            rows[row] += drift2
+            if _peak(bits[:size]) == 0:  # nothing moved in this chunk
+                bins[0, 0] += np.uint32(size) - dropped
+                continue
+            bits[CHUNK] = _peak(bits[:size])
+            largest = magnitude[CHUNK]
             totals[_LARGEST] = max(totals[_LARGEST], largest)
-            _add_bins(bits[3, :size], bins)
+            bins[0, 0] -= dropped
+            _add_bins(bits[:size], bins[0], bins[1], bins[2], bins[3])
             if values.size and largest > values[values.size - 1]:
-                _keep_largest(scratch[3, :size], start, values, places)
+                _keep_largest(magnitude[:size], start, values, places)
             if columns.size:
-                _add_columns(drift, columns[start - row * width : stop - row * width])
+                _add_columns(magnitude[:size], columns[start - row * width : stop - row * width])
 
 
 def drift_statistics(
@@ -365,19 +438,17 @@ def drift_statistics(
         squared drift by row and by column (float64), and the `top` largest |drift| in falling
         order with their places in the block (-1 where there are fewer).
     """
-    if base.dtype != tuned.dtype or base.dtype == np.float16:
-        base, tuned = same_float(base, tuned)
+    base, tuned = _comparable(base, tuned)
     real = np.float64 if base.dtype == np.float64 else np.float32
-    if base.dtype == ml_dtypes.bfloat16:
-        base, tuned = base.view(np.uint16), tuned.view(np.uint16)
-    totals, bins = np.zeros(len(TOTALS)), np.zeros((4, BINS), np.uint32)
+    totals = np.zeros(len(TOTALS))
+    # 16 more, or equal bins of the four counters share their address bits and wait on each other.
+    bins = np.zeros((4, BINS + 16), np.uint32)
     rows = np.zeros(base.size // width if width else 0)
     columns = np.zeros(width if by_column else 0)
     values, places = np.zeros(top), np.full(top, -1, np.int64)
-    scratch = np.empty((5, CHUNK), real)  # base, tuned, drift, |drift|, its maximum
-    bits = scratch.view(f"u{scratch.itemsize}")
-    mask = bits.dtype.type(np.iinfo(bits.dtype).max >> 1)  # all but the sign
+    magnitude = np.empty(CHUNK + 1, real)  # the last place serves to read a peak's bits
+    bits = magnitude.view(f"u{magnitude.itemsize}")
     _drift_statistics(
-        *(base, tuned, scratch, bits, mask, width, totals, bins, rows, columns, values, places)
+        *(base, tuned, magnitude, bits, width, totals, bins, rows, columns, values, places)
     )
-    return totals, bins.sum(0, dtype=np.int64), rows, columns, values, places
+    return totals, bins[:, :BINS].sum(0, dtype=np.int64), rows, columns, values, places

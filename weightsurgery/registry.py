@@ -71,6 +71,7 @@ class Operator:
 
 
 OPERATORS: dict[str, Operator] = {}
+"""Every registered operator, by the name of its command."""
 
 
 def operator(function: Callable[..., Checkpoint]) -> Callable[..., Checkpoint]:
@@ -81,7 +82,8 @@ def operator(function: Callable[..., Checkpoint]) -> Callable[..., Checkpoint]:
     the operator, its settings and its inputs, which is what the record of an output shows.
     """
     hints = get_type_hints(function, include_extras=True)
-    parameters = inspect.signature(function).parameters
+    signature = inspect.signature(function)
+    parameters = signature.parameters
     inputs = tuple(n for n, p in parameters.items() if p.kind is not p.KEYWORD_ONLY)
     settings = {
         name: (*_declared(hints[name]), parameter.default)
@@ -95,10 +97,10 @@ def operator(function: Callable[..., Checkpoint]) -> Callable[..., Checkpoint]:
         *checkpoints: Checkpoint, engine: Engine | None = None, **given: Any
     ) -> Checkpoint:
         run = {"engine": engine or Engine()} if "engine" in parameters else {}
+        bound = signature.bind(*checkpoints, **given, **run).arguments
         result = function(*checkpoints, **given, **run)
         full = {n: given.get(n, default) for n, (_, _, default) in settings.items()}
-        bound = dict(zip(inputs, checkpoints, strict=False))
-        return result.made_by(Step(name, full, bound))
+        return result.made_by(Step(name, full, {n: bound[n] for n in inputs}))
 
     OPERATORS[name] = Operator(name, recorded, inputs, settings)
     return recorded

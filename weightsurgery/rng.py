@@ -9,10 +9,12 @@ to the next, so the order of the tensors, the sharding and the number of workers
 from __future__ import annotations
 
 import hashlib
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from weightsurgery.buffers import empty
 from weightsurgery.kernels import jit
 
 
@@ -23,16 +25,25 @@ def key_of(seed: int, name: str) -> np.uint64:
 
 
 @jit
-def _fill(key: np.uint64, start: int, out: NDArray[np.uint32]) -> None:
-    first = start // 2
-    for pair in range((out.size + 1) // 2):
-        z = key + np.uint64(first + pair + 1) * np.uint64(0x9E3779B97F4A7C15)
-        z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        z = z ^ (z >> np.uint64(31))
-        out[2 * pair] = np.uint32(z)
-        if 2 * pair + 1 < out.size:
-            out[2 * pair + 1] = np.uint32(z >> np.uint64(32))
+def _mix(key: Any, pair: Any) -> Any:
+    z = key + np.uint64(pair + 1) * np.uint64(0x9E3779B97F4A7C15)
+    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return z ^ (z >> np.uint64(31))
+
+
+@jit
+def _fill(key: Any, first: int, out: Any) -> None:
+    for i in range(out.size):
+        out[i] = _mix(key, first + i)
+
+
+@jit
+def _fill_mask(key: Any, first: int, bound: Any, out: Any) -> None:
+    for i in range(out.size // 2):
+        z = _mix(key, first + i)
+        out[2 * i] = (z & np.uint64(0xFFFFFFFF)) < bound
+        out[2 * i + 1] = (z >> np.uint64(32)) < bound
 
 
 def random_bits(seed: int, name: str, start: int, count: int) -> NDArray[np.uint32]:
@@ -43,10 +54,15 @@ def random_bits(seed: int, name: str, start: int, count: int) -> NDArray[np.uint
         >>> bool((random_bits(7, "w", 3, 4) == whole[3:7]).all())
         True
     """
-    lead = start % 2  # streams advance by pairs: begin at the pair, drop its first half
-    out = np.empty(count + lead, np.uint32)
-    _fill(key_of(seed, name), start - lead, out)
-    return out[lead:]
+    first, lead, pairs = _pairs(start, count)
+    out = empty(pairs, np.uint64)
+    _fill(key_of(seed, name), first, out)
+    return out.view("<u4")[lead : lead + count]
+
+
+def _pairs(start: int, count: int) -> tuple[int, int, int]:
+    """First pair, elements of it to drop, and number of pairs that cover a run of elements."""
+    return start // 2, start % 2, (start % 2 + count + 1) // 2
 
 
 def random_mask(seed: int, name: str, start: int, count: int, share: float) -> NDArray[np.bool_]:
@@ -65,6 +81,7 @@ def random_mask(seed: int, name: str, start: int, count: int, share: float) -> N
         Boolean array of shape (count,).
     """
     bound = round(share * 2.0**32)
-    if bound >= 2**32:
-        return np.ones(count, np.bool_)
-    return random_bits(seed, name, start, count) < np.uint32(bound)
+    first, lead, pairs = _pairs(start, count)
+    mask = empty(2 * pairs, np.bool_)
+    _fill_mask(key_of(seed, name), first, np.uint64(bound), mask)
+    return mask[lead : lead + count]

@@ -8,11 +8,10 @@ import numpy as np
 
 from weightsurgery.align import Pair
 from weightsurgery.errors import NonFiniteError
-from weightsurgery.kernels import Block, all_finite, histogram
+from weightsurgery.kernels import HALF, Block, count_halves
 from weightsurgery.stream import Engine, fold
 
-_LOW_BITS = 16
-_BINS = 1 << _LOW_BITS
+_INFINITY = 0x7F80  # upper half of its bits; those of NaN and of negative numbers are above
 
 Score = Callable[[Block, Block], Block]
 
@@ -25,7 +24,7 @@ def kth_largest(score: Score, pairs: Sequence[Pair], k: int, *, engine: Engine) 
     histograms, whatever the model.
 
     Args:
-        score: (base block, tuned block) to float32 scores, 0 or more.
+        score: (base block, tuned block) to a fresh array of float32 scores, 0 or more.
         pairs: Where to look. Tied copies should be left out.
         k: 1 is the largest score, the number of eligible elements the smallest.
         engine: How to run the two passes.
@@ -34,37 +33,36 @@ def kth_largest(score: Score, pairs: Sequence[Pair], k: int, *, engine: Engine) 
         The score; +inf for k < 1, -inf for k beyond the number of elements.
 
     Raises:
-        NonFiniteError: A score is NaN or infinite.
+        NonFiniteError: A score is NaN, infinite or negative.
     """
     if k < 1:
         return float("inf")
     if k > sum(pair.eligible for pair in pairs):
         return float("-inf")
-    high, above = _bin_of(_count(score, pairs, -1, engine), k)
-    low, _ = _bin_of(_count(score, pairs, high, engine), k - above)
-    return float(np.uint32(high << _LOW_BITS | low).view(np.float32))
+    upper, above = _bin_of(_count(score, pairs, None, engine), k)
+    lower, _ = _bin_of(_count(score, pairs, upper, engine), k - above)
+    return float(np.uint32(upper << 16 | lower).view(np.float32))
 
 
-def _count(score: Score, pairs: Sequence[Pair], prefix: int, engine: Engine) -> Block:
+def _count(score: Score, pairs: Sequence[Pair], upper: int | None, engine: Engine) -> Block:
     def step(pair: Pair, _start: int, base: Block, tuned: Block) -> Block:
-        # Adding zero turns -0.0, whose bits sort above infinity, into +0.0.
-        scores = score(base, tuned) + np.float32(0)
-        if not all_finite(scores):
+        scores = score(base, tuned)
+        scores += np.float32(0)  # -0.0, whose bits sort above infinity, becomes +0.0
+        counts = count_halves(scores, upper)
+        if upper is None and counts[_INFINITY:].any():
             raise NonFiniteError(
-                "the score is NaN or infinite",
+                "the score is NaN, infinite or negative",
                 tensor=pair.name,
                 hint="see `wsurg diff`, or leave the tensor out with --exclude",
             )
-        counts = np.zeros(_BINS, np.int64)
-        histogram(scores, _LOW_BITS, prefix, counts)
         return counts
 
     def combine(total: Block, _pair: Pair, _start: int, counts: Block) -> Block:
         total += counts
         return total
 
-    what = "ranking, first pass" if prefix < 0 else "ranking, second pass"
-    return fold(step, combine, np.zeros(_BINS, np.int64), pairs, engine=engine, what=what)
+    what = "ranking, first pass" if upper is None else "ranking, second pass"
+    return fold(step, combine, np.zeros(HALF, np.int64), pairs, engine=engine, what=what)
 
 
 def _bin_of(counts: Block, k: int) -> tuple[int, int]:
@@ -72,4 +70,4 @@ def _bin_of(counts: Block, k: int) -> tuple[int, int]:
     from_top = np.cumsum(counts[::-1])
     place = int(np.searchsorted(from_top, k))
     above = int(from_top[place - 1]) if place else 0
-    return _BINS - 1 - place, above
+    return HALF - 1 - place, above

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fnmatch
 import os
 import stat
+from collections.abc import Callable
 from typing import Any
 
 from weightsurgery.checkpoint import Checkpoint, FileRef, SideFile, TensorView
@@ -15,6 +16,7 @@ from weightsurgery.formats.strict_json import parse_object
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 MAX_JSON = 100_000_000
+MAX_SIDE_FILE = 100_000_000  # bytes; a side file is held in memory whole
 _SIDE_FILES = (
     *("config.json", "generation_config.json", "tokenizer*.json", "special_tokens_map.json"),
     *("vocab.*", "merges.txt", "*.model", "spiece*", "sentencepiece*", "chat_template.*"),
@@ -93,7 +95,8 @@ def _read_config(directory: str, entries: list[str]) -> dict[str, Any]:
 def _choose(directory: str, entries: list[str], config: dict[str, Any]) -> str:
     answers = [name for name in (SINGLE, INDEX) if name in entries]
     pickles = [name for name in entries if _matches(name, _PICKLES)]
-    adapters = [name for name in entries if name.startswith("adapter_model.")]
+    # An adapter_config.json is enough: transformers then loads the base model that it names.
+    adapters = [n for n in entries if n.startswith("adapter_model.") or n == "adapter_config.json"]
     others = [n for n in entries if n.endswith(".safetensors") and n not in (SINGLE, *adapters)]
     if not answers:
         if pickles:
@@ -181,12 +184,17 @@ def _side_files(
             continue
         path = os.path.join(directory, name)
         if not _matches(name, _SIDE_FILES):
-            left_out.append((name, "not on the list of files that travel"))
+            left_out.append((shown(name), "not on the list of files that travel"))
+        elif not name.isprintable():
+            left_out.append((shown(name), "a name that cannot be printed"))
         elif not _leads_to_regular(path):
             left_out.append((name, "not a regular file"))
         else:
             file = open_member(directory, name)
-            kept.append(SideFile(name, path, file.size, _reader(file)))
+            if file.size > MAX_SIDE_FILE:
+                left_out.append((name, f"{file.size:,} bytes; the limit is {MAX_SIDE_FILE:,}"))
+            else:
+                kept.append(SideFile(name, path, file.size, _reader(file)))
     return tuple(kept), tuple(left_out)
 
 
@@ -197,5 +205,10 @@ def _leads_to_regular(path: str) -> bool:
         return False  # a dangling link; the caller lists it
 
 
-def _reader(file: InputFile) -> Any:
-    return lambda: file.read_bytes(0, file.size)
+def _reader(file: InputFile) -> Callable[[], bytes]:
+    def content() -> bytes:
+        data = file.read_bytes(0, file.size)
+        file.check_unchanged()
+        return data
+
+    return content

@@ -27,16 +27,17 @@ class InputFile:
 
     Args:
         path: The file. Opening does not block on a FIFO or a device; both are refused.
+        follow: Whether it may be a symbolic link.
 
     Raises:
         StorageError: It does not exist or cannot be opened.
         FormatError: It is not a regular file.
     """
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, *, follow: bool = True) -> None:
         self.path = path
         try:
-            self._fd = os.open(path, _FLAGS)
+            self._fd = os.open(path, _FLAGS | (0 if follow else getattr(os, "O_NOFOLLOW", 0)))
         except OSError as error:
             raise StorageError(f"cannot open: {error.strerror}", file=path) from error
         weakref.finalize(self, os.close, self._fd)
@@ -138,7 +139,7 @@ def open_member(directory: str, name: str) -> InputFile:
     """
     path = os.path.join(directory, name)
     if not os.path.islink(path):
-        return InputFile(path)
+        return InputFile(path, follow=False)  # it may become a link in between
     snapshot = os.path.realpath(directory)
     blobs = os.path.join(os.path.dirname(os.path.dirname(snapshot)), "blobs")
     in_cache = os.path.basename(os.path.dirname(snapshot)) == "snapshots"

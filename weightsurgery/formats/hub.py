@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from weightsurgery.errors import StorageError
+from weightsurgery.errors import StorageError, shown
 
 _ID = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(?:@(?P<revision>[\w./-]+))?")
 _WANTED = (
@@ -35,22 +35,23 @@ def resolve(text: str) -> str:
         StorageError: It is not in the cache and could not be downloaded.
     """
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub.errors import LocalEntryNotFoundError
 
     found = _ID.fullmatch(text)
     repo, revision = (found["repo"], found["revision"]) if found else (text, None)
+    wanted = list(_WANTED)
     try:
-        return str(
-            snapshot_download(
-                repo, revision=revision, allow_patterns=list(_WANTED), local_files_only=True
+        try:
+            return str(
+                snapshot_download(
+                    repo, revision=revision, allow_patterns=wanted, local_files_only=True
+                )
             )
-        )
-    except LocalEntryNotFoundError:
-        pass  # not an error: the next call may use the network, or says why it may not
-    try:
-        return str(snapshot_download(repo, revision=revision, allow_patterns=list(_WANTED)))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
+        except LocalEntryNotFoundError:
+            # Not an error: this call may use the network, or says why it may not.
+            return str(snapshot_download(repo, revision=revision, allow_patterns=wanted))
+    except Exception as error:  # an id it does not like, HTTP, proxies, disk: many kinds
+        reason = shown(str(error).strip().partition("\n")[0] or type(error).__name__)
         raise StorageError(
             f"'{text}' is neither a local path nor a hub repository that can be fetched ({reason})",
             hint="check the spelling, or download the model and give its folder",

@@ -184,8 +184,10 @@ def _groups(
     if max_shard_size is not None:
         return _named(_split(list(checkpoint.values()), max_shard_size))
     shards: dict[str, dict[str, TensorView]] = {}
+    # A new tensor joins the last shard: model.safetensors beside an index would be two answers.
+    last = max(checkpoint.layout.values(), default=SINGLE)
     for name, view in checkpoint.items():
-        shards.setdefault(checkpoint.layout.get(name, SINGLE), {})[name] = view
+        shards.setdefault(checkpoint.layout.get(name, last), {})[name] = view
     if len(shards) < 2:
         return [(SINGLE, file_order(checkpoint))]
     return [(name, file_order(shards[name])) for name in sorted(shards)]

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from weightsurgery.checkpoint import Checkpoint
+from weightsurgery.errors import shown
 from weightsurgery.version import __version__
 
 SCHEMA = "wsurg.record/1"
@@ -73,7 +74,7 @@ def recipe(checkpoint: Checkpoint, ids: Mapping[int, int]) -> dict[str, Any]:
 
 def public_name(checkpoint: Checkpoint) -> str:
     """What to call an input in files that others will read: a hub id, or the last path part."""
-    return checkpoint.hub_id or os.path.basename(os.path.abspath(checkpoint.label))
+    return checkpoint.hub_id or shown(os.path.basename(os.path.abspath(checkpoint.label)))
 
 
 def describe_input(source: Checkpoint, hashes: Mapping[str, str]) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from weightsurgery.buffers import empty
 from weightsurgery.checkpoint import Checkpoint, TensorView
 from weightsurgery.dtypes import DTYPES, DType
 from weightsurgery.errors import FormatError, PolicyError, shown
@@ -22,6 +23,7 @@ from weightsurgery.kernels import Block
 MAX_HEADER = 100_000_000  # bytes; the library's own limit
 MAX_RANK = 64
 MAX_DIMENSION = 1 << 48
+MAX_ELEMENTS = 1 << 60
 _FIELDS = {"dtype", "shape", "data_offsets"}
 _CONVERT = (
     "load it in a sandbox you trust with torch.load(weights_only=True), "
@@ -41,7 +43,10 @@ _OTHER_KINDS = {
         "a PyTorch zip archive; opening its pickle can run code",
         _CONVERT,
     ),
-    b"\x80\x02": (PolicyError, "a Python pickle; opening it can run code", _CONVERT),
+    **{
+        bytes((0x80, protocol)): (PolicyError, "a Python pickle; opening it can run code", _CONVERT)
+        for protocol in range(2, 6)
+    },
 }
 
 
@@ -81,8 +86,9 @@ def open_file(file: InputFile, *, label: str) -> Checkpoint:
 
 def _read_header(file: InputFile) -> tuple[dict[str, Any], int]:
     start = file.read_bytes(0, min(file.size, 32)).lower()
-    for magic, (kind, what, hint) in _OTHER_KINDS.items():
-        if start.startswith(magic):
+    # Not where a header begins: a header of 640 bytes has a pickle's first two bytes as its length.
+    for magic, (kind, what, hint) in _OTHER_KINDS.items() if start[8:9] != b"{" else ():
+        if start.lstrip().startswith(magic):
             raise kind(f"expected a safetensors file, found {what}", file=file.path, hint=hint)
     if file.size < 8:
         raise FormatError(
@@ -135,6 +141,8 @@ def _check_entry(
         raise bad(f"shape {shown(shape)}; expected dimensions from 0 to 2**48 - 1")
     if len(offsets) != 2 or not 0 <= offsets[0] <= offsets[1]:
         raise bad(f"data_offsets {shown(offsets)}; expected [begin, end] with 0 <= begin <= end")
+    if math.prod(n or 1 for n in shape) >= MAX_ELEMENTS:  # [2**47, 2**47, 0] too, as the library
+        raise bad(f"shape {shown(shape)}; expected fewer than 2**60 elements")
     bits, given = math.prod(shape) * dtype.bits, offsets[1] - offsets[0]
     if bits != 8 * given:
         raise bad(f"{dtype.name} of shape {shown(shape)} takes {bits:,} bits, not {8 * given:,}")
@@ -164,9 +172,10 @@ def _view(
     file: InputFile, name: str, dtype: DType, shape: tuple[int, ...], begin: int
 ) -> TensorView:
     def read_both(start: int, stop: int) -> tuple[Block, Block]:
-        count = dtype.nbytes(stop - start) // dtype.numpy.itemsize
-        block = np.empty(count, dtype.numpy)
-        file.read_into(block.view(np.uint8).data, begin + dtype.nbytes(start))
+        # A block of F4 or F6 may begin within a byte; rounding both ends loses and repeats none.
+        first, last = dtype.nbytes(start), dtype.nbytes(stop)
+        block = empty((last - first) // dtype.numpy.itemsize, dtype.numpy)
+        file.read_into(block.view(np.uint8).data, begin + first)
         return block, block
 
     return TensorView(name, shape, dtype, read_both)

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 from typing import Any
 
 from weightsurgery.errors import FormatError, shown
+
+MAX_DEPTH = 128  # levels of nesting; the safetensors library's parser has the same limit
+MAX_DIGITS = 400  # of an integer; Python itself refuses to print one of more than 4,300
 
 
 class _RuleError(ValueError):
@@ -25,6 +29,30 @@ def _no_constant(text: str) -> Any:
     raise _RuleError(f"{text} is not JSON")
 
 
+def _integer(text: str) -> int | float:
+    if len(text) > MAX_DIGITS:
+        raise _RuleError(f"an integer of {len(text):,} digits")
+    # int("-0") is 0, so an offset of -0 would pass; to other parsers it is a float.
+    return -0.0 if text == "-0" else int(text)
+
+
+def _float(text: str) -> float:
+    number = float(text)
+    if math.isinf(number):  # 1e999 would be written back as Infinity
+        raise _RuleError(f"{shown(text)} is out of range")
+    return number
+
+
+def _check_depth(value: Any) -> None:
+    level, depth = [[value]], 0
+    while level:
+        if depth > MAX_DEPTH:
+            raise RecursionError
+        children = (v.values() if isinstance(v, dict) else v for v in level)
+        level = [v for inner in children for v in inner if isinstance(v, (dict, list))]
+        depth += 1
+
+
 def parse(data: bytes, *, file: str, what: str = "file") -> Any:
     """Parse UTF-8 JSON strictly.
 
@@ -34,8 +62,8 @@ def parse(data: bytes, *, file: str, what: str = "file") -> Any:
         what: What the JSON is, for the message: header, index, config.
 
     Raises:
-        FormatError: The bytes are not UTF-8 or not JSON, a key occurs twice, or the nesting is
-            too deep.
+        FormatError: The bytes are not UTF-8 or not JSON, a key occurs twice, a string holds half
+            a surrogate pair, a number is out of range, or the nesting is too deep.
     """
     try:
         # Decode first: json.loads(bytes) would accept UTF-16, UTF-32 and a byte-order mark.
@@ -43,10 +71,22 @@ def parse(data: bytes, *, file: str, what: str = "file") -> Any:
     except UnicodeDecodeError as error:
         raise FormatError(f"{what} is not UTF-8 (byte {error.start})", file=file) from None
     try:
-        return json.loads(text, object_pairs_hook=_unique, parse_constant=_no_constant)
+        value = json.loads(
+            text,
+            object_pairs_hook=_unique,
+            parse_constant=_no_constant,
+            parse_int=_integer,
+            parse_float=_float,
+        )
+        _check_depth(value)
+        if "\\ud" in text.lower():  # an escaped surrogate: fine in pairs, not UTF-8 alone
+            json.dumps(value, ensure_ascii=False).encode()
+        return value
     except RecursionError:
         raise FormatError(f"{what} is nested too deeply", file=file) from None
-    except ValueError as error:  # JSONDecodeError, integers of over 4,300 digits, _RuleError
+    except UnicodeEncodeError:
+        raise FormatError(f"{what} escapes half a surrogate pair", file=file) from None
+    except ValueError as error:  # JSONDecodeError, _RuleError
         raise FormatError(f"{what} is not valid JSON: {shown(error)}", file=file) from None
 
 

@@ -54,7 +54,7 @@ def _vocab_json(side: SideFile) -> dict[int, str]:
 
 def _vocab_txt(side: SideFile) -> dict[int, str]:
     # Split at line feeds alone: str.splitlines would cut tokens such as U+0085 in two.
-    lines = side.content().decode("utf-8", "replace").split("\n")
+    lines = side.content().decode("utf-8", "replace").removesuffix("\n").split("\n")
     return dict(enumerate(line.removesuffix("\r") for line in lines))
 
 

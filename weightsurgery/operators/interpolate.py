@@ -9,9 +9,11 @@ from __future__ import annotations
 
 from typing import Annotated
 
+import numpy as np
+
 from weightsurgery.align import align, require_unquantised
 from weightsurgery.checkpoint import Checkpoint
-from weightsurgery.kernels import Block, to_dtype, to_float
+from weightsurgery.kernels import Block, same_float, to_dtype, to_float
 from weightsurgery.registry import (
     AllowNonfinite,
     Exclude,
@@ -65,8 +67,9 @@ def interpolate(
             return tuned
         if weight == 0:
             return to_dtype(to_float(base), tuned.dtype) if base.dtype != tuned.dtype else base
-        w, b, t = weight, to_float(base), to_float(tuned)
-        return to_dtype((1 - w) * b + w * t, tuned.dtype)
+        w, (b, t) = weight, same_float(base, tuned)
+        with np.errstate(invalid="ignore"):  # inf - inf, where that is allowed, is NaN
+            return to_dtype((1 - w) * b + w * t, tuned.dtype)
 
     paired = align(base, tuned, mismatched="keep" if keep_mismatched else "refuse")
     return map_tensors(

@@ -16,6 +16,7 @@ import numpy as np
 
 from weightsurgery.align import Pair, align, check_glob, matches, require_unquantised
 from weightsurgery.checkpoint import Checkpoint
+from weightsurgery.errors import SettingError, shown
 from weightsurgery.kernels import Block, choose, magnitude_of_drift
 from weightsurgery.registry import (
     Exclude,
@@ -77,9 +78,9 @@ def mix(
         models twice for the threshold.
 
     Raises:
-        SettingError: A share is outside 0 to 1, or a glob matches nothing.
+        SettingError: A share is outside 0 to 1, a glob matches nothing, or `select` is unknown.
         MismatchError: The models do not fit each other.
-        NonFiniteError: `select` is "drift" and a drift is NaN or infinite.
+        NonFiniteError: `select` is "drift", `ratio` below 1, and a drift is NaN or infinite.
         PolicyError: A model is quantised.
     """
     rules = (("*", ratio), *ratio_for)
@@ -87,26 +88,33 @@ def mix(
         check_share("ratio" if glob == "*" else f"ratio for {glob}", share)
     for glob, _ in ratio_for:
         check_glob(glob, list(tuned))
+    if select not in ("random", "drift"):
+        raise SettingError(f"select is '{shown(select)}'; expected random or drift")
     require_unquantised(base, tuned)
     paired = align(base, tuned, mismatched="keep" if keep_mismatched else "refuse")
     paired = paired.only(include, exclude)
 
-    def rule_of(name: str) -> int:
-        return max(i for i, (glob, _) in enumerate(rules) if matches(name, (glob,)))
+    rule_of = {
+        key: max(i for i, (glob, _) in enumerate(rules) if any(matches(n, (glob,)) for n in names))
+        for key, names in paired.names().items()
+    }
 
     def random(name: str, start: int, tuned: Block, base: Block) -> Block:
-        share = rules[rule_of(name)][1]
+        share = rules[rule_of[name]][1]
         return choose(random_mask(seed, name, start, tuned.size, share), base, tuned)
 
     if select == "random":
         return map_tensors(random, paired)
     thresholds = [
-        _threshold([p for p in paired.eligible if rule_of(p.key) == i], share, engine)
+        _threshold([p for p in paired.eligible if rule_of[p.key] == i], share, engine)
         for i, (_, share) in enumerate(rules)
     ]
 
     def by_drift(name: str, _start: int, tuned: Block, base: Block) -> Block:
-        return choose(magnitude_of_drift(base, tuned) < thresholds[rule_of(name)], base, tuned)
+        threshold = thresholds[rule_of[name]]
+        if np.isinf(threshold):  # ratio 1: what is NaN or infinite is reset too
+            return choose(np.ones(tuned.size, np.bool_), base, tuned)
+        return choose(magnitude_of_drift(base, tuned) < threshold, base, tuned)
 
     return map_tensors(by_drift, paired)
 
