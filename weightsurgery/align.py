@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from weightsurgery.anatomy import kind_of, natural_key
+from weightsurgery.anatomy import kind_of
 from weightsurgery.checkpoint import Checkpoint, TensorView
 from weightsurgery.dtypes import FLOATING
 from weightsurgery.errors import MismatchError, PolicyError, SettingError, shown
@@ -169,6 +169,9 @@ def align(base: Checkpoint, tuned: Checkpoint, *, mismatched: str = "refuse") ->
         tuned: Fine-tuned weights.
         mismatched: "refuse" a pair of different shapes that is neither vocabulary nor head, or
             "keep" TUNED's.
+
+    Returns:
+        The pairs, and all that stands alone.
 
     Raises:
         MismatchError: The models are of different types, a pair's shapes differ, or nothing
@@ -393,8 +396,3 @@ def _nothing_pairs(base: Checkpoint, tuned: Checkpoint) -> MismatchError:
         file=tuned.label,
         hint="are these the same architecture? --strip-prefix or --map FILE can pair names",
     )
-
-
-def in_reading_order(names: Sequence[str]) -> list[str]:
-    """Names with layer 2 before layer 10."""
-    return sorted(names, key=natural_key)

@@ -64,6 +64,7 @@ class TensorView:
         """The grid every reader uses: whole rows, about `BLOCK` elements; a longer row is cut.
 
         Example:
+            >>> from weightsurgery.dtypes import DTYPES
             >>> view = TensorView("w", (3, 500_000), DTYPES["F32"], read_both=None)
             >>> list(view.blocks())
             [(0, 1000000), (1000000, 1500000)]
@@ -101,7 +102,14 @@ class FileRef:
 
 @dataclass(frozen=True)
 class SideFile:
-    """A file that travels with the weights: config, tokenizer, licence."""
+    """A file that travels with the weights: config, tokenizer, licence.
+
+    Attributes:
+        name: File name without its folder.
+        path: Where it lies.
+        size: Bytes.
+        content: Reads the whole file.
+    """
 
     name: str
     path: str
@@ -111,7 +119,13 @@ class SideFile:
 
 @dataclass(frozen=True)
 class Step:
-    """One operator applied: what it was, its settings, and the checkpoints it took."""
+    """One operator applied: what it was, its settings, and the checkpoints it took.
+
+    Attributes:
+        operator: Its name.
+        settings: Every setting, given or default.
+        inputs: The operator's name for each checkpoint, to the checkpoint.
+    """
 
     operator: str
     settings: Mapping[str, Any]
@@ -212,6 +226,9 @@ def from_arrays(arrays: Mapping[str, Any], *, label: str = "memory", **fields: A
         arrays: Name to array; the dtype must be one of the safetensors format's.
         label: What to call it in messages.
         fields: Any other field of `Checkpoint`.
+
+    Returns:
+        The checkpoint; its blocks are copies of the arrays' elements.
 
     Raises:
         KeyError: An array's dtype is not one of the format's.

@@ -80,6 +80,13 @@ def operator(function: Callable[..., Checkpoint]) -> Callable[..., Checkpoint]:
     Positional arguments are checkpoints, keyword-only arguments are settings. An `engine`
     argument, where there is one, says how to run folds and is not a setting. The result remembers
     the operator, its settings and its inputs, which is what the record of an output shows.
+
+    Args:
+        function: Every keyword-only argument but `engine` is annotated
+            `Annotated[type, "help"]`, or with a `Setting` in place of the help.
+
+    Returns:
+        The function, registered in `OPERATORS` under its name with dashes; `engine` is optional.
     """
     hints = get_type_hints(function, include_extras=True)
     signature = inspect.signature(function)

@@ -45,6 +45,9 @@ class Engine:
         executor: Runs the work; None makes a thread pool for each job. Whatever has the interface
             of `concurrent.futures.Executor` serves; it is not shut down.
         progress: Called as progress(what, bytes done, bytes in all), from the calling thread.
+
+    Raises:
+        SettingError: `workers` is negative.
     """
 
     workers: int = 0

@@ -1,4 +1,3 @@
-"""The package's version, in one place."""
+"""The version of this package, as records give it."""
 
 __version__ = "0.1.0"
-"""The version of the package, which records name."""

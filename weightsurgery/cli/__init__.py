@@ -95,7 +95,7 @@ def operator_summaries() -> dict[str, str]:
 )
 @click.pass_context
 def cli(ctx: click.Context, config: str | None) -> None:
-    r"""Surgery on the weights of language models.
+    """Surgery on the weights of language models.
 
     BASE are the trusted pre-trained weights, TUNED the fine-tuned ones. Both are a .safetensors
     file, a model directory, or a hub id org/name@revision.
@@ -105,7 +105,7 @@ def cli(ctx: click.Context, config: str | None) -> None:
       wsurg inspect model/
       wsurg diff base.safetensors tuned.safetensors
       wsurg mix base/ tuned/ --ratio 0.3 -o mixed/
-    """
+    """  # noqa: D301  click wants the character, not an escape
     if config is not None or os.path.lexists("wsurg.toml"):
         from weightsurgery.cli.settings_file import read_settings
 
@@ -116,7 +116,11 @@ def main(arguments: list[str] | None = None) -> NoReturn:
     """Run `wsurg`, turn every error into one line on stderr, and exit with its code."""
     signal.signal(signal.SIGTERM, _terminated)
     try:
-        cli.main(arguments, prog_name="wsurg", standalone_mode=False)
+        if "_WSURG_COMPLETE" in os.environ:  # shell completion, which click's own main offers
+            cli.main(arguments, prog_name="wsurg")
+        # Not cli.main: it turns a broken pipe into exit code 1 by itself.
+        with cli.make_context("wsurg", sys.argv[1:] if arguments is None else arguments) as ctx:
+            cli.invoke(ctx)
         sys.stdout.flush()
     except BrokenPipeError:
         # The reader (`head`, `less`) has gone; so that the interpreter's last flush does not fail:
@@ -128,7 +132,7 @@ def main(arguments: list[str] | None = None) -> NoReturn:
     except click.ClickException as error:
         _exit(_one_line(error), error.exit_code)
     except (KeyboardInterrupt, click.Abort):
-        _exit("interrupted; nothing was written", INTERRUPTED)
+        _exit("interrupted; nothing is left half-written", INTERRUPTED)
     sys.exit(0)
 
 

@@ -14,7 +14,7 @@ from weightsurgery.formats import save
 from weightsurgery.report.comparison import comparison_csv, comparison_tables
 from weightsurgery.report.tables import show
 
-_WIDE = 170  # columns of a terminal that hold every statistic beside a name
+_LISTED = 20  # tensors shown unless --all is given
 
 
 def _diff(
@@ -29,26 +29,29 @@ def _diff(
     as_csv: bool,
     as_json: bool,
     workers: int,
+    max_memory: int | None,
     **names: Any,
 ) -> None:
     if as_csv and as_json:
         raise click.UsageError("--csv and --json exclude each other", click.get_current_context())
     gates = [parse_gate(text) for text in fail_if]
     pair = options.open_pair(base, tuned, **names)
-    with options.running(workers) as engine:
+    with options.running(workers, max_memory=max_memory, inputs=pair) as engine:
         report = diff(*pair, top=top, engine=engine)
         if drift_out is not None:
             delta = drift(*pair, allow_nonfinite=allow_nonfinite)
             save(delta, drift_out, overwrite=overwrite, engine=engine)
     options.warn(report.warnings)
-    if as_json:
-        options.print_json(report.to_json())
-    elif as_csv:
-        click.echo(comparison_csv(report), nl=False)
-    else:
-        wide = not sys.stdout.isatty() or shutil.get_terminal_size().columns >= _WIDE
-        show(comparison_tables(report, limit=0 if show_all else 20, wide=wide))
-    check_gates(report, gates)
+    try:
+        if as_json:
+            options.print_json(report.to_json())
+        elif as_csv:
+            click.echo(comparison_csv(report), nl=False)
+        else:
+            width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+            show(comparison_tables(report, limit=0 if show_all else _LISTED, width=width))
+    finally:
+        check_gates(report, gates)  # the verdict counts even if nobody reads the report
 
 
 command = click.Command(
@@ -84,7 +87,7 @@ command = click.Command(
         click.Option(
             ["--all", "show_all"],
             is_flag=True,
-            help="List all tensors, not the 20 that moved most.",
+            help=f"List all tensors, not the {_LISTED} that moved most.",
         ),
         click.Option(
             ["--drift", "drift_out"],
@@ -106,5 +109,6 @@ command = click.Command(
         options.WEIGHTS,
         *options.NAMES,
         options.WORKERS,
+        options.MEMORY,
     ],
 )

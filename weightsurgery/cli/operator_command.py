@@ -11,7 +11,8 @@ import click
 import weightsurgery.operators
 from weightsurgery.cli import options
 from weightsurgery.formats import save
-from weightsurgery.formats.plan import make_plan
+from weightsurgery.formats.output import check_destination
+from weightsurgery.formats.plan import input_paths, make_plan
 from weightsurgery.registry import OPERATORS, Operator, Setting
 from weightsurgery.report.outcome import outcome_tables, plan_tables
 from weightsurgery.report.tables import show
@@ -46,13 +47,15 @@ def _run(operator: Operator, given: dict[str, Any]) -> None:
     inputs = options.open_pair(*(given[name] for name in operator.inputs), **names)
     out = given["out"]
     sizes = {key: given[key] for key in ("overwrite", "max_shard_size", "max_memory")}
-    with options.running(given["workers"]) as engine:
-        run = (
-            {"engine": engine}
-            if "engine" in inspect.signature(operator.function).parameters
-            else {}
-        )
-        result = operator.function(*inputs, **settings, **run)
+    check_destination(  # before any work; saving checks again
+        out,
+        is_directory=inputs[-1].is_directory,
+        overwrite=given["overwrite"],
+        inputs=[path for checkpoint in inputs for path in input_paths(checkpoint)],
+    )
+    limit = given["max_memory"]
+    with options.running(given["workers"], max_memory=limit, inputs=inputs) as engine:
+        result = operator.function(*inputs, **settings, engine=engine)
         if given["dry_run"]:
             plan = make_plan(result, out, engine=engine, **sizes).to_json()
         else:

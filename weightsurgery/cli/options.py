@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,7 +16,7 @@ from weightsurgery.checkpoint import Checkpoint
 from weightsurgery.errors import SettingError
 from weightsurgery.formats import open_checkpoint
 from weightsurgery.formats.files import InputFile
-from weightsurgery.formats.plan import parse_size
+from weightsurgery.formats.plan import fit_workers, parse_size
 from weightsurgery.formats.strict_json import parse_object
 from weightsurgery.stream import Engine
 
@@ -55,6 +56,9 @@ NAMES = (
         help='JSON file {"TUNED\'s name": "BASE\'s name"} that pairs tensors by hand.',
     ),
 )
+MEMORY = click.Option(
+    ["--max-memory"], type=Size(), help="Use fewer workers to stay under this much memory."
+)
 WRITING = (
     click.Option(["-o", "--out"], required=True, metavar="OUT", help="Where to write."),
     click.Option(["--overwrite"], is_flag=True, help="Replace OUT if it exists."),
@@ -64,9 +68,7 @@ WRITING = (
     click.Option(
         ["--max-shard-size"], type=Size(), help="Split the weights into files of at most this size."
     ),
-    click.Option(
-        ["--max-memory"], type=Size(), help="Use fewer workers to stay under this much memory."
-    ),
+    MEMORY,
     click.Option(
         ["--hash/--no-hash", "hashes"],
         default=True,
@@ -78,8 +80,15 @@ WRITING = (
 def open_pair(
     base: str, tuned: str, *, weights: str | None, strip_prefix: str, name_map: str | None
 ) -> tuple[Checkpoint, Checkpoint]:
-    """Open BASE and TUNED, with BASE's names as the user says they correspond."""
-    opened = open_checkpoint(base, weights=weights), open_checkpoint(tuned, weights=weights)
+    """Open BASE and TUNED, with BASE's names as the user says they correspond.
+
+    Raises:
+        SettingError: The name map gives something that is not a name.
+    """
+    # --weights is for whichever of the two has that file; if neither has, opening says so.
+    has = [weights is not None and os.path.isfile(os.path.join(p, weights)) for p in (base, tuned)]
+    chosen = [weights if own or not any(has) else None for own in has]
+    opened = open_checkpoint(base, weights=chosen[0]), open_checkpoint(tuned, weights=chosen[1])
     if not strip_prefix and name_map is None:
         return opened
     names: Mapping[str, str] | None = None
@@ -93,8 +102,11 @@ def open_pair(
 
 
 @contextmanager
-def running(workers: int) -> Iterator[Engine]:
-    """An engine with a progress bar on stderr, if that is a terminal."""
+def running(
+    workers: int, *, max_memory: int | None = None, inputs: Sequence[Checkpoint] = ()
+) -> Iterator[Engine]:
+    """An engine within a memory limit, with a progress bar on stderr if that is a terminal."""
+    workers, _ = fit_workers(inputs, Engine(workers=workers).width, max_memory)
     if not sys.stderr.isatty():
         yield Engine(workers=workers)
         return

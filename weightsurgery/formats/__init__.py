@@ -31,6 +31,7 @@ def open_checkpoint(path: str | os.PathLike[str], *, weights: str | None = None)
         FormatError: A file breaks its format's rules.
         PolicyError: Two files claim to be the weights, they are a pickle, or a link leads out of
             the directory.
+        SettingError: There is no file called `weights`.
         StorageError: A file cannot be opened or read.
     """
     text = os.fspath(path)

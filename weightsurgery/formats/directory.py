@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 from weightsurgery.checkpoint import Checkpoint, FileRef, SideFile, TensorView
-from weightsurgery.errors import FormatError, PolicyError, StorageError, shown
+from weightsurgery.errors import FormatError, PolicyError, SettingError, StorageError, shown
 from weightsurgery.formats.files import InputFile, open_member
 from weightsurgery.formats.safetensors import open_safetensors, refuse_pickle
 from weightsurgery.formats.strict_json import parse_object
@@ -38,6 +38,7 @@ def open_directory(directory: str, *, label: str, weights: str | None = None) ->
         FormatError: A file of it breaks its format's rules.
         PolicyError: Two files claim to be the weights, only a pickle is there, or a link leads
             out of the directory.
+        SettingError: There is no file called `weights`.
         StorageError: A file cannot be read.
     """
     try:
@@ -45,7 +46,9 @@ def open_directory(directory: str, *, label: str, weights: str | None = None) ->
     except OSError as error:
         raise StorageError(f"cannot list: {error.strerror}", file=directory) from error
     config = _read_config(directory, entries)
-    chosen = weights if weights in entries else _choose(directory, entries, config)
+    if weights is not None and weights not in entries:
+        raise SettingError(f"there is no {shown(weights)} to take the weights from", file=directory)
+    chosen = weights or _choose(directory, entries, config)
     tensors: dict[str, TensorView] = {}
     layout: dict[str, str] = {}
     metadata: dict[str, str] = {}

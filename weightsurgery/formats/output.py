@@ -15,7 +15,9 @@ import fnmatch
 import hashlib
 import os
 import shutil
+import signal
 import stat
+import threading
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -87,19 +89,22 @@ class Output:
         self._lock = -1
 
     def __enter__(self) -> Output:
-        self._lock = _lock_directory(self.temporary, self.out)
         try:
+            with _signals_held():  # or Ctrl-C could fall between making and knowing of it
+                self._lock = _lock_directory(self.temporary, self.out)
             with _told("cannot clear", self.temporary):
                 _clear(self.temporary)
         except BaseException:
-            os.close(self._lock)
+            self.__exit__()
             raise
         return self
 
     def __exit__(self, *_: object) -> None:
-        # Whatever is still there was not committed (or is what a commit replaced).
-        shutil.rmtree(self.temporary, ignore_errors=True)
-        os.close(self._lock)
+        if self._lock >= 0:
+            # Whatever is still there was not committed (or is what a commit replaced).
+            shutil.rmtree(self.temporary, ignore_errors=True)
+            os.close(self._lock)
+            self._lock = -1
 
     def create(self, name: str) -> OutputFile:
         """A new file of the output."""
@@ -120,7 +125,7 @@ class Output:
             PolicyError: Something appeared at the destination meanwhile.
             StorageError: The system reports an error.
         """
-        with _told("cannot put in place", self.out):
+        with _signals_held(), _told("cannot put in place", self.out):
             _fsync_directory(self.temporary)
             if self.is_directory:
                 # The umask's permissions, as any new directory would have.
@@ -273,6 +278,28 @@ def _umask() -> int:
     mask = os.umask(0o022)
     os.umask(mask)
     return mask
+
+
+@contextlib.contextmanager
+def _signals_held() -> Iterator[None]:
+    """Let SIGINT and SIGTERM wait until the block is done.
+
+    By handlers, not by a signal mask: another thread would take the signal, and Python would
+    still run the handler here.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield  # Python runs handlers in the main thread alone
+        return
+    arrived: list[int] = []
+    held = (signal.SIGINT, signal.SIGTERM)
+    before = [signal.signal(number, lambda n, _: arrived.append(n)) for number in held]
+    try:
+        yield
+    finally:
+        for number, handler in zip(held, before, strict=True):
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+        for late in arrived:
+            signal.raise_signal(late)
 
 
 @contextlib.contextmanager

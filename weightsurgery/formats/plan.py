@@ -22,7 +22,13 @@ _SLACK = 16 << 20  # bytes for side files, index and record
 
 @dataclass(frozen=True)
 class Shard:
-    """One output file: its name, its tensors in their order on disk, its header."""
+    """One output file: its name, its tensors in their order on disk, its header.
+
+    Attributes:
+        name: File name.
+        views: The tensors, in their order on disk.
+        header: Length and JSON header, the first bytes of the file.
+    """
 
     name: str
     views: tuple[TensorView, ...]
@@ -119,7 +125,7 @@ def make_plan(
     shards = tuple(
         Shard(name, tuple(views), header_bytes(views, metadata)) for name, views in groups
     )
-    workers, memory = fit_workers(checkpoint, engine.width, max_memory)
+    workers, memory = fit_workers(checkpoint.sources(), engine.width, max_memory)
     statistics = os.statvfs(os.path.dirname(os.path.abspath(out)))
     free = statistics.f_bavail * statistics.f_frsize
     plan = Plan(out, checkpoint.is_directory, shards, free, memory, workers)
@@ -139,17 +145,25 @@ def input_paths(checkpoint: Checkpoint) -> list[str]:
     ]
 
 
-def fit_workers(checkpoint: Checkpoint, workers: int, max_memory: int | None) -> tuple[int, int]:
+def fit_workers(
+    inputs: Sequence[Checkpoint], workers: int, max_memory: int | None
+) -> tuple[int, int]:
     """The largest number of workers, and its peak memory, that a memory limit allows.
+
+    Args:
+        inputs: The opened checkpoints that are read side by side.
+        workers: Blocks worked on at a time, at most.
+        max_memory: Bytes; None sets no limit.
 
     Raises:
         SettingError: Even one worker needs more.
     """
-    largest = max((view.dtype.bits for view in checkpoint.values()), default=32)
-    depth = len(checkpoint.sources()) + 4  # blocks: the inputs', temporaries, and the result
+    bits = max((view.dtype.bits for given in inputs for view in given.values()), default=32)
+    block = BLOCK * max(bits, 32) // 8
+    depth = len(inputs) + 4  # blocks: the inputs', temporaries, and the result
 
     def need(count: int) -> int:
-        return INTERPRETER + (2 * count + 1) * depth * BLOCK * max(largest, 32) // 8
+        return INTERPRETER + (2 * count + 1) * depth * block
 
     if max_memory is not None:
         while workers > 1 and need(workers) > max_memory:
@@ -169,8 +183,8 @@ def _check_kind(checkpoint: Checkpoint, out: str, max_shard_size: int | None) ->
         )
     if not checkpoint.is_directory and not out.endswith(".safetensors"):
         raise SettingError(
-            f"'{out}' does not end in .safetensors, but the input is a single file",
-            hint="outputs mirror the input: give a file name",
+            f"'{out}' does not end in .safetensors, but this output is a single file",
+            hint="give a file name",
         )
     if max_shard_size is not None and not checkpoint.is_directory:
         raise SettingError("a single file cannot be sharded", hint="give a model directory")

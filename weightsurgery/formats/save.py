@@ -12,12 +12,13 @@ from dataclasses import replace
 from typing import Any
 
 from weightsurgery.checkpoint import Checkpoint, TensorView
+from weightsurgery.errors import shown
 from weightsurgery.formats.card import make_card
 from weightsurgery.formats.directory import INDEX
 from weightsurgery.formats.output import Output, record_name
 from weightsurgery.formats.plan import Plan, Shard, input_paths, make_plan
 from weightsurgery.formats.record import describe_input, make_record
-from weightsurgery.formats.strict_json import dump
+from weightsurgery.formats.strict_json import dump, parse_object
 from weightsurgery.kernels import count_different
 from weightsurgery.stream import Engine
 
@@ -77,7 +78,8 @@ def save(
     )
     with output, _input_hashes(checkpoint, hashes) as input_hashes:
         tensors, outputs = _write_shards(output, plan, engine, hashes)
-        record = _write_rest(output, checkpoint, plan, tensors, outputs, input_hashes())
+        taken = input_hashes() if hashes else None
+        record = _write_rest(output, checkpoint, plan, tensors, outputs, taken)
         for source in checkpoint.sources():
             for file in source.files:
                 file.check_unchanged()
@@ -184,7 +186,7 @@ def _write_rest(
     plan: Plan,
     tensors: dict[str, Any],
     outputs: dict[str, Any],
-    input_hashes: Mapping[str, str],
+    input_hashes: Mapping[str, str] | None,
 ) -> dict[str, Any]:
     """Side files, index, card and record: small, and last."""
     warnings = [w for source in checkpoint.sources() for w in source.warnings]
@@ -193,19 +195,19 @@ def _write_rest(
         for side in checkpoint.side_files:
             content = side.content()
             if side.name == "config.json":
-                content = _without_code(content, checkpoint.config, warnings)
+                content = _without_code(content, side.path, warnings)
             small[side.name] = content
         if len(plan.shards) > 1:
             small[INDEX] = dump(_index(checkpoint, plan))
     for name, content in small.items():
         output.write(name, content)
-        digest = hashlib.sha256(content).hexdigest() if input_hashes or not tensors else None
+        digest = hashlib.sha256(content).hexdigest() if input_hashes is not None else None
         outputs[name] = {"size": len(content), "sha256": digest}
     record = make_record(
         checkpoint,
         outputs=outputs,
         tensors=tensors,
-        inputs=[describe_input(source, input_hashes) for source in checkpoint.sources()],
+        inputs=[describe_input(source, input_hashes or {}) for source in checkpoint.sources()],
         warnings=warnings,
         left_out=checkpoint.left_out,
     )
@@ -223,10 +225,11 @@ def _index(checkpoint: Checkpoint, plan: Plan) -> dict[str, Any]:
     }
 
 
-def _without_code(content: bytes, config: Mapping[str, Any], warnings: list[str]) -> bytes:
+def _without_code(content: bytes, path: str, warnings: list[str]) -> bytes:
     """config.json without the keys that load code or other weights; unchanged if it has none."""
     removed: list[str] = []
-    clean = _strip(config, removed)
+    # What is written is what is checked, not what the file was when it was opened.
+    clean = _strip(parse_object(content, file=path, what="config"), removed)
     if not removed:
         return content
     warnings.append(f"config.json: removed {', '.join(sorted(set(removed)))}")
@@ -237,9 +240,10 @@ def _strip(value: Any, removed: list[str]) -> Any:
     if isinstance(value, dict):
         kept = {}
         for key, inner in value.items():
-            names_code = "attn_implementation" in key and isinstance(inner, str) and "/" in inner
+            # A repository's name; or a map with one, where each part of a model has its own.
+            names_code = "_implementation" in key and "/" in str(inner)
             if key in _CODE_KEYS or names_code:
-                removed.append(key)
+                removed.append(shown(key))
             else:
                 kept[key] = _strip(inner, removed)
         return kept

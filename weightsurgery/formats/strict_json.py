@@ -44,7 +44,8 @@ def _float(text: str) -> float:
 
 
 def _check_depth(value: Any) -> None:
-    level, depth = [[value]], 0
+    level: list[Any] = [[value]]
+    depth = 0
     while level:
         if depth > MAX_DEPTH:
             raise RecursionError

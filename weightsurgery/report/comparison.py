@@ -11,24 +11,28 @@ from weightsurgery.diff import METRICS, QUANTILE_ERROR, DiffReport
 from weightsurgery.errors import shown
 from weightsurgery.report.tables import Table, names, number, share
 
-_COLUMNS = (
+_COLUMNS: tuple[str, ...] = (
     *(">rel. L2", ">L2", ">changed", ">max |δ|", ">mean δ", ">std δ", ">cosine", ">flips"),
     *(">q50 |δ|", ">q90", ">q99", ">q99.9"),
 )
-_NARROW = 6  # of these columns fit a terminal beside a name
+_FEWEST = 3  # statistics beside a name, however narrow the terminal
+_CELL = 13  # characters a statistic takes, with the space around it
 
 
-def comparison_tables(report: DiffReport, *, limit: int, wide: bool) -> list[Table]:
+def comparison_tables(report: DiffReport, *, limit: int, width: int | None) -> list[Table]:
     """A report as tables, the summary last, where a terminal shows it.
 
     Args:
         report: From `diff`.
         limit: Tensors listed at most; 0 lists all.
-        wide: Whether to show every statistic or the six that fit a terminal.
+        width: Characters in a line; as many statistics are shown as fit. None shows all.
     """
     shown_tensors = report.tensors[: limit or None]
     hidden = len(report.tensors) - len(shown_tensors)
-    columns = _COLUMNS if wide else _COLUMNS[:_NARROW]
+    columns = _COLUMNS
+    if width is not None:
+        longest = max((len(shown(e["tensor"])) for e in shown_tensors), default=0)
+        columns = _COLUMNS[: max(_FEWEST, (width - longest - 4) // _CELL)]
 
     def table(title: str, head: str, entries: Sequence[Mapping[str, Any]], key: str) -> Table:
         rows = [[shown(e[key]) or "(none)", *_cells(e, len(columns))] for e in entries]

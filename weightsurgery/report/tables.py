@@ -47,7 +47,7 @@ def _plain(table: Table) -> str:
         )
         return "  ".join(padded).rstrip()
 
-    lines = [table.title, line(heads), *map(line, table.rows)]
+    lines = [table.title, *([line(heads)] if any(heads) else []), *map(line, table.rows)]
     return "\n".join([*lines, table.note] if table.note else lines)
 
 
@@ -60,7 +60,10 @@ def _show_rich(tables: Sequence[Table]) -> None:
     console = Console()
     for table in tables:
         drawn = RichTable(
-            title=table.title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD
+            title=Text(table.title, style="bold"),
+            title_justify="left",
+            box=box.SIMPLE_HEAD if any(table.columns) else None,
+            show_header=any(table.columns),
         )
         for column in table.columns:
             is_number = column.startswith(">")
@@ -74,7 +77,9 @@ def _show_rich(tables: Sequence[Table]) -> None:
             drawn.add_row(*(Text(cell) for cell in row))  # Text: names are not markup
         console.print(drawn)
         if table.note:
-            console.print(Text(table.note, style="dim"))
+            console.print(Text(f"{table.note}\n", style="dim"))
+        elif not any(table.columns):  # tables without a box lack the empty line below
+            console.print()
 
 
 def number(value: float | int | None) -> str:

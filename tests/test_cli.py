@@ -1,0 +1,399 @@
+"""The command line: results, errors in one line, exit codes, settings files, signals."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from weightsurgery import OPERATORS, SurgeryError, errors
+from weightsurgery.cli import cli, main, operator_summaries
+
+WSURG = [sys.executable, "-m", "weightsurgery"]
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rng: np.random.Generator) -> Path:
+    """A working directory with base.safetensors and tuned.safetensors."""
+    base = {
+        "layers.0.weight": rng.standard_normal((8, 16), np.float32),
+        "layers.1.weight": rng.standard_normal((8, 16), np.float32),
+        "steps": np.arange(4),
+    }
+    tuned = {n: a + 0.01 * (a.dtype == np.float32) for n, a in base.items()}
+    tuned = {n: a.astype(base[n].dtype) for n, a in tuned.items()}
+    save_file(base, tmp_path / "base.safetensors")
+    save_file(tuned, tmp_path / "tuned.safetensors")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+PAIR = ["base.safetensors", "tuned.safetensors"]
+
+
+def run(*arguments: str) -> int:
+    """Run in this process; give the exit code."""
+    with pytest.raises(SystemExit) as stopped:
+        main(list(arguments))
+    return int(stopped.value.code or 0)
+
+
+def test_version_and_help_list_every_operator(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("--help") == 0
+    text = capsys.readouterr().out
+    for name, operator in OPERATORS.items():
+        assert name in text
+        assert operator_summaries()[name] == operator.summary
+    assert run("--version") == 0
+    assert capsys.readouterr().out.startswith("wsurg, version ")
+
+
+def test_mix_writes_what_python_writes(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from weightsurgery import mix, open_checkpoint, save
+
+    assert run("mix", *PAIR, "--ratio", "0.3", "-o", "a.safetensors") == 0
+    assert "effective share" in capsys.readouterr().out
+    save(mix(*map(open_checkpoint, PAIR), ratio=0.3), "b.safetensors")
+    assert Path("a.safetensors").read_bytes() == Path("b.safetensors").read_bytes()
+
+
+def test_reserve_is_the_exact_complement(folder: Path) -> None:
+    assert run("mix", *PAIR, "--ratio", "0.3", "-o", "ratio.safetensors") == 0
+    assert run("mix", *PAIR, "--reserve", "0.7", "-o", "reserve.safetensors") == 0
+    assert Path("ratio.safetensors").read_bytes() == Path("reserve.safetensors").read_bytes()
+    records = [json.loads(Path(f"{n}.safetensors.wsurg-record.json").read_text()) for n in
+               ("ratio", "reserve")]  # fmt: skip
+    assert records[0]["recipe"] == records[1]["recipe"]
+
+
+def test_ratio_for_include_and_exclude(folder: Path) -> None:
+    arguments = ["--ratio", "0", "--ratio-for", "layers.1.*=1", "-o", "out.safetensors"]
+    assert run("mix", *PAIR, *arguments) == 0
+    base, tuned, out = map(load_file, [*PAIR, "out.safetensors"])
+    np.testing.assert_array_equal(out["layers.0.weight"], tuned["layers.0.weight"])
+    np.testing.assert_array_equal(out["layers.1.weight"], base["layers.1.weight"])
+    arguments = ["--ratio", "1", "--exclude", "layers.1.*", "-o", "out.safetensors", "--overwrite"]
+    assert run("mix", *PAIR, *arguments) == 0
+    out = load_file("out.safetensors")
+    np.testing.assert_array_equal(out["layers.0.weight"], base["layers.0.weight"])
+    np.testing.assert_array_equal(out["layers.1.weight"], tuned["layers.1.weight"])
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["diff", *PAIR, "--json"],
+        ["inspect", "base.safetensors", "--json"],
+        ["inspect", "base.safetensors", "--json", "--values"],
+        ["mix", *PAIR, "-o", "o.safetensors", "--json"],
+        ["mix", *PAIR, "-o", "o.safetensors", "--json", "--dry-run"],
+        ["interpolate", *PAIR, "-o", "o.safetensors", "--json"],
+    ],
+    ids=" ".join,
+)
+def test_json_is_one_document(
+    arguments: list[str], folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(*arguments) == 0
+    assert json.loads(capsys.readouterr().out)["schema"].startswith("wsurg.")
+
+
+def test_dry_run_writes_nothing(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = sorted(os.listdir())
+    assert run("mix", *PAIR, "-o", "o.safetensors", "--dry-run") == 0
+    text = capsys.readouterr().out
+    assert "nothing was written" in text
+    assert "2 edited" in text
+    assert sorted(os.listdir()) == before
+
+
+def test_diff_shows_tensors_and_csv(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("diff", *PAIR) == 0
+    text = capsys.readouterr().out
+    assert "layers.0.weight" in text
+    assert "\x1b" not in text  # a pipe gets plain text
+    assert run("diff", *PAIR, "--csv") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("tensor,layer,kind,dtype,shape,count")
+    assert len(lines) == 3
+
+
+def test_diff_writes_the_drift(folder: Path) -> None:
+    assert run("diff", *PAIR, "--drift", "drift.safetensors") == 0
+    base, tuned, drift = map(load_file, [*PAIR, "drift.safetensors"])
+    assert set(drift) == {"layers.0.weight", "layers.1.weight"}
+    for name, values in drift.items():
+        np.testing.assert_array_equal(values, tuned[name] - base[name])
+
+
+def test_gates(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("diff", *PAIR, "--fail-if", "relative_l2 > 0.5") == 0
+    assert run("diff", *PAIR, "--fail-if", "*.1.*: max_abs > 1e-3", "--json") == 10
+    captured = capsys.readouterr()
+    assert "layers.1.weight: max_abs is 0.01" in captured.err
+
+
+def spoil(kind: str) -> list[str]:
+    """Make one thing wrong in the working directory; give the arguments that meet it."""
+    out = ["-o", "out.safetensors"]
+    if kind == "usage":
+        return ["mix", *PAIR]
+    if kind == "ratio":
+        return ["mix", *PAIR, *out, "--ratio", "1.5"]
+    if kind == "glob":
+        return ["mix", *PAIR, *out, "--exclude", "layer.0.*"]
+    if kind == "both":
+        return ["mix", *PAIR, *out, "--ratio", "0.3", "--reserve", "0.7"]
+    if kind == "rule":
+        return ["mix", *PAIR, *out, "--ratio-for", "layers.0.weight"]
+    if kind == "reserve":
+        return ["mix", *PAIR, *out, "--reserve", "most"]
+    if kind == "csv and json":
+        return ["diff", *PAIR, "--csv", "--json"]
+    if kind == "command":
+        return ["mixx", *PAIR, *out]
+    if kind == "size":
+        return ["mix", *PAIR, *out, "--max-memory", "much"]
+    if kind == "gate":
+        return ["diff", *PAIR, "--fail-if", "relativ_l2 > 1"]
+    if kind == "suffix":
+        return ["mix", *PAIR, "-o", "out"]
+    if kind == "malformed":
+        Path("tuned.safetensors").write_bytes(b"\xff" * 100)
+    if kind == "other model":
+        save_file({"else": np.zeros(3, np.float32)}, "tuned.safetensors")
+    if kind == "exists":
+        Path("out.safetensors").write_bytes(b"mine")
+    if kind == "pickle":
+        return ["mix", "base.safetensors", "model.bin", *out]
+    if kind == "absent":
+        return ["mix", "base.safetensors", "nowhere.safetensors", *out]
+    return ["mix", *PAIR, *out]
+
+
+@pytest.mark.parametrize(
+    ("kind", "code", "words"),
+    [
+        ("usage", 2, "Missing option '-o'"),
+        ("ratio", 2, "ratio is 1.5; expected a share from 0 to 1"),
+        ("glob", 2, "did you mean 'layers.0.weight'"),
+        ("both", 2, "exclude each other"),
+        ("rule", 2, "expected GLOB=NUMBER"),
+        ("reserve", 2, "expected a number"),
+        ("csv and json", 2, "exclude each other"),
+        ("command", 2, "did you mean 'mix'"),
+        ("size", 2, "is not a size"),
+        ("gate", 2, "no metric 'relativ_l2'"),
+        ("suffix", 2, "does not end in .safetensors"),
+        ("malformed", 3, "tuned.safetensors"),
+        ("other model", 4, "belongs together"),
+        ("exists", 5, "--overwrite"),
+        ("pickle", 5, "pickle"),
+        ("absent", 6, "no such file"),
+    ],
+)
+def test_errors_are_one_line_with_their_code(
+    kind: str, code: int, words: str, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("model.bin").write_bytes(b"PK\x03\x04")
+    arguments = spoil(kind)
+    before = {name: Path(name).read_bytes() for name in os.listdir()}
+    assert run(*arguments) == code
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith("error: ")
+    assert captured.err.count("\n") == 1
+    assert words in captured.err
+    assert {name: Path(name).read_bytes() for name in os.listdir()} == before
+
+
+def test_every_error_has_its_own_exit_code() -> None:
+    kinds = [k for k in vars(errors).values() if isinstance(k, type)]
+    codes = {k.exit_code for k in kinds if SurgeryError in k.__bases__}
+    assert codes == {2, 3, 4, 5, 6, 7, 10}
+
+
+# --- wsurg.toml -------------------------------------------------------------------------------
+
+SETTINGS = """
+base = "base.safetensors"
+tuned = "tuned.safetensors"
+out = "out.safetensors"
+ratio = 0.9
+
+[mix]
+seed = 5
+ratio-for = ["layers.1.*=0"]
+"""
+
+
+def test_settings_file_supplies_arguments(folder: Path) -> None:
+    Path("wsurg.toml").write_text(SETTINGS)
+    assert run("mix", "--ratio", "0.3") == 0
+    record = json.loads(Path("out.safetensors.wsurg-record.json").read_text())
+    settings = record["recipe"]["settings"]
+    assert (settings["ratio"], settings["seed"]) == (0.3, 5)
+    assert settings["ratio_for"] == [["layers.1.*", 0.0]]
+
+
+def test_settings_file_complement_yields_to_the_command_line(folder: Path) -> None:
+    Path("wsurg.toml").write_text(SETTINGS)
+    assert run("mix", "--reserve", "0.75", "--json") == 0
+    record = json.loads(Path("out.safetensors.wsurg-record.json").read_text())
+    assert record["recipe"]["settings"]["ratio"] == 0.25
+
+
+@pytest.mark.parametrize(
+    ("text", "code", "words"),
+    [
+        ("ratoi = 0.3", 2, "unknown setting 'ratoi'; did you mean 'ratio'?"),
+        ("[mixx]\nratio = 1", 2, "unknown command 'mixx'; did you mean 'mix'?"),
+        ("[mix]\nweight = 1", 2, "unknown setting of mix 'weight'"),
+        ("ratio = ", 3, "not valid TOML"),
+        ('ratio = "half"', 2, "is not a valid float"),
+    ],
+    ids=["key", "table", "key of a table", "syntax", "type"],
+)
+def test_settings_file_errors(
+    text: str, code: int, words: str, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("wsurg.toml").write_text(text)
+    assert run("mix", *PAIR, "-o", "out.safetensors") == code
+    assert words in capsys.readouterr().err
+
+
+def test_config_option_names_another_file(folder: Path) -> None:
+    Path("other.toml").write_text(SETTINGS)
+    assert run("--config", "other.toml", "mix") == 0
+    assert run("--config", "absent.toml", "mix") == 6
+
+
+# --- names ------------------------------------------------------------------------------------
+
+
+def test_name_map_and_prefix(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    base = load_file("base.safetensors")
+    save_file({f"old.{n}": a for n, a in base.items()}, "prefixed.safetensors")
+    names = {"layers.0.weight": "old.layers.1.weight"}
+    Path("names.json").write_text(json.dumps(names))
+    arguments = ["prefixed.safetensors", "tuned.safetensors", "--json"]
+    assert run("diff", *arguments, "--strip-prefix", "old.") == 0
+    assert json.loads(capsys.readouterr().out)["alignment"]["eligible_tensors"] == 2
+    assert run("diff", *arguments, "--map", "names.json") == 0
+    report = json.loads(capsys.readouterr().out)
+    assert {e["tensor"] for e in report["tensors"]} == {"layers.0.weight"}
+    Path("names.json").write_text('{"layers.0.weight": 3}')
+    assert run("diff", *arguments, "--map", "names.json") == 2
+
+
+# --- as processes -----------------------------------------------------------------------------
+
+FORBIDDEN = """
+import sys
+from weightsurgery.cli import main
+try:
+    main({arguments!r})
+except SystemExit as stopped:
+    assert not stopped.code, stopped.code
+print([m for m in {modules!r} if m in sys.modules], file=sys.stderr)
+"""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "modules"),
+    [
+        (["--help"], ["torch", "transformers", "numba", "numpy", "rich"]),
+        (["inspect", "base.safetensors"], ["torch", "transformers"]),
+        (["diff", *PAIR], ["torch", "transformers"]),
+        (["mix", *PAIR, "-o", "out.safetensors"], ["torch", "transformers"]),
+        (["interpolate", *PAIR, "-o", "out.safetensors"], ["torch", "transformers"]),
+    ],
+    ids=["help", "inspect", "diff", "mix", "interpolate"],
+)
+def test_nothing_heavy_is_imported(arguments: list[str], modules: list[str], folder: Path) -> None:
+    code = FORBIDDEN.format(arguments=arguments, modules=modules)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stderr.strip().endswith("[]")
+
+
+def test_importing_the_package_is_light() -> None:
+    code = "import sys, weightsurgery; print('numpy' in sys.modules, weightsurgery.mix.__name__)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["False", "mix"]
+
+
+def test_a_closed_pipe_is_no_error(folder: Path) -> None:
+    many = {f"layers.{i}.weight": np.zeros((2, 2), np.float32) for i in range(4000)}
+    save_file(many, "many.safetensors")
+    command = [*WSURG, "inspect", "many.safetensors"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.readline()
+        process.stdout.close()
+        assert process.stderr.read() == b""
+        assert process.wait() == 0
+
+
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=["INT", "TERM"]
+)
+def test_a_signal_leaves_nothing(number: signal.Signals, code: int, folder: Path) -> None:
+    for name in ("big_base", "big_tuned"):
+        save_file({"w": np.ones((4096, 4096), np.float32)}, f"{name}.safetensors")
+    before = sorted(os.listdir())
+    command = [*WSURG, "mix", "big_base.safetensors", "big_tuned.safetensors", "-o"]
+    with subprocess.Popen([*command, "out.safetensors"], stderr=subprocess.PIPE) as process:
+        while not any(name.startswith(".wsurg-") for name in os.listdir()):
+            time.sleep(0.001)
+            assert process.poll() is None, "finished before the signal"
+        process.send_signal(number)
+        assert process.wait(30) == code
+    assert sorted(os.listdir()) == before
+
+
+def test_a_terminal_gets_colour_and_no_color_is_honoured(folder: Path) -> None:
+    def on_terminal(**extra: str) -> bytes:
+        main_end, terminal = pty.openpty()
+        environment = {**os.environ, "TERM": "xterm-256color", "COLUMNS": "100", **extra}
+        environment = {k: v for k, v in environment.items() if v}
+        process = subprocess.Popen(
+            [*WSURG, "diff", *PAIR], stdout=terminal, stderr=terminal, env=environment
+        )
+        os.close(terminal)
+        text = b""
+        while True:
+            try:
+                part = os.read(main_end, 65536)
+            except OSError:  # Linux: the other end is closed
+                break
+            if not part:
+                break
+            text += part
+        os.close(main_end)
+        assert process.wait() == 0
+        return text
+
+    assert b"\x1b[1m" in on_terminal(NO_COLOR="")
+    assert b"\x1b[3" not in on_terminal(NO_COLOR="1")
+
+
+def test_commands_are_documented() -> None:
+    import click
+
+    with click.Context(cli) as context:
+        for name in cli.list_commands(context):
+            command = cli.get_command(context, name)
+            assert command is not None
+            assert "Example" in (command.help or "")
+            options = [p for p in command.params if isinstance(p, click.Option)]
+            assert all(option.help for option in options)
