@@ -252,7 +252,7 @@ def match_names(
     if strip_prefix:
         if not any(n.startswith(strip_prefix) for n in (*base, *tuned)):
             raise SettingError(f"no tensor name begins with '{shown(strip_prefix)}'")
-        bare = {name.removeprefix(strip_prefix): name for name in tuned}
+        bare = {name.removeprefix(strip_prefix): name for name in tuned if name not in base}
         for name in base:
             if name not in tuned and name.removeprefix(strip_prefix) in bare:
                 names[name] = bare[name.removeprefix(strip_prefix)]

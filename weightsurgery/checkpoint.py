@@ -83,12 +83,13 @@ class TensorView:
 
 @dataclass(frozen=True)
 class FileRef:
-    """One input file: its name for messages and records, its size, and how to hash it.
+    """One input file: weights, or a file that travels with them (config, tokenizer, licence).
 
     Attributes:
         name: File name without its folder.
         path: Where it lies.
         size: Bytes.
+        content: Reads the whole file, for the small ones.
         sha256: Reads the whole file, until the event is set; gives the digest in hexadecimal.
         check_unchanged: Raises ChangedError if the file is no longer the one that was opened.
     """
@@ -96,25 +97,9 @@ class FileRef:
     name: str
     path: str
     size: int
+    content: Callable[[], bytes] = field(repr=False)
     sha256: Callable[[threading.Event | None], str] = field(repr=False)
     check_unchanged: Callable[[], None] = field(repr=False)
-
-
-@dataclass(frozen=True)
-class SideFile:
-    """A file that travels with the weights: config, tokenizer, licence.
-
-    Attributes:
-        name: File name without its folder.
-        path: Where it lies.
-        size: Bytes.
-        content: Reads the whole file.
-    """
-
-    name: str
-    path: str
-    size: int
-    content: Callable[[], bytes] = field(repr=False)
 
 
 @dataclass(frozen=True)
@@ -159,7 +144,7 @@ class Checkpoint(Mapping[str, TensorView]):
     layout: Mapping[str, str] = field(default_factory=dict)
     is_directory: bool = False
     files: tuple[FileRef, ...] = ()
-    side_files: tuple[SideFile, ...] = ()
+    side_files: tuple[FileRef, ...] = ()
     left_out: tuple[tuple[str, str], ...] = ()
     warnings: tuple[str, ...] = ()
     config: Mapping[str, Any] = field(default_factory=dict)
@@ -210,13 +195,14 @@ class Checkpoint(Mapping[str, TensorView]):
 
     def renamed(self, names: Mapping[str, str]) -> Checkpoint:
         """The same tensors under other names; those not mentioned keep theirs."""
-        return replace(
+        renamed = replace(
             self,
             tensors={
                 names.get(n, n): replace(view, name=names.get(n, n)) for n, view in self.items()
             },
             layout={names.get(n, n): shard for n, shard in self.layout.items()},
         )
+        return renamed.made_by(Step("rename", {"names": dict(names)}, {"checkpoint": self}))
 
 
 def from_arrays(arrays: Mapping[str, Any], *, label: str = "memory", **fields: Any) -> Checkpoint:

@@ -60,7 +60,13 @@ def to_float(block: Block) -> Block:
         out = empty(block.size, np.float32).reshape(block.shape)
         _widen(block.reshape(-1).view(np.uint16), out.reshape(-1).view(np.uint32))
         return out
-    return block.astype(np.float32) if block.dtype == np.float16 else block
+    return _cast(block, np.float32) if block.dtype == np.float16 else block
+
+
+def _cast(block: Block, dtype: Any) -> Block:
+    # Overflow to infinity is right; and a signalling NaN is no reason to warn.
+    with np.errstate(over="ignore", invalid="ignore"):
+        return block.astype(dtype, copy=False)
 
 
 @jit
@@ -77,12 +83,21 @@ def to_dtype(values: Block, dtype: np.dtype[Any]) -> Block:
     """Values rounded once (to nearest, ties to even) to a stored dtype."""
     if values.dtype == dtype:
         return values
-    if dtype == ml_dtypes.bfloat16 and values.dtype == np.float32:
+    if dtype == ml_dtypes.bfloat16:
+        single = values if values.dtype == np.float32 else _round_to_odd(values)
         out = empty(values.size, dtype).reshape(values.shape)
-        _narrow(values.reshape(-1).view(np.uint32), out.reshape(-1).view(np.uint16))
+        _narrow(single.reshape(-1).view(np.uint32), out.reshape(-1).view(np.uint16))
         return out
-    with np.errstate(over="ignore", invalid="ignore"):
-        return values.astype(dtype)
+    return _cast(values, dtype)
+
+
+def _round_to_odd(values: Block) -> Block:
+    """float64 as float32, inexact ones with an odd last bit, so that rounding again is right."""
+    single = _cast(values, np.float32)
+    back, bits = single.astype(np.float64), single.view(np.uint32)
+    bits -= np.abs(back) > np.abs(values)  # toward zero, one step; infinity becomes the largest
+    bits |= (single.astype(np.float64) != values) & ~np.isnan(values)
+    return single
 
 
 def _bits(block: Block) -> Block:
@@ -114,7 +129,7 @@ def same_float(base: Block, tuned: Block) -> tuple[Block, Block]:
     """Both blocks in the wider of the types their arithmetic is done in."""
     base, tuned = to_float(base), to_float(tuned)
     wide = np.result_type(base, tuned)
-    return base.astype(wide, copy=False), tuned.astype(wide, copy=False)
+    return _cast(base, wide), _cast(tuned, wide)
 
 
 @jit
@@ -266,7 +281,9 @@ _BASE_NAN, _BASE_INF, _TUNED_NAN, _TUNED_INF, _SKIPPED = range(8, 13)
 
 
 @jit_with(fastmath={"reassoc", "contract", "nsz"})  # sums in vector lanes; NaN stays NaN
-def _add_chunk(base: Lanes, tuned: Lanes, magnitude: Lanes, totals: Lanes) -> float:
+def _add_chunk(
+    base: Lanes, tuned: Lanes, old: Lanes, new: Lanes, magnitude: Lanes, totals: Lanes
+) -> float:
     """Everything of one chunk in one loop, in the blocks' own precision."""
     zero, one = magnitude.dtype.type(0), magnitude.dtype.type(1)
     total = drift2 = base2 = tuned2 = dot = flips = changed = zero
@@ -280,7 +297,7 @@ def _add_chunk(base: Lanes, tuned: Lanes, magnitude: Lanes, totals: Lanes) -> fl
         tuned2 += t * t
         dot += b * t
         flips += one if ((b < zero) & (t > zero)) | ((b > zero) & (t < zero)) else zero
-        changed += one if base[i] != tuned[i] else zero
+        changed += one if old[i] != new[i] else zero  # bits: NaN equals itself, 0.0 is not -0.0
     totals[_CHANGED] += changed
     if not (_LOW < base2 < _HIGH and _LOW < tuned2 < _HIGH):
         return np.nan
@@ -296,11 +313,9 @@ def _add_chunk(base: Lanes, tuned: Lanes, magnitude: Lanes, totals: Lanes) -> fl
 
 
 @jit
-def _add_chunk_carefully(
-    base: Lanes, tuned: Lanes, magnitude: Lanes, totals: Lanes
-) -> tuple[float, int]:
+def _add_chunk_carefully(base: Lanes, tuned: Lanes, magnitude: Lanes, totals: Lanes) -> float:
     """The same for a chunk whose squares leave the range of its precision, or are not finite."""
-    drift2, dropped = 0.0, np.uint32(0)
+    drift2 = 0.0
     for i in range(base.size):
         raw_b, raw_t = _value(base[i]), _value(tuned[i])
         b, t = np.float64(raw_b), np.float64(raw_t)
@@ -309,7 +324,7 @@ def _add_chunk_carefully(
         totals[_TUNED_NAN] += np.isnan(t)
         totals[_TUNED_INF] += np.isinf(t)
         if not np.isfinite(raw_t - raw_b):
-            dropped += np.uint32(1)
+            totals[_SKIPPED] += 1
             magnitude[i] = 0
             continue
         d = np.float64(raw_t - raw_b)
@@ -320,8 +335,7 @@ def _add_chunk_carefully(
         totals[4] += b * t
         totals[5] += (b < 0.0 and t > 0.0) or (b > 0.0 and t < 0.0)
     totals[_DRIFT2] += drift2
-    totals[_SKIPPED] += dropped
-    return drift2, dropped
+    return drift2
 
 
 @jit
@@ -384,6 +398,8 @@ def _add_columns(magnitude: Lanes, columns: Lanes) -> None:
 def _drift_statistics(
     base: Lanes,
     tuned: Lanes,
+    old: Lanes,
+    new: Lanes,
     magnitude: Lanes,
     bits: Lanes,
     width: int,
@@ -398,20 +414,18 @@ def _drift_statistics(
         for start in range(row * width, (row + 1) * width, CHUNK):
             stop = min(start + CHUNK, (row + 1) * width)
             part, size = slice(start, stop), stop - start
-            drift2 = _add_chunk(base[part], tuned[part], magnitude[:size], totals)
-            dropped: Lanes = np.uint32(0)
+            drift2 = _add_chunk(
+                base[part], tuned[part], old[part], new[part], magnitude[:size], totals
+            )
             if np.isnan(drift2):
-                drift2, dropped = _add_chunk_carefully(
-                    base[part], tuned[part], magnitude[:size], totals
-                )
+                drift2 = _add_chunk_carefully(base[part], tuned[part], magnitude[:size], totals)
             rows[row] += drift2
             if _peak(bits[:size]) == 0:  # nothing moved in this chunk
-                bins[0, 0] += np.uint32(size) - dropped
+                bins[0, 0] += np.uint32(size)
                 continue
             bits[CHUNK] = _peak(bits[:size])
             largest = magnitude[CHUNK]
             totals[_LARGEST] = max(totals[_LARGEST], largest)
-            bins[0, 0] -= dropped
             _add_bins(bits[:size], bins[0], bins[1], bins[2], bins[3])
             if values.size and largest > values[values.size - 1]:
                 _keep_largest(magnitude[:size], start, values, places)
@@ -438,7 +452,11 @@ def drift_statistics(
         squared drift by row and by column (float64), and the `top` largest |drift| in falling
         order with their places in the block (-1 where there are fewer).
     """
+    same = base.dtype == tuned.dtype
+    old, new = _bits(base), _bits(tuned)
     base, tuned = _comparable(base, tuned)
+    if not same:  # there are no stored bits to compare: compare the values'
+        old, new = _bits(base), _bits(tuned)
     real = np.float64 if base.dtype == np.float64 else np.float32
     totals = np.zeros(len(TOTALS))
     # 16 more, or equal bins of the four counters share their address bits and wait on each other.
@@ -449,6 +467,9 @@ def drift_statistics(
     magnitude = np.empty(CHUNK + 1, real)  # the last place serves to read a peak's bits
     bits = magnitude.view(f"u{magnitude.itemsize}")
     _drift_statistics(
-        *(base, tuned, magnitude, bits, width, totals, bins, rows, columns, values, places)
+        *(base, tuned, old, new, magnitude, bits, width),
+        *(totals, bins, rows, columns, values, places),
     )
-    return totals, bins[:, :BINS].sum(0, dtype=np.int64), rows, columns, values, places
+    histogram = bins[:, :BINS].sum(0, dtype=np.int64)
+    histogram[0] -= int(totals[_SKIPPED])  # they were counted as zero
+    return totals, histogram, rows, columns, values, places

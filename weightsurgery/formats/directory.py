@@ -5,10 +5,9 @@ from __future__ import annotations
 import fnmatch
 import os
 import stat
-from collections.abc import Callable
 from typing import Any
 
-from weightsurgery.checkpoint import Checkpoint, FileRef, SideFile, TensorView
+from weightsurgery.checkpoint import Checkpoint, FileRef, TensorView
 from weightsurgery.errors import FormatError, PolicyError, SettingError, StorageError, shown
 from weightsurgery.formats.files import InputFile, open_member
 from weightsurgery.formats.safetensors import open_safetensors, refuse_pickle
@@ -180,7 +179,7 @@ def _check_shard(
 
 def _side_files(
     directory: str, entries: list[str], weights: set[str]
-) -> tuple[tuple[SideFile, ...], tuple[tuple[str, str], ...]]:
+) -> tuple[tuple[FileRef, ...], tuple[tuple[str, str], ...]]:
     kept, left_out = [], []
     for name in entries:
         if name in weights or name == "README.md":  # a model card is written anew
@@ -197,7 +196,7 @@ def _side_files(
             if file.size > MAX_SIDE_FILE:
                 left_out.append((name, f"{file.size:,} bytes; the limit is {MAX_SIDE_FILE:,}"))
             else:
-                kept.append(SideFile(name, path, file.size, _reader(file)))
+                kept.append(file.ref())
     return tuple(kept), tuple(left_out)
 
 
@@ -206,12 +205,3 @@ def _leads_to_regular(path: str) -> bool:
         return stat.S_ISREG(os.stat(path).st_mode)
     except OSError:
         return False  # a dangling link; the caller lists it
-
-
-def _reader(file: InputFile) -> Callable[[], bytes]:
-    def content() -> bytes:
-        data = file.read_bytes(0, file.size)
-        file.check_unchanged()
-        return data
-
-    return content

@@ -8,6 +8,7 @@ import stat
 import threading
 import weakref
 from concurrent.futures import CancelledError
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -117,8 +118,8 @@ class InputFile:
 
     def ref(self) -> FileRef:
         """What checkpoints and records keep of this file."""
-        name = os.path.basename(self.path)
-        return FileRef(name, self.path, self.size, self.sha256, self.check_unchanged)
+        name, content = os.path.basename(self.path), partial(self.read_bytes, 0, self.size)
+        return FileRef(name, self.path, self.size, content, self.sha256, self.check_unchanged)
 
 
 def _identity(found: os.stat_result) -> tuple[int, ...]:

@@ -21,7 +21,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from weightsurgery.errors import BusyError, PolicyError, StorageError, SurgeryError
+from weightsurgery.errors import BusyError, PolicyError, StorageError, SurgeryError, shown
 
 RECORD = "wsurg-record.json"
 _NOREPLACE, _EXCHANGE = 1, 2
@@ -130,14 +130,27 @@ class Output:
             if self.is_directory:
                 # The umask's permissions, as any new directory would have.
                 os.chmod(self.temporary, 0o777 & ~_umask())
-                _move(self.temporary, self.out, overwrite=self.overwrite)
+                moves = [(self.temporary, self.out)]
             else:
-                for name in sorted(
-                    os.listdir(self.temporary), key=lambda n: not n.endswith(RECORD)
-                ):
-                    source = os.path.join(self.temporary, name)
-                    _move(source, os.path.join(self.parent, name), overwrite=self.overwrite)
+                names = sorted(os.listdir(self.temporary), key=lambda n: not n.endswith(RECORD))
+                folders = (self.temporary, self.parent)
+                moves = [tuple(os.path.join(f, name) for f in folders) for name in names]
+            self._put_in_place(moves)
+
+    def _put_in_place(self, moves: Sequence[tuple[str, ...]]) -> None:
+        """Move everything, or nothing: what was moved before an error goes back."""
+        done: list[tuple[str, str]] = []
+        try:
+            for source, target in moves:
+                _move(source, target, overwrite=self.overwrite)
+                done.append((source, target))
             _fsync_directory(self.parent)
+        except BaseException:
+            for source, target in reversed(done):
+                with contextlib.suppress(OSError):  # what went wrong first is what to tell
+                    # What was replaced lies at the source, and is exchanged again.
+                    _move(target, source, overwrite=True)
+            raise
 
 
 def record_name(out: str, *, is_directory: bool) -> str:
@@ -160,10 +173,11 @@ def check_destination(
         raise StorageError("the folder to write to does not exist", file=parent)
     if not os.access(parent, os.W_OK | os.X_OK):
         raise StorageError("the folder to write to is not writable", file=parent)
-    _check_apart(target, inputs)
     places = [target]
     if not is_directory:
         places.append(os.path.join(parent, record_name(target, is_directory=False)))
+    for place in places:
+        _check_apart(place, inputs)
     for place in places:
         if not os.path.lexists(place):
             continue
@@ -176,11 +190,11 @@ def _check_apart(target: str, inputs: Sequence[str]) -> None:
     real = os.path.realpath(target)
     for path in inputs:
         source = os.path.realpath(path)
-        same = os.path.lexists(target) and os.path.exists(path) and os.path.samefile(target, path)
+        same = os.path.exists(target) and os.path.exists(path) and os.path.samefile(target, path)
         inside = os.path.isdir(source) and _is_within(real, source)
         if same or inside or _is_within(source, real):
             raise PolicyError(
-                f"the output would overlap the input {path}", file=target, hint="choose another -o"
+                f"the output would overlap the input {shown(path)}", file=target, hint="choose another -o"
             )
 
 
@@ -198,7 +212,7 @@ def _check_replaceable(place: str, *, is_directory: bool) -> None:
         known = any(fnmatch.fnmatchcase(name, pattern) for pattern in _REPLACEABLE)
         if not known or not os.path.isfile(os.path.join(place, name)):
             raise PolicyError(
-                f"--overwrite would delete '{name}', which is not part of a model",
+                f"--overwrite would delete '{shown(name)}', which is not part of a model",
                 file=place,
                 hint="remove the directory yourself, or choose another -o",
             )
@@ -307,7 +321,7 @@ def _told(what: str, path: str) -> Iterator[None]:
     """Turn the system's errors into ours."""
     try:
         yield
-    except (SurgeryError, FileExistsError, FileNotFoundError):
+    except (SurgeryError, FileExistsError):
         raise
     except OSError as error:
         raise StorageError(f"{what}: {error.strerror}", file=path) from error

@@ -45,7 +45,7 @@ def make_record(
         "tool": {"name": "weightsurgery", "version": __version__},
         "recipe": recipe(checkpoint, ids),
         "inputs": list(inputs),
-        "outputs": dict(outputs),
+        "outputs": outputs,
         "tensors": dict(tensors),
         "dropped": gone,
         "changed_dimensions": changed,
@@ -83,6 +83,6 @@ def describe_input(source: Checkpoint, hashes: Mapping[str, str]) -> dict[str, A
         "name": public_name(source),
         "files": [
             {"name": file.name, "size": file.size, "sha256": hashes.get(file.path)}
-            for file in source.files
+            for file in (*source.files, *source.side_files)
         ],
     }

@@ -11,7 +11,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import Any
 
-from weightsurgery.checkpoint import Checkpoint, TensorView
+from weightsurgery.checkpoint import Checkpoint, FileRef, TensorView
 from weightsurgery.errors import shown
 from weightsurgery.formats.card import make_card
 from weightsurgery.formats.directory import INDEX
@@ -80,20 +80,24 @@ def save(
         tensors, outputs = _write_shards(output, plan, engine, hashes)
         taken = input_hashes() if hashes else None
         record = _write_rest(output, checkpoint, plan, tensors, outputs, taken)
-        for source in checkpoint.sources():
-            for file in source.files:
-                file.check_unchanged()
+        for file in _input_files(checkpoint):
+            file.check_unchanged()
         output.commit()
     return record
+
+
+def _input_files(checkpoint: Checkpoint) -> list[FileRef]:
+    return [f for source in checkpoint.sources() for f in (*source.files, *source.side_files)]
 
 
 @contextmanager
 def _input_hashes(checkpoint: Checkpoint, wanted: bool) -> Iterator[Any]:
     """Hash the input files in threads of their own while the blocks are worked on."""
-    files = {f.path: f for s in checkpoint.sources() for f in s.files} if wanted else {}
     stop = threading.Event()
     with ThreadPoolExecutor(2) as pool:
-        futures = {path: pool.submit(file.sha256, stop) for path, file in files.items()}
+        futures = {
+            file.path: pool.submit(file.sha256, stop) for file in _input_files(checkpoint) if wanted
+        }
         try:
             yield lambda: {path: future.result() for path, future in futures.items()}
         finally:
@@ -199,10 +203,14 @@ def _write_rest(
             small[side.name] = content
         if len(plan.shards) > 1:
             small[INDEX] = dump(_index(checkpoint, plan))
-    for name, content in small.items():
+
+    def write(name: str, content: bytes) -> None:
         output.write(name, content)
         digest = hashlib.sha256(content).hexdigest() if input_hashes is not None else None
         outputs[name] = {"size": len(content), "sha256": digest}
+
+    for name, content in small.items():
+        write(name, content)
     record = make_record(
         checkpoint,
         outputs=outputs,
@@ -212,8 +220,7 @@ def _write_rest(
         left_out=checkpoint.left_out,
     )
     if plan.is_directory:
-        card = make_card(checkpoint, record)
-        output.write("README.md", card)
+        write("README.md", make_card(checkpoint, record))
     output.write(record_name(plan.out, is_directory=plan.is_directory), dump(record))
     return record
 

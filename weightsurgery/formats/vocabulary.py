@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from weightsurgery.checkpoint import Checkpoint, SideFile
+from weightsurgery.checkpoint import Checkpoint, FileRef
 from weightsurgery.formats.strict_json import parse, parse_object
 
 MAX_BYTES = 100_000_000
@@ -31,7 +31,7 @@ def read_vocabulary(checkpoint: Checkpoint) -> dict[int, str]:
     return {}
 
 
-def _tokenizer_json(side: SideFile) -> dict[int, str]:
+def _tokenizer_json(side: FileRef) -> dict[int, str]:
     tokenizer = parse_object(side.content(), file=side.path, what="tokenizer")
     model = tokenizer.get("model")
     vocabulary = model.get("vocab") if isinstance(model, dict) else None
@@ -47,12 +47,12 @@ def _tokenizer_json(side: SideFile) -> dict[int, str]:
     return found
 
 
-def _vocab_json(side: SideFile) -> dict[int, str]:
+def _vocab_json(side: FileRef) -> dict[int, str]:
     vocabulary = parse(side.content(), file=side.path, what="vocabulary")
     return _by_id(vocabulary) if isinstance(vocabulary, dict) else {}
 
 
-def _vocab_txt(side: SideFile) -> dict[int, str]:
+def _vocab_txt(side: FileRef) -> dict[int, str]:
     # Split at line feeds alone: str.splitlines would cut tokens such as U+0085 in two.
     lines = side.content().decode("utf-8", "replace").removesuffix("\n").split("\n")
     return dict(enumerate(line.removesuffix("\r") for line in lines))
@@ -62,7 +62,7 @@ def _by_id(vocabulary: Mapping[str, Any]) -> dict[int, str]:
     return {number: token for token, number in vocabulary.items() if type(number) is int}
 
 
-_READERS: Mapping[str, Callable[[SideFile], dict[int, str]]] = {
+_READERS: Mapping[str, Callable[[FileRef], dict[int, str]]] = {
     "tokenizer.json": _tokenizer_json,
     "vocab.json": _vocab_json,
     "vocab.txt": _vocab_txt,

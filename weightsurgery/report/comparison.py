@@ -54,9 +54,15 @@ def comparison_tables(report: DiffReport, *, limit: int, width: int | None) -> l
 
 
 def _cells(entry: Mapping[str, Any], count: int) -> list[str]:
-    numbers = ("max_abs", "mean", "std", "cosine", "sign_flips", "q50", "q90", "q99", "q99.9")
+    before, after = ("max_abs", "mean", "std"), ("sign_flips", "q50", "q90", "q99", "q99.9")
     cells = [number(entry["relative_l2"]), number(entry["l2"]), share(entry["changed_share"])]
-    return [*cells, *(number(entry[name]) for name in numbers)][:count]
+    cells += [number(entry[name]) for name in before]
+    cells += [_cosine(entry["cosine"]), *(number(entry[name]) for name in after)]
+    return cells[:count]
+
+
+def _cosine(value: float | None) -> str:
+    return "-" if value is None else f"{value:.6f}"  # four digits would call most models equal
 
 
 def _top_tables(report: DiffReport) -> list[Table]:
@@ -144,7 +150,7 @@ def _summary(report: DiffReport) -> Table:
         ["relative L2", number(model["relative_l2"])],
         ["max |δ|", number(model["max_abs"])],
         ["mean, std of δ", f"{number(model['mean'])}, {number(model['std'])}"],
-        ["cosine", number(model["cosine"])],
+        ["cosine", _cosine(model["cosine"])],
         ["sign flips", number(model["sign_flips"])],
         ["|δ| at 50, 90, 99, 99.9 %", ", ".join(number(model[f"q{q}"]) for q in _QUANTILES)],
     ]
