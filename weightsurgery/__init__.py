@@ -17,16 +17,16 @@ from typing import Any
 from weightsurgery.version import __version__
 
 _HOMES = {
-    "align": "align",
-    "Alignment": "align",
-    "Pair": "align",
-    "match_names": "align",
+    "align": "alignment",
+    "Alignment": "alignment",
+    "Pair": "alignment",
+    "match_names": "alignment",
     "Checkpoint": "checkpoint",
     "TensorView": "checkpoint",
     "from_arrays": "checkpoint",
-    "diff": "diff",
-    "drift": "diff",
-    "DiffReport": "diff",
+    "diff": "comparison",
+    "drift": "comparison",
+    "DiffReport": "comparison",
     "BusyError": "errors",
     "ChangedError": "errors",
     "FormatError": "errors",

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from weightsurgery.align import Pair
+from weightsurgery.alignment import Pair
 from weightsurgery.anatomy import kind_of, layer_of, natural_key
 from weightsurgery.checkpoint import Checkpoint, TensorView
-from weightsurgery.kernels import TOTALS, Block, drift_statistics
+from weightsurgery.drift_kernel import TOTALS, drift_statistics
+from weightsurgery.kernels import Block
 from weightsurgery.stream import Engine, fold
 
 SCHEMA = "wsurg.inspect/1"

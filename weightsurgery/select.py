@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from weightsurgery.align import Pair
+from weightsurgery.alignment import Pair
 from weightsurgery.errors import NonFiniteError
 from weightsurgery.kernels import HALF, Block, count_halves
 from weightsurgery.stream import Engine, fold

@@ -17,7 +17,7 @@ from typing import TypeVar
 
 import numpy as np
 
-from weightsurgery.align import Alignment, Pair
+from weightsurgery.alignment import Alignment, Pair
 from weightsurgery.checkpoint import Checkpoint, TensorView
 from weightsurgery.dtypes import DType
 from weightsurgery.errors import NonFiniteError, SettingError

@@ -9,8 +9,9 @@ from typing import Any
 import click
 
 from weightsurgery.cli import options
-from weightsurgery.diff import METRICS, check_gates, diff, drift, parse_gate
+from weightsurgery.comparison import METRICS, diff, drift
 from weightsurgery.formats import save
+from weightsurgery.gates import check_gates, parse_gate
 from weightsurgery.report.comparison import comparison_csv, comparison_tables
 from weightsurgery.report.tables import show
 

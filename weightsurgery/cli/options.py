@@ -11,7 +11,7 @@ from typing import Any
 
 import click
 
-from weightsurgery.align import match_names
+from weightsurgery.alignment import match_names
 from weightsurgery.checkpoint import Checkpoint
 from weightsurgery.errors import SettingError
 from weightsurgery.formats import open_checkpoint

@@ -8,7 +8,6 @@ import stat
 import threading
 import weakref
 from concurrent.futures import CancelledError
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -118,8 +117,15 @@ class InputFile:
 
     def ref(self) -> FileRef:
         """What checkpoints and records keep of this file."""
-        name, content = os.path.basename(self.path), partial(self.read_bytes, 0, self.size)
-        return FileRef(name, self.path, self.size, content, self.sha256, self.check_unchanged)
+        name = os.path.basename(self.path)
+        return FileRef(
+            name, self.path, self.size, self._content, self.sha256, self.check_unchanged
+        )
+
+    def _content(self) -> bytes:
+        data = self.read_bytes(0, self.size)
+        self.check_unchanged()  # now: a half-changed file would be told as malformed
+        return data
 
 
 def _identity(found: os.stat_result) -> tuple[int, ...]:

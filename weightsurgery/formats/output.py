@@ -86,12 +86,12 @@ class Output:
         check_destination(out, is_directory=is_directory, overwrite=overwrite, inputs=inputs)
         short = hashlib.blake2b(os.fsencode(os.path.basename(self.out)), digest_size=6).hexdigest()
         self.temporary = os.path.join(self.parent, f".wsurg-{short}")
-        self._lock = -1
+        self._locks: list[int] = []
 
     def __enter__(self) -> Output:
         try:
             with _signals_held():  # or Ctrl-C could fall between making and knowing of it
-                self._lock = _lock_directory(self.temporary, self.out)
+                self._locks.append(_lock_directory(self.temporary, self.out))
             with _told("cannot clear", self.temporary):
                 _clear(self.temporary)
         except BaseException:
@@ -100,11 +100,12 @@ class Output:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._lock >= 0:
-            # Whatever is still there was not committed (or is what a commit replaced).
+        # What is still there was not committed, or is what a commit replaced; unless, since the
+        # commit, another run has begun there.
+        if any(_is_at(lock, self.temporary) for lock in self._locks):
             shutil.rmtree(self.temporary, ignore_errors=True)
-            os.close(self._lock)
-            self._lock = -1
+        while self._locks:
+            os.close(self._locks.pop())
 
     def create(self, name: str) -> OutputFile:
         """A new file of the output."""
@@ -131,13 +132,17 @@ class Output:
                 # The umask's permissions, as any new directory would have.
                 os.chmod(self.temporary, 0o777 & ~_umask())
                 moves = [(self.temporary, self.out)]
+                if self.overwrite and os.path.isdir(self.out):
+                    # It is about to be at the temporary's path, where other runs look for a lock.
+                    self._locks.append(_lock(self.out, self.out))
             else:
                 names = sorted(os.listdir(self.temporary), key=lambda n: not n.endswith(RECORD))
-                folders = (self.temporary, self.parent)
-                moves = [tuple(os.path.join(f, name) for f in folders) for name in names]
+                moves = [
+                    (os.path.join(self.temporary, n), os.path.join(self.parent, n)) for n in names
+                ]
             self._put_in_place(moves)
 
-    def _put_in_place(self, moves: Sequence[tuple[str, ...]]) -> None:
+    def _put_in_place(self, moves: Sequence[tuple[str, str]]) -> None:
         """Move everything, or nothing: what was moved before an error goes back."""
         done: list[tuple[str, str]] = []
         try:
@@ -194,7 +199,9 @@ def _check_apart(target: str, inputs: Sequence[str]) -> None:
         inside = os.path.isdir(source) and _is_within(real, source)
         if same or inside or _is_within(source, real):
             raise PolicyError(
-                f"the output would overlap the input {shown(path)}", file=target, hint="choose another -o"
+                f"the output would overlap the input {shown(path)}",
+                file=target,
+                hint="choose another -o",
             )
 
 
@@ -222,22 +229,35 @@ def _lock_directory(path: str, out: str) -> int:
     for _ in range(100):
         with contextlib.suppress(FileExistsError), _told("cannot create", path):
             os.mkdir(path, 0o700)
-        try:
-            lock = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
-        except FileNotFoundError:
-            continue  # the run that had it has just finished
-        except OSError as error:
-            raise StorageError(f"cannot open: {error.strerror}", file=path) from error
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            os.close(lock)
-            raise BusyError("another run is writing this output", file=out) from None
-        with contextlib.suppress(FileNotFoundError):
-            if os.path.samestat(os.fstat(lock), os.lstat(path)):
+        with contextlib.suppress(FileNotFoundError):  # the run that had it has just finished
+            lock = _lock(path, out)
+            if _is_at(lock, path):
                 return lock
-        os.close(lock)  # it was moved away between opening and locking
+            os.close(lock)  # it was moved away between opening and locking
     raise BusyError("other runs keep writing this output", file=out)
+
+
+def _lock(path: str, out: str) -> int:
+    """A descriptor of a directory that holds its lock."""
+    try:
+        lock = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise StorageError(f"cannot open: {error.strerror}", file=path) from error
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(lock)
+        raise BusyError("another run is writing this output", file=out) from None
+    return lock
+
+
+def _is_at(descriptor: int, path: str) -> bool:
+    try:
+        return os.path.samestat(os.fstat(descriptor), os.lstat(path))
+    except FileNotFoundError:
+        return False
 
 
 def _clear(directory: str) -> None:

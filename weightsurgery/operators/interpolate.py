@@ -11,7 +11,7 @@ from typing import Annotated
 
 import numpy as np
 
-from weightsurgery.align import align, require_unquantised
+from weightsurgery.alignment import align, require_unquantised
 from weightsurgery.checkpoint import Checkpoint
 from weightsurgery.kernels import Block, same_float, to_dtype, to_float
 from weightsurgery.registry import (

@@ -10,11 +10,12 @@ Reference:
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated, Literal
 
 import numpy as np
 
-from weightsurgery.align import Pair, align, check_glob, matches, require_unquantised
+from weightsurgery.alignment import Alignment, Pair, align, check_glob, matches, require_unquantised
 from weightsurgery.checkpoint import Checkpoint
 from weightsurgery.errors import SettingError, shown
 from weightsurgery.kernels import Block, choose, magnitude_of_drift
@@ -30,7 +31,7 @@ from weightsurgery.registry import (
 )
 from weightsurgery.rng import random_mask
 from weightsurgery.select import kth_largest
-from weightsurgery.stream import Engine, map_tensors
+from weightsurgery.stream import Edit, Engine, map_tensors
 
 
 @operator
@@ -83,40 +84,60 @@ def mix(
         NonFiniteError: `select` is "drift", `ratio` below 1, and a drift is NaN or infinite.
         PolicyError: A model is quantised.
     """
-    rules = (("*", ratio), *ratio_for)
-    for glob, share in rules:
-        check_share("ratio" if glob == "*" else f"ratio for {glob}", share)
-    for glob, _ in ratio_for:
-        check_glob(glob, list(tuned))
-    if select not in ("random", "drift"):
-        raise SettingError(f"select is '{shown(select)}'; expected random or drift")
     require_unquantised(base, tuned)
     paired = align(base, tuned, mismatched="keep" if keep_mismatched else "refuse")
     paired = paired.only(include, exclude)
-
-    rule_of = {
-        key: max(i for i, (glob, _) in enumerate(rules) if any(matches(n, (glob,)) for n in names))
-        for key, names in paired.names().items()
-    }
-
-    def random(name: str, start: int, tuned: Block, base: Block) -> Block:
-        share = rules[rule_of[name]][1]
-        return choose(random_mask(seed, name, start, tuned.size, share), base, tuned)
-
+    pools = _pools(paired, ratio, ratio_for)
     if select == "random":
-        return map_tensors(random, paired)
-    thresholds = [
-        _threshold([p for p in paired.eligible if rule_of[p.key] == i], share, engine)
-        for i, (_, share) in enumerate(rules)
-    ]
+        edit = _reset_random(pools, seed)
+    elif select == "drift":
+        edit = _reset_small_drifts(pools, engine)
+    else:
+        raise SettingError(f"select is '{shown(select)}'; expected random or drift")
+    return map_tensors(edit, paired)
 
-    def by_drift(name: str, _start: int, tuned: Block, base: Block) -> Block:
-        threshold = thresholds[rule_of[name]]
+
+Pool = tuple[float, list[Pair]]
+
+
+def _pools(paired: Alignment, ratio: float, ratio_for: Sequence[tuple[str, float]]) -> list[Pool]:
+    """The share of each rule, and the pairs it is the last to match."""
+    rules = (("*", ratio), *ratio_for)
+    for glob, share in rules:
+        check_share("ratio" if glob == "*" else f"ratio for {shown(glob)}", share)
+    for glob, _ in ratio_for:
+        check_glob(glob, list(paired.tuned))
+    names = paired.names()  # a tied copy goes with the tensor it copies
+    pools: list[Pool] = [(share, []) for _, share in rules]
+    for pair in paired.eligible:
+        fits = [any(matches(n, (glob,)) for n in names[pair.key]) for glob, _ in rules]
+        last = max(i for i, fit in enumerate(fits) if fit)
+        pools[last][1].append(pair)
+    return pools
+
+
+def _reset_random(pools: Sequence[Pool], seed: int) -> Edit:
+    shares = {pair.key: share for share, pool in pools for pair in pool}
+
+    def edit(name: str, start: int, tuned: Block, base: Block) -> Block:
+        return choose(random_mask(seed, name, start, tuned.size, shares[name]), base, tuned)
+
+    return edit
+
+
+def _reset_small_drifts(pools: Sequence[Pool], engine: Engine) -> Edit:
+    thresholds: dict[str, np.float32] = {}
+    for share, pool in pools:
+        threshold = _threshold(pool, share, engine)
+        thresholds |= {pair.key: threshold for pair in pool}
+
+    def edit(name: str, _start: int, tuned: Block, base: Block) -> Block:
+        threshold = thresholds[name]
         if np.isinf(threshold):  # ratio 1: what is NaN or infinite is reset too
             return choose(np.ones(tuned.size, np.bool_), base, tuned)
         return choose(magnitude_of_drift(base, tuned) < threshold, base, tuned)
 
-    return map_tensors(by_drift, paired)
+    return edit
 
 
 def _threshold(pool: list[Pair], share: float, engine: Engine) -> np.float32:

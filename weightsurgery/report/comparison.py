@@ -7,7 +7,7 @@ import io
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from weightsurgery.diff import METRICS, QUANTILE_ERROR, DiffReport
+from weightsurgery.comparison import METRICS, QUANTILE_ERROR, DiffReport
 from weightsurgery.errors import shown
 from weightsurgery.report.tables import Table, names, number, share
 

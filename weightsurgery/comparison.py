@@ -6,29 +6,19 @@ Our own; the papers look at drift per dimension, and these are the numbers that 
 from __future__ import annotations
 
 import heapq
-import operator
-import re
-from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
-from weightsurgery.align import Alignment, Pair, align, matches, require_unquantised
+from weightsurgery.alignment import Alignment, Pair, align, require_unquantised
 from weightsurgery.anatomy import find_embedding, kind_of, layer_of, natural_key
 from weightsurgery.checkpoint import BLOCK, Checkpoint, Step
+from weightsurgery.drift_kernel import BIN_SHIFT, BINS, TOTALS, drift_statistics
 from weightsurgery.dtypes import DTYPES, DType
-from weightsurgery.errors import GateError, PolicyError, SettingError
+from weightsurgery.errors import PolicyError, SettingError
 from weightsurgery.formats.vocabulary import read_vocabulary
-from weightsurgery.kernels import (
-    BIN_SHIFT,
-    BINS,
-    TOTALS,
-    Block,
-    count_different,
-    drift_statistics,
-    same_float,
-)
+from weightsurgery.kernels import Block, count_different, same_float
 from weightsurgery.stream import Engine, fold, map_tensors
 
 SCHEMA = "wsurg.diff/1"
@@ -345,9 +335,6 @@ def _by_drift(entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return sorted(entries, key=key)
 
 
-# --- drift as a checkpoint --------------------------------------------------------------------
-
-
 def drift(base: Checkpoint, tuned: Checkpoint, *, allow_nonfinite: bool = False) -> Checkpoint:
     """The drift itself, δ = tuned - base, as a checkpoint that has not been computed yet.
 
@@ -382,84 +369,3 @@ def drift(base: Checkpoint, tuned: Checkpoint, *, allow_nonfinite: bool = False)
     )
     settings = {"allow_nonfinite": allow_nonfinite}
     return result.made_by(Step("drift", settings, {"base": base, "tuned": tuned}))
-
-
-# --- gates ------------------------------------------------------------------------------------
-
-_COMPARE: Mapping[str, Callable[[float, float], bool]] = {
-    ">": operator.gt,
-    ">=": operator.ge,
-    "<": operator.lt,
-    "<=": operator.le,
-    "==": operator.eq,
-    "!=": operator.ne,
-}
-_GATE = re.compile(r"\s*(?:(\S+)\s*:)?\s*(\w+(?:\.\d+)?)\s*(>=|<=|==|!=|>|<)\s*(\S+)\s*")
-
-
-@dataclass(frozen=True)
-class Gate:
-    """A condition under which `diff` fails: `[GLOB:]METRIC OPERATOR NUMBER`.
-
-    Attributes:
-        text: As the user wrote it.
-        glob: Tensors it looks at; "" for the whole model.
-        metric: One of `METRICS`.
-        comparison: One of > >= < <= == !=.
-        bound: The number.
-    """
-
-    text: str
-    glob: str
-    metric: str
-    comparison: str
-    bound: float
-
-    def failures(self, report: DiffReport) -> list[str]:
-        """What meets the condition, as lines; empty if the gate holds."""
-        entries = [{"tensor": "model", **report.model}]
-        if self.glob:
-            entries = [e for e in report.tensors if matches(e["tensor"], (self.glob,))]
-        compare = _COMPARE[self.comparison]
-        return [
-            f"{entry['tensor']}: {self.metric} is {entry[self.metric]:.6g}"
-            for entry in entries
-            if entry[self.metric] is not None and compare(entry[self.metric], self.bound)
-        ]
-
-
-def parse_gate(text: str) -> Gate:
-    """Read a condition such as `relative_l2 > 0.1` or `*.bias: max_abs > 1`.
-
-    Raises:
-        SettingError: It cannot be read, or names no metric.
-
-    Example:
-        >>> parse_gate("relative_l2 > 0.1").bound
-        0.1
-    """
-    found = _GATE.fullmatch(text)
-    try:
-        bound = float(found[4]) if found else None
-    except ValueError:
-        bound = None
-    if found is None or bound is None:
-        raise SettingError(
-            f"cannot read the condition '{text}'", hint="write for example 'relative_l2 > 0.1'"
-        )
-    if found[2] not in METRICS:
-        raise SettingError(f"no metric '{found[2]}'; there are {', '.join(METRICS)}")
-    return Gate(text.strip(), found[1] or "", found[2], found[3], bound)
-
-
-def check_gates(report: DiffReport, gates: Sequence[Gate]) -> None:
-    """Raise if a condition is met.
-
-    Raises:
-        GateError: The first gate that fails, with what made it fail.
-    """
-    for gate in gates:
-        failures = gate.failures(report)
-        if failures:
-            more = f" (and {len(failures) - 1} more)" if len(failures) > 1 else ""
-            raise GateError(f"the gate '{gate.text}' failed: {failures[0]}{more}")
