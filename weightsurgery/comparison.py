@@ -29,7 +29,8 @@ METRICS = (
     *("cosine", "sign_flips", *(f"q{q * 100:g}" for q in QUANTILES)),
     *("base_nan", "base_inf", "tuned_nan", "tuned_inf", "skipped"),
 )
-_SIGNED_LARGEST = TOTALS.index("largest")
+_LARGEST = TOTALS.index("largest")
+_INFINITE = (0x7F800000 >> BIN_SHIFT) - 1  # bins from the last finite one on
 
 
 @dataclass
@@ -49,13 +50,13 @@ class Statistics:
     def add(self, count: int, totals: Block, bins: Block) -> None:
         """Add another set of sums to this one."""
         self.count += count
-        largest = max(self.totals[_SIGNED_LARGEST], totals[_SIGNED_LARGEST])
+        largest = max(self.totals[_LARGEST], totals[_LARGEST])
         self.totals += totals
-        self.totals[_SIGNED_LARGEST] = largest
+        self.totals[_LARGEST] = largest
         self.bins += bins
 
     def summary(self) -> dict[str, Any]:
-        """The numbers a report shows; None where one is undefined.
+        """The numbers a report shows; None where one is undefined or beyond float64.
 
         All are over the pairs with finite drift; `skipped` tells how many had none. Quantiles are
         of |drift| and within `QUANTILE_ERROR` of the true ones, relatively.
@@ -67,7 +68,7 @@ class Statistics:
         base2, tuned2 = total["base2"], total["tuned2"]
         norms = (base2 * tuned2) ** 0.5
         counts = ("changed", "sign_flips", "base_nan", "base_inf", "tuned_nan", "tuned_inf")
-        return {
+        found = {
             "count": self.count,
             "changed_share": total["changed"] / self.count if self.count else 0.0,
             "l2": total["drift2"] ** 0.5,
@@ -80,6 +81,7 @@ class Statistics:
             **{name: int(total[name]) for name in (*counts, "skipped")},
             "bit_equal": total["changed"] == 0,
         }
+        return {k: v if np.isfinite(v or 0) else None for k, v in found.items()}
 
     def _quantile(self, share: float, finite: int) -> float:
         """The smallest |drift| that at least `share` of the elements do not exceed."""
@@ -87,9 +89,11 @@ class Statistics:
         place = int(np.searchsorted(np.cumsum(self.bins), rank))
         if place == 0 or not finite:
             return 0.0  # the first bin: zero, or below 4e-40
+        if place >= _INFINITE:
+            return float(self.totals[_LARGEST])  # F64 beyond float32: no finer than this
         edges = np.array([place, place + 1], np.uint32) << np.uint32(BIN_SHIFT)
         middle = float(edges.view(np.float32).astype(np.float64).mean())
-        return min(middle, float(self.totals[_SIGNED_LARGEST]))
+        return min(middle, float(self.totals[_LARGEST]))
 
 
 @dataclass(frozen=True)
@@ -358,7 +362,8 @@ def drift(base: Checkpoint, tuned: Checkpoint, *, allow_nonfinite: bool = False)
 
     def edit(_name: str, _start: int, tuned: Block, base: Block) -> Block:
         base, tuned = same_float(base, tuned)
-        return tuned - base
+        with np.errstate(invalid="ignore", over="ignore"):  # the engine looks at the result
+            return tuned - base
 
     result = map_tensors(
         edit,

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import math
 import operator
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
-from weightsurgery.alignment import matches
+from weightsurgery.alignment import check_glob, matches
 from weightsurgery.comparison import METRICS, DiffReport
-from weightsurgery.errors import GateError, SettingError
+from weightsurgery.errors import GateError, SettingError, shown
 
 _COMPARE: Mapping[str, Callable[[float, float], bool]] = {
     ">": operator.gt,
@@ -41,16 +43,29 @@ class Gate:
     bound: float
 
     def failures(self, report: DiffReport) -> list[str]:
-        """What meets the condition, as lines; empty if the gate holds."""
+        """What meets the condition, as lines; empty if the gate holds.
+
+        A relative drift from a base of zeros counts as infinite; what is otherwise undefined
+        meets no condition.
+
+        Raises:
+            SettingError: The glob matches no tensor that was compared.
+        """
         entries = [{"tensor": "model", **report.model}]
         if self.glob:
+            check_glob(self.glob, [entry["tensor"] for entry in report.tensors])
             entries = [e for e in report.tensors if matches(e["tensor"], (self.glob,))]
-        compare = _COMPARE[self.comparison]
+        values = [(entry["tensor"], self._value(entry)) for entry in entries]
         return [
-            f"{entry['tensor']}: {self.metric} is {entry[self.metric]:.6g}"
-            for entry in entries
-            if entry[self.metric] is not None and compare(entry[self.metric], self.bound)
+            f"{shown(name)}: {self.metric} is {value:.6g}"
+            for name, value in values
+            if value is not None and _COMPARE[self.comparison](value, self.bound)
         ]
+
+    def _value(self, entry: Mapping[str, Any]) -> float | None:
+        value: float | None = entry[self.metric]
+        infinite = value is None and self.metric == "relative_l2" and entry["l2"]
+        return math.inf if infinite else value
 
 
 def parse_gate(text: str) -> Gate:
@@ -68,7 +83,7 @@ def parse_gate(text: str) -> Gate:
         bound = float(found[4]) if found else None
     except ValueError:
         bound = None
-    if found is None or bound is None:
+    if found is None or bound is None or not math.isfinite(bound):
         raise SettingError(
             f"cannot read the condition '{text}'", hint="write for example 'relative_l2 > 0.1'"
         )

@@ -135,7 +135,7 @@ def map_tensors(
     notes = {"alignment": alignment.to_json()}
     if dtype is not None:
         views = {
-            pair.name: _edited(replace(_whole(pair), tuned=pair.tuned), edit, check, dtype(pair))
+            pair.name: _edited(_whole(pair), edit, check, dtype(pair))
             for pair in alignment.eligible
         }
         kept = replace(alignment.tuned, layout={}, side_files=(), left_out=(), is_directory=False)
@@ -149,9 +149,11 @@ def map_tensors(
 
 def _whole(pair: Pair) -> Pair:
     """A pair cut to its eligible rows, for results that hold nothing else."""
-    rows = pair.eligible // max(1, pair.tuned.width)
-    shape = pair.tuned.shape if not pair.reason else (rows, *pair.tuned.shape[1:])
-    return replace(pair, tuned=replace(pair.tuned, shape=shape))
+    view = pair.tuned
+    if pair.eligible == view.size:
+        return pair
+    shape = (view.shape[0] * pair.eligible // view.size, *view.shape[1:])
+    return replace(pair, tuned=replace(view, shape=shape))
 
 
 def _edited(pair: Pair, edit: Edit, check: bool, dtype: DType) -> TensorView:

@@ -118,9 +118,7 @@ class InputFile:
     def ref(self) -> FileRef:
         """What checkpoints and records keep of this file."""
         name = os.path.basename(self.path)
-        return FileRef(
-            name, self.path, self.size, self._content, self.sha256, self.check_unchanged
-        )
+        return FileRef(name, self.path, self.size, self._content, self.sha256, self.check_unchanged)
 
     def _content(self) -> bytes:
         data = self.read_bytes(0, self.size)
