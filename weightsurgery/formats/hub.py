@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import re
+from functools import partial
 
 from weightsurgery.errors import StorageError, shown
+from weightsurgery.formats.directory import INDEX, SINGLE
 
 _ID = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(?:@(?P<revision>[\w./-]+))?")
 _WANTED = (
@@ -39,17 +42,15 @@ def resolve(text: str) -> str:
 
     found = _ID.fullmatch(text)
     repo, revision = (found["repo"], found["revision"]) if found else (text, None)
-    wanted = list(_WANTED)
+    fetch = partial(snapshot_download, repo, revision=revision, allow_patterns=list(_WANTED))
     try:
         try:
-            return str(
-                snapshot_download(
-                    repo, revision=revision, allow_patterns=wanted, local_files_only=True
-                )
-            )
+            snapshot = str(fetch(local_files_only=True))
+            if any(os.path.lexists(os.path.join(snapshot, name)) for name in (SINGLE, INDEX)):
+                return snapshot
         except LocalEntryNotFoundError:
-            # Not an error: this call may use the network, or says why it may not.
-            return str(snapshot_download(repo, revision=revision, allow_patterns=wanted))
+            pass  # not an error: the next call may use the network, or says why it may not
+        return str(fetch())
     except Exception as error:  # an id it does not like, HTTP, proxies, disk: many kinds
         reason = shown(str(error).strip().partition("\n")[0] or type(error).__name__)
         raise StorageError(
