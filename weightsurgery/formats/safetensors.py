@@ -37,6 +37,7 @@ _OTHER_KINDS = {
     ),
     b"<!doctype html": (FormatError, "an HTML page, not weights", "download the file again"),
     b"<html": (FormatError, "an HTML page, not weights", "download the file again"),
+    b"{": (FormatError, "JSON", "give the model's directory, or the .safetensors file in it"),
     b"gguf": (FormatError, "a GGUF file", "convert it to safetensors first"),
     b"pk\x03\x04": (
         PolicyError,

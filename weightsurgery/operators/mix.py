@@ -53,14 +53,15 @@ def mix(
 ) -> Checkpoint:
     """Reset a share of TUNED's dimensions to BASE (Fine-mixing).
 
-    With `select="random"` each eligible dimension is reset independently with probability
-    `ratio`; masks are nested in `ratio`. With `select="drift"` (the paper's "Sel" variant) the
-    dimensions of largest |drift| are kept and at most a share `ratio` is reset, those of smallest
-    |drift|; a tie at the threshold is kept. The ranking is global; each `ratio_for` rule is a pool
-    of its own. A kept dimension is bit-identical to TUNED's, a reset one to BASE's.
+    Selecting at random, each eligible dimension is reset independently with probability `ratio`,
+    and masks are nested: what is reset at one ratio is reset at every larger one. Selecting by
+    drift, the dimensions of largest |drift| are kept and at most a share `ratio` is reset, those
+    of smallest |drift|; a tie at the threshold is kept. That ranking is global, but each rule of
+    `ratio_for` is a pool of its own. A kept dimension is bit-identical to TUNED's, a reset one to
+    BASE's.
 
-    The idea is the paper's; independent draws per dimension are our reading of it, and nested
-    masks, pools and ties are our choice.
+    The idea and the selection by drift are the paper's; independent draws per dimension are our
+    reading of it, and nested masks, pools and ties are our choice.
 
     Args:
         base: Trusted pre-trained model.

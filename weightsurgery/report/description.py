@@ -72,4 +72,4 @@ def _groups(title: str, head: str, groups: Sequence[Mapping[str, Any]], total: i
 
 
 def _dtype(entry: Mapping[str, Any]) -> str:
-    return f"{entry['name']} ({entry['tensors']} tensors)"
+    return f"{entry['name']} × {entry['tensors']}"

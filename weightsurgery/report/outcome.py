@@ -18,7 +18,7 @@ def plan_tables(plan: Mapping[str, Any], alignment: Mapping[str, Any] | None) ->
         *(["file", f"{shown(name)}, {size(count)}"] for name, count in plan["files"].items()),
         ["tensors", counts or "none"],
         ["disk", f"{size(plan['bytes'])} of {size(plan['bytes_free'])} free"],
-        ["memory", f"about {size(plan['memory'])} at the peak, {plan['workers']} workers"],
+        ["memory", f"about {size(plan['memory'])} at the peak (workers: {plan['workers']})"],
     ]
     return [
         *(alignment_tables(alignment) if alignment else []),
