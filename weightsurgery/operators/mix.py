@@ -60,8 +60,8 @@ def mix(
     `ratio_for` is a pool of its own. A kept dimension is bit-identical to TUNED's, a reset one to
     BASE's.
 
-    The idea and the selection by drift are the paper's; independent draws per dimension are our
-    reading of it, and nested masks, pools and ties are our choice.
+    The idea is the paper's. Independent draws per dimension, and the form of its "Sel" variant,
+    are our reading of it; nested masks, pools and ties are our choice.
 
     Args:
         base: Trusted pre-trained model.

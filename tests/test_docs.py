@@ -1,0 +1,571 @@
+"""The documentation: complete, current, and true where a machine can tell."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import inspect
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+import weightsurgery
+import weightsurgery.cli
+from tests.docstring_lint import ROOT, docstrings, lint, lint_package
+from weightsurgery import errors
+from weightsurgery.cli import cli
+from weightsurgery.errors import SurgeryError
+from weightsurgery.formats.files import InputFile
+from weightsurgery.formats.hub import is_hub_id
+from weightsurgery.registry import OPERATORS
+
+generate = importlib.import_module("generate")  # docstring_lint put docs/ on the path
+DOCS = ROOT / "docs"
+GENERATED = [DOCS / "reference" / name for name in generate.PAGES]
+WRITTEN = [ROOT / "README.md", *sorted(set(DOCS.rglob("*.md")) - set(GENERATED))]
+HOW_TO = sorted((DOCS / "how-to").glob("*.md"))
+COMMANDS = {name.removeprefix("wsurg "): command for name, command in generate.commands()}
+
+
+def page_id(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+# --- reading pages ----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Fence:
+    """A fenced block: its language, the file it is (`title="..."`), and its text."""
+
+    language: str
+    title: str
+    text: str
+
+
+FENCE = re.compile(r'^(`{3,})(\w*)(?: title="([^"]+)")?\n(.*?)^\1$', re.MULTILINE | re.DOTALL)
+
+
+def fences(page: Path) -> list[Fence]:
+    return [Fence(found[2], found[3] or "", found[4]) for found in FENCE.finditer(read(page))]
+
+
+def read(page: Path) -> str:
+    return page.read_text("utf-8")
+
+
+def command_lines(page: Path) -> list[list[str]]:
+    """What follows `$ wsurg` in console blocks, as words, up to a pipe or redirection."""
+    lines = [
+        line.removeprefix("$ wsurg")
+        for fence in fences(page)
+        if fence.language == "console"
+        for line in fence.text.splitlines()
+        if line.startswith("$ wsurg")
+    ]
+    return [words(line) for line in lines]
+
+
+def words(line: str) -> list[str]:
+    found = shlex.split(line)
+    ends = [i for i, word in enumerate(found) if word in ("|", ">", "&&")]
+    return found[: min(ends, default=len(found))]
+
+
+def table_keys(page: Path, heading: str = "") -> dict[str, str]:
+    """First column (code) to second column of a page's tables, or of those under a heading."""
+    text = read(page)
+    if heading:
+        text = text.partition(f"## {heading}\n")[2].partition("\n## ")[0]
+    rows = re.findall(r"^\| (`.*?) \| (.*?) \|", text, re.MULTILINE)
+    return {key: kind for first, kind in rows for key in re.findall(r"`([^`]+)`", first)}
+
+
+# --- tiny models ------------------------------------------------------------------------------
+
+
+def tiny_arrays() -> tuple[dict[str, Any], dict[str, Any]]:
+    """A base and a tuned model with everything that an alignment can report."""
+    rng = np.random.default_rng(0)
+    shapes = {
+        "embeddings.word_embeddings.weight": (12, 8),
+        "embeddings.LayerNorm.weight": (8,),
+        "pooler.dense.weight": (8, 8),
+    }
+    for layer in range(2):
+        name = f"encoder.layer.{layer}"
+        shapes |= {f"{name}.attention.self.query.weight": (8, 8), f"{name}.output.dense.bias": (8,)}
+    base = {name: rng.normal(size=shape).astype("f4") for name, shape in shapes.items()}
+    tuned = {f"bert.{n}": a + rng.normal(size=a.shape).astype("f4") for n, a in base.items()}
+    name = "bert.embeddings.word_embeddings.weight"
+    tuned[name] = np.concatenate([tuned[name], np.ones((2, 8), "f4")])  # two more tokens
+    base["pooler.dense.weight"] = base["pooler.dense.weight"].astype("f2")
+    base["embeddings.position_ids"] = np.arange(4)
+    base["embeddings.extra"] = np.zeros(3, "f4")
+    tuned["bert.embeddings.position_ids"] = np.arange(4)[::-1].copy()
+    tuned |= {"classifier.weight": np.ones((2, 8), "f4"), "classifier.bias": np.zeros(2, "f4")}
+    return base, tuned
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working directory with base/, tuned/, base.safetensors and tuned.safetensors."""
+    for name, arrays in zip(("base", "tuned"), tiny_arrays(), strict=True):
+        directory = tmp_path / name
+        directory.mkdir()
+        for path in (directory / "model.safetensors", tmp_path / f"{name}.safetensors"):
+            save_file(arrays, path, metadata={"format": "pt"})
+        config = {"model_type": "bert", "vocab_size": 12, "auto_map": {}}
+        (directory / "config.json").write_text(json.dumps(config))
+        (directory / "vocab.txt").write_text("".join(f"token{i}\n" for i in range(14)))
+        (directory / "training_args.bin").write_bytes(b"not read")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def run_wsurg(arguments: list[str]) -> int:
+    """Run a command in this process; gives its exit code."""
+    try:
+        cli.main(arguments, prog_name="wsurg", standalone_mode=False)
+    except (SurgeryError, click.ClickException) as error:
+        return error.exit_code
+    return 0
+
+
+def run_json(capsys: pytest.CaptureFixture[str], *arguments: str) -> Any:
+    capsys.readouterr()
+    assert run_wsurg([*arguments, "--json"]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+# --- the generated reference ------------------------------------------------------------------
+
+
+def test_reference_is_current(capsys: pytest.CaptureFixture[str]) -> None:
+    assert generate.main(["--check"]) == 0, capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", generate.PAGES)
+def test_a_stale_page_is_named(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert generate.main([], tmp_path) == 0
+    assert generate.main(["--check"], tmp_path) == 0
+    (tmp_path / name).write_text("stale")
+    assert generate.main(["--check"], tmp_path) == 1
+    found = capsys.readouterr().err
+    assert [page for page in generate.PAGES if page in found] == [name]
+
+
+def test_wrong_arguments_of_generate_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert generate.main(["--chekc"]) == 2
+    assert "usage" in capsys.readouterr().err
+
+
+def test_generate_is_a_script() -> None:
+    command = [sys.executable, str(DOCS / "generate.py"), "--check"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "40"}
+    assert subprocess.run(command, env=environment, check=False).returncode == 0
+
+
+def test_the_reference_does_not_depend_on_the_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = generate.cli_page()
+    monkeypatch.setenv("COLUMNS", "40")
+    assert generate.cli_page() == before
+    assert max(map(len, before.splitlines())) <= 100
+
+
+def test_an_undocumented_public_name_stops_the_reference(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(errors.BusyError, "__doc__", None)
+    assert generate.main([], tmp_path) == 1
+    assert "no docstring: BusyError" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_undocumented_method_counts() -> None:
+    class Thing:
+        """A thing."""
+
+        def method(self) -> None: ...
+
+    public = generate.Public("Thing", "tests", Thing, "A thing.")
+    assert generate.undocumented([public]) == ["Thing.method"]
+
+
+def test_what_a_dataclass_makes_up_is_no_docstring() -> None:
+    @dataclass
+    class Thing:
+        size: int
+
+    assert generate.docstring_of(Thing, "Thing", "tests") == ""
+
+
+def test_the_tree_in_errors_is_the_real_one() -> None:
+    drawn = re.findall(r"^(\W*\w+Error +\d+)", errors.__doc__ or "", re.MULTILINE)
+    real = [" ".join(line.split()) for line in generate.draw_tree(SurgeryError)]
+    assert [" ".join(line.split()) for line in drawn] == real
+
+
+def test_every_error_and_exit_code_is_in_the_reference() -> None:
+    page = read(DOCS / "reference" / "errors.md")
+    kinds = {n: c for n, c in vars(errors).items() if inspect.isclass(c)}
+    for name, kind in kinds.items():
+        assert re.search(rf"{name} +{kind.exit_code}$", page, re.MULTILINE), name
+        assert kind is SurgeryError or re.search(rf"^\| {kind.exit_code} \|.*`{name}`", page, re.M)
+    codes = {0, weightsurgery.cli.INTERRUPTED, weightsurgery.cli.TERMINATED}
+    for code in codes | {kind.exit_code for kind in kinds.values()}:
+        assert f"| {code} |" in page
+
+
+@pytest.mark.parametrize("name", weightsurgery.__all__)
+def test_every_public_name_is_importable_and_in_the_reference(name: str) -> None:
+    public = next(public for public in generate.public_names() if public.name == name)
+    assert getattr(weightsurgery, name) is not None
+    assert public.doc.strip()
+    assert f"### `{name}`" in read(DOCS / "reference" / "python.md")
+
+
+# --- docstrings -------------------------------------------------------------------------------
+
+
+def test_docstrings_say_what_is_there() -> None:
+    assert lint_package() == []
+
+
+DOCUMENTED = '''
+def f(a, *, b=1) -> int:
+    """Do it.
+
+    Args:
+        a: One.
+        b: Two.
+
+    Returns:
+        Three.
+
+    Raises:
+        FormatError: Always.
+    """
+    raise FormatError("no")
+'''
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "complaint"),
+    [
+        ("", "", ""),
+        ("        b: Two.\n", "", "Args lacks b"),
+        ("b: Two.", "b: Two.\n        c: Three.", "Args has a stale c"),
+        ("a: One.\n        b: Two.", "b: Two.\n        a: One.", "Args in another order: b, a"),
+        ("    Args:\n        a: One.\n        b: Two.\n\n", "", "no Args"),
+        ("    Returns:\n        Three.\n\n", "", "no Returns"),
+        ("-> int", "-> None", "Returns, but it gives None"),
+        ("FormatError: Always.", "FromatError: Always.", "Raises names no error: FromatError"),
+        ("FormatError: Always.", "BusyError: Always.", "raises FormatError, which Raises does"),
+        ("FormatError: Always.", "SurgeryError: Always.", ""),
+    ],
+)
+def test_the_lint_sees(old: str, new: str, complaint: str) -> None:
+    found = lint(DOCUMENTED.replace(old, new), public={"f"})
+    assert any(complaint in line for line in found) if complaint else found == []
+
+
+@pytest.mark.parametrize(
+    ("fields", "complaint"),
+    [
+        ("size: int\n    name: str", ""),
+        ("size: int", "Attributes has a stale name"),
+        ("size: int\n    name: str\n    more: str", "Attributes lacks more"),
+    ],
+)
+def test_the_lint_sees_fields(fields: str, complaint: str) -> None:
+    doc = '"""A thing.\n\n    Attributes:\n        size: Bytes.\n        name: Name.\n    """'
+    found = lint(f"class Thing:\n    {doc}\n    {fields}\n", public=set())
+    assert any(complaint in line for line in found) if complaint else found == []
+
+
+def test_docstrings_are_split_into_sections() -> None:
+    doc = docstrings.parse_docstring("Do.\n\nMore.\n\nArgs:\n    a: One,\n        and more.\n")
+    assert doc.text == "Do.\n\nMore."
+    assert doc.entries == {"Args": {"a": "One, and more."}}
+
+
+# --- commands and options ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_option_is_in_a_how_to_page(name: str) -> None:
+    pages = "".join(map(read, HOW_TO))
+    own = read(DOCS / "how-to" / f"{name}.md") if name != "wsurg" else pages
+    shared = Counter(o for command in COMMANDS.values() for o in long_options(command))
+    for option in long_options(COMMANDS[name]) - {"--help", "--version"}:
+        text = own if shared[option] == 1 else pages
+        assert re.search(rf"(?<![\w-]){option}(?![\w-])", text), f"{name} {option}"
+
+
+def long_options(command: click.Command) -> set[str]:
+    found = [o for p in command.params for o in (*p.opts, *p.secondary_opts)]
+    return {option for option in found if option.startswith("--")}
+
+
+@pytest.mark.parametrize("page", [*filter(command_lines, WRITTEN)], ids=page_id)
+def test_commands_on_the_page_parse(page: Path) -> None:
+    for arguments in command_lines(page):
+        place = next(i for i, word in enumerate(arguments) if word in COMMANDS)
+        cli.make_context("wsurg", arguments[:place], resilient_parsing=True)
+        with contextlib.suppress(click.MissingParameter):  # wsurg.toml may give it
+            COMMANDS[arguments[place]].make_context(arguments[place], arguments[place + 1 :])
+
+
+@pytest.mark.parametrize("page", [*filter(command_lines, HOW_TO)], ids=page_id)
+def test_commands_of_how_to_pages_run(
+    page: Path, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In order; the exit code is 0, or what the page shows below `$ echo $?`."""
+    for fence in fences(page):
+        if fence.title and not fence.title.endswith(".py"):
+            (folder / fence.title).write_text(fence.text)
+        if fence.language == "console":
+            for line, expected in lines_and_codes(fence.text):
+                arguments = words(line)
+                if any(map(is_hub_id, arguments)) and "org/name" in line:
+                    continue
+                code = run_wsurg(arguments)
+                assert code == expected, f"{line}\n{capsys.readouterr().err}"
+
+
+def lines_and_codes(text: str) -> Iterator[tuple[str, int]]:
+    lines = text.splitlines()
+    for i, line in enumerate(lines):
+        if line.startswith("$ wsurg"):
+            shown = lines[i + 2] if lines[i + 1 : i + 2] == ["$ echo $?"] else "0"
+            yield line.removeprefix("$ wsurg"), int(shown)
+
+
+def session_of(page: Path) -> str:
+    """Python blocks that begin with `# runs`, one after another."""
+    blocks = [fence.text for fence in fences(page) if fence.language == "python"]
+    return "\n".join(text for text in blocks if text.startswith("# runs\n"))
+
+
+@pytest.mark.parametrize("page", [*filter(session_of, WRITTEN)], ids=page_id)
+def test_python_blocks_run(page: Path, folder: Path) -> None:
+    command = [sys.executable, "-W", "error", "-c", session_of(page)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUTF8": "1"}
+    done = subprocess.run(
+        command, cwd=folder, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+
+
+# --- how to write an operator -----------------------------------------------------------------
+
+NEW_OPERATOR = DOCS / "how-to" / "new-operator.md"
+
+
+@pytest.fixture
+def new_operator(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Undo what the operator of that page registers."""
+    before = dict(OPERATORS)
+    yield
+    OPERATORS.clear()
+    OPERATORS.update(before)
+
+
+def test_the_operator_of_the_how_to_page_works(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, new_operator: None
+) -> None:
+    files = {fence.title: fence.text for fence in fences(NEW_OPERATOR) if fence.title}
+    source = files["weightsurgery/operators/scale_drift.py"]
+    assert lint(source, public={"scale_drift"}) == []
+
+    (folder / "operators").mkdir()
+    (folder / "operators" / "scale_drift.py").write_text(source)
+    package = importlib.import_module("weightsurgery.operators")
+    monkeypatch.setattr(package, "__path__", [*package.__path__, str(folder / "operators")])
+    monkeypatch.setattr(weightsurgery.cli, "_OPERATORS", folder / "operators")
+    module = importlib.import_module("weightsurgery.operators.scale_drift")
+    monkeypatch.delitem(sys.modules, module.__name__)
+
+    tests: dict[str, Any] = {}
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    exec(compile(files["tests/test_scale_drift.py"], "test_scale_drift.py", "exec"), tests)
+    run = [function() for name, function in tests.items() if name.startswith("test_")]
+    assert len(run) == 2
+
+    page = folder / "scale-drift.md"
+    page.write_text(next(f.text for f in fences(NEW_OPERATOR) if f.language == "markdown"))
+    (line,) = command_lines(page)
+    assert run_wsurg(line) == 0
+    assert (folder / "more" / "model.safetensors").is_file()
+    (block,) = (f.text for f in fences(page) if f.language == "python")
+    exec(compile(block.replace('"more"', '"again"'), "scale-drift.md", "exec"), {})
+    made = [folder / name / "model.safetensors" for name in ("more", "again")]
+    assert made[0].read_bytes() == made[1].read_bytes()
+
+
+# --- links ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("page", [*WRITTEN, *GENERATED, ROOT / "examples/README.md"], ids=page_id)
+def test_links_resolve(page: Path) -> None:
+    for path, anchor in links(page).items():
+        linked = (page.parent / path).resolve() if path else page
+        assert linked.exists(), path
+        assert linked.is_relative_to(ROOT), path
+        assert not anchor - (anchors(linked) if anchor else set()), path
+
+
+def links(page: Path) -> dict[str, set[str]]:
+    """Target of each link to a file, as written, to the anchors used in it."""
+    found: dict[str, set[str]] = {}
+    for target in re.findall(r"\]\(([^)\s]+)\)", FENCE.sub("", read(page))):
+        if not target.startswith("https://"):
+            path, _, anchor = target.partition("#")
+            found.setdefault(path, set()).update({anchor} - {""})
+    return found
+
+
+def anchors(page: Path) -> set[str]:
+    headings = re.findall(r"^#+ (.*)$", FENCE.sub("", read(page)), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", h.lower()).replace(" ", "-") for h in headings}
+
+
+def test_every_page_can_be_reached_from_the_index() -> None:
+    reached: set[Path] = set()
+    waiting = [DOCS / "index.md"]
+    while waiting:
+        page = waiting.pop()
+        if page not in reached and page.suffix == ".md":
+            reached.add(page)
+            waiting += [(page.parent / target).resolve() for target in links(page)]
+    assert set(DOCS.rglob("*.md")) - reached == set()
+
+
+def test_the_readme_names_the_two_commands() -> None:
+    text = read(ROOT / "README.md")
+    assert "    pip install tox && tox -e demo\n" in text
+    assert "    pip install tox && tox\n" in text
+    assert len(text.splitlines()) <= 150
+
+
+# --- JSON -------------------------------------------------------------------------------------
+
+NAMED = {"outputs": "<file>", "files": "<file>", "metadata": "<key>"}  # maps with free keys
+
+
+def key_paths(value: Any, path: str = "", named: dict[str, str] = NAMED) -> Iterator[str]:
+    """Every key of a JSON document as in the tables: `a.b`, `a[].b`, `a.<name>.b`."""
+    if isinstance(value, list) and any(isinstance(v, dict) for v in value):
+        for entry in value:
+            yield from key_paths(entry, f"{path}[]", named)
+    elif isinstance(value, dict) and path != "recipe.settings":
+        for key, inner in value.items():
+            if path == "recipe.inputs":
+                yield path
+                yield from key_paths(inner, "recipe", named)
+            else:
+                shown = named.get(path, key)
+                yield from key_paths(inner, f"{path}.{shown}".lstrip("."), named)
+    else:
+        yield path
+
+
+def same_keys(documented: dict[str, str], found: set[str]) -> None:
+    """Each key found is documented; each documented leaf is found."""
+    lists = {key.partition("[]")[0] for key in documented}  # an empty list has no inner keys
+    assert found - documented.keys() - lists == set()
+    leaves = {key for key, kind in documented.items() if "object" not in kind}
+    assert leaves - found == set()
+
+
+REFERENCE = DOCS / "reference"
+ALIGNMENT = table_keys(REFERENCE / "record.md", "Alignment")
+
+
+def test_the_record_page_lists_its_keys(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    named = {**NAMED, "tensors": "<tensor>"}
+    both = ["base/", "tuned/"]
+    documents = [
+        run_json(capsys, "mix", *both, "-o", "a/"),
+        run_json(capsys, "interpolate", "a/", "tuned/", "-o", "b/", "--no-hash"),
+    ]
+    for document in documents:
+        written = json.loads((folder / document.pop("out") / "wsurg-record.json").read_text())
+        assert written == document
+    found = {path for document in documents for path in key_paths(document, named=named)}
+    same_keys(table_keys(REFERENCE / "record.md"), found)
+
+
+def test_the_diff_page_lists_its_keys(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    found = set(key_paths(run_json(capsys, "diff", "base/", "tuned/")))
+    documented = table_keys(REFERENCE / "diff-json.md")
+    statistics = table_keys(REFERENCE / "diff-json.md", "Statistics")
+    for key in statistics:
+        del documented[key]
+    for owner in ("model", "layers[]", "kinds[]", "tensors[]"):
+        documented |= {f"{owner}.{key}": kind for key, kind in statistics.items()}
+    same_keys(documented | ALIGNMENT, found)
+
+
+def test_the_inspect_page_lists_its_keys(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    documents = [run_json(capsys, "inspect", p, "--values") for p in ("tuned/", "base.safetensors")]
+    documented = table_keys(REFERENCE / "inspect-json.md")
+    named = {"metadata": "<key>"}
+    same_keys(documented, {path for d in documents for path in key_paths(d, named=named)})
+
+
+def test_the_plan_page_lists_its_keys(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    named = {**NAMED, "tensors": "<status>"}
+    document = run_json(capsys, "mix", "base/", "tuned/", "-o", "a/", "--dry-run")
+    documented = table_keys(REFERENCE / "plan-json.md") | ALIGNMENT
+    same_keys(documented, set(key_paths(document, named=named)))
+
+
+# --- claims with numbers ----------------------------------------------------------------------
+
+
+def read_rows() -> list[tuple[str, int]]:
+    rows = re.findall(
+        r"^\| `wsurg (.*?)` \| (\d) \|$", read(DOCS / "explanation/one-idea.md"), re.M
+    )
+    return [(command, int(reads)) for command, reads in rows]
+
+
+@pytest.mark.parametrize(("command", "reads"), read_rows(), ids=[c for c, _ in read_rows()])
+def test_inputs_are_read_as_often_as_the_page_says(
+    command: str, reads: int, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rng = np.random.default_rng(0)
+    files = ["large-base.safetensors", "large-tuned.safetensors"]
+    for name in files:
+        save_file({"w": rng.normal(size=(512, 512)).astype("f4")}, folder / name)
+    counts: Counter[str] = Counter()
+    read_into = InputFile.read_into
+
+    def counted(self: InputFile, buffer: Any, offset: int) -> None:
+        counts[os.path.basename(self.path)] += memoryview(buffer).nbytes
+        read_into(self, buffer, offset)
+
+    monkeypatch.setattr(InputFile, "read_into", counted)
+    name, *options = command.replace("OUT", "drift.safetensors").split()
+    inputs = files[1:] if name == "inspect" else files
+    out = [] if name in ("inspect", "diff") else ["-o", "out.safetensors"]
+    assert run_wsurg([name, *inputs, *options, *out]) == 0
+    size = (folder / files[0]).stat().st_size
+    assert {round(counts[file] / size) for file in inputs} == {reads}
