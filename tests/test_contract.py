@@ -1,0 +1,267 @@
+"""What every operator promises, checked on every operator there is."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import pkgutil
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin
+
+import numpy as np
+import pytest
+
+import weightsurgery
+import weightsurgery.operators
+from tests import cases
+from weightsurgery.checkpoint import Checkpoint, from_arrays
+from weightsurgery.cli.operator_command import make_command
+from weightsurgery.formats import open_checkpoint, save
+from weightsurgery.registry import OPERATORS, Operator, Setting, operator
+from weightsurgery.stream import Engine
+
+DOCS = Path(__file__).parent.parent / "docs" / "how-to"
+EVERY = pytest.mark.parametrize("op", OPERATORS.values(), ids=OPERATORS.keys())
+SEEDED = [op for op in OPERATORS.values() if "seed" in op.settings]
+FAMILIES = pytest.mark.parametrize("family", cases.FAMILIES)
+
+
+def arrays_for(op: Operator, family: str = "bert") -> dict[str, cases.Arrays]:
+    """Arrays for each input: `base`, and for any other something fine-tuned from it."""
+    base = cases.model(family)
+    return {n: base if n == "base" else cases.finetuned(base, seed=len(n)) for n in op.inputs}
+
+
+def inputs_for(op: Operator, family: str = "bert") -> dict[str, Checkpoint]:
+    return {n: from_arrays(arrays, label=n) for n, arrays in arrays_for(op, family).items()}
+
+
+def folders_for(op: Operator, path: Path, *, shards: int = 1) -> list[Checkpoint]:
+    config = cases.CONFIGS["bert"]
+    return [
+        open_checkpoint(cases.write_directory(path / name, arrays, shards=shards, config=config))
+        for name, arrays in arrays_for(op).items()
+    ]
+
+
+def apply(op: Operator, *inputs: Checkpoint, **settings: Any) -> Checkpoint:
+    return op.function(*inputs, **settings)
+
+
+def test_there_are_operators() -> None:
+    files = {m.name for m in pkgutil.iter_modules(weightsurgery.operators.__path__)}
+    homes = {op.function.__module__.rpartition(".")[2] for op in OPERATORS.values()}
+    assert homes == files
+    assert {"mix", "interpolate"} <= OPERATORS.keys()
+
+
+@EVERY
+@FAMILIES
+def test_names_shapes_and_dtypes_are_the_subjects(op: Operator, family: str) -> None:
+    inputs = inputs_for(op, family)
+    result, subject = apply(op, *inputs.values()), inputs["tuned"]
+    promised = {n: (v.shape, v.dtype) for n, v in result.items()}
+    assert promised == {n: (v.shape, v.dtype) for n, v in subject.items()}
+    found = cases.read(result)
+    assert {n: (a.shape, a.dtype) for n, a in found.items()} == {
+        n: (a.shape, a.dtype) for n, a in arrays_for(op, family)["tuned"].items()
+    }
+
+
+@EVERY
+@FAMILIES
+def test_every_family_is_edited_and_its_integers_are_not(op: Operator, family: str) -> None:
+    arrays = arrays_for(op, family)
+    found = cases.stored(cases.read(apply(op, *inputs_for(op, family).values())))
+    subject = cases.stored(arrays["tuned"])
+    untouched = {n for n, a in arrays["tuned"].items() if a.dtype.kind in "ib"}
+    assert untouched == {"position_ids", "causal_mask"}
+    assert {n: found[n] for n in untouched} == {n: subject[n] for n in untouched}
+    assert {n for n in found if found[n] != subject[n]} == found.keys() - untouched
+
+
+@EVERY
+def test_inputs_are_not_modified(op: Operator, tmp_path: Path) -> None:
+    given = folders_for(op, tmp_path, shards=2)
+    before = cases.digests(tmp_path)
+    shown = [(repr(c), dict(c), dict(c.metadata), dict(c.config)) for c in given]
+    save(apply(op, *given), str(tmp_path / "out"))
+    after = {n: d for n, d in cases.digests(tmp_path).items() if not n.startswith("out")}
+    assert after == before
+    assert [(repr(c), dict(c), dict(c.metadata), dict(c.config)) for c in given] == shown
+
+
+@EVERY
+@FAMILIES
+def test_edits_leave_the_blocks_they_are_given(op: Operator, family: str) -> None:
+    inputs = inputs_for(op, family)
+    plain = cases.read(apply(op, *inputs.values()))
+    guarded = cases.read(apply(op, *map(cases.frozen, inputs.values())))
+    assert cases.stored(guarded) == cases.stored(plain)
+
+
+@EVERY
+def test_nothing_is_read_before_it_is_saved(op: Operator, tmp_path: Path) -> None:
+    watched = [cases.counted(checkpoint) for checkpoint in folders_for(op, tmp_path)]
+    result = apply(op, *(checkpoint for checkpoint, _ in watched))
+    assert [reads for _, reads in watched] == [[] for _ in watched]
+    save(result, str(tmp_path / "out"))
+    for checkpoint, reads in watched:
+        floating = [(n, *span) for n, v in checkpoint.items() for span in v.blocks()]
+        edited = [read for read in floating if result[read[0]].status == "edited"]
+        assert edited
+        assert [reads.count(read) for read in edited] == [1] * len(edited)
+
+
+@EVERY
+def test_order_of_the_tensors_does_not_matter(op: Operator, tmp_path: Path) -> None:
+    outputs = []
+    for order in ("given", "reversed"):
+        (tmp_path / order).mkdir()
+        files = []
+        for name, arrays in arrays_for(op).items():
+            names = list(arrays) if order == "given" else list(arrays)[::-1]
+            path = tmp_path / order / f"{name}.safetensors"
+            files.append(cases.write_file(path, {n: arrays[n] for n in names}))
+        save(apply(op, *map(open_checkpoint, files)), str(tmp_path / f"{order}.safetensors"))
+        outputs.append((tmp_path / f"{order}.safetensors").read_bytes())
+    assert outputs[0] == outputs[1]
+    assert (tmp_path / "given/tuned.safetensors").read_bytes() != (
+        tmp_path / "reversed/tuned.safetensors"
+    ).read_bytes()
+
+
+@EVERY
+def test_sharding_does_not_matter(op: Operator, tmp_path: Path) -> None:
+    outputs = []
+    for shards in cases.SHARDS:
+        given = folders_for(op, tmp_path / str(shards), shards=shards)
+        out = tmp_path / f"out-{shards}"
+        save(apply(op, *given), str(out))
+        assert len(list(out.glob("*.safetensors"))) == shards
+        outputs.append(cases.stored_in(out))
+    assert outputs[0] == outputs[1] == outputs[2]
+
+
+@EVERY
+@pytest.mark.parametrize("block", [1 << 20, 16], ids=["whole", "cut"])
+def test_workers_do_not_matter(
+    op: Operator, block: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = folders_for(op, tmp_path, shards=2)
+    whole = apply(op, *given)
+    save(whole, str(tmp_path / "whole"), engine=Engine(workers=1))
+    cases.shrink_blocks(monkeypatch, block)
+    for workers in cases.WORKERS:
+        engine = Engine(workers=workers)
+        out = tmp_path / f"out-{workers}"
+        save(op.function(*given, engine=engine), str(out), engine=engine)
+        assert cases.digests(out) == cases.digests(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("op", SEEDED, ids=[op.name for op in SEEDED])
+def test_the_seed_decides(op: Operator) -> None:
+    inputs = inputs_for(op).values()
+    made = [
+        [cases.stored(cases.read(apply(op, *inputs, seed=seed))) for _ in range(2)]
+        for seed in cases.SEEDS
+    ]
+    assert all(first == again for first, again in made)
+    bodies = [str(first) for first, _ in made]
+    assert len(set(bodies)) == len(cases.SEEDS)
+
+
+@EVERY
+def test_the_result_remembers_how_it_was_made(op: Operator) -> None:
+    inputs = inputs_for(op)
+    step = apply(op, *inputs.values()).step
+    assert step is not None
+    assert step.operator == op.name
+    assert step.inputs == inputs
+    assert step.settings == {n: default for n, (_, _, default) in op.settings.items()}
+
+
+def another_value(kind: Any, default: Any) -> Any:
+    """A valid value of a setting that is not its default; None for globs and rules."""
+    if get_origin(kind) is Literal:
+        return get_args(kind)[-1]
+    return {bool: not default, int: 5, float: 0.25}.get(kind)
+
+
+@EVERY
+def test_the_result_remembers_its_settings(op: Operator) -> None:
+    given = {n: another_value(kind, default) for n, (kind, _, default) in op.settings.items()}
+    given = {name: value for name, value in given.items() if value is not None}
+    step = apply(op, *inputs_for(op).values(), **given).step
+    assert step is not None
+    assert given.items() <= step.settings.items()
+    assert all(value != op.settings[name][2] for name, value in given.items())
+
+
+@EVERY
+def test_inputs_given_by_name_are_remembered_too(op: Operator) -> None:
+    inputs = inputs_for(op)
+    result = op.function(**inputs)
+    assert result.step is not None
+    assert result.step.inputs == inputs
+    assert result.sources() == tuple(inputs.values())
+
+
+@EVERY
+def test_results_compose_without_the_disk(op: Operator) -> None:
+    inputs = inputs_for(op)
+    once = apply(op, *inputs.values())
+    twice = apply(op, *(once if n == "tuned" else c for n, c in inputs.items()))
+    in_memory = from_arrays(cases.read(once))
+    again = apply(op, *(in_memory if n == "tuned" else c for n, c in inputs.items()))
+    assert cases.stored(cases.read(twice)) == cases.stored(cases.read(again))
+    assert set(twice.sources()) == set(inputs.values())
+
+
+@EVERY
+def test_the_documentation_is_there(op: Operator) -> None:
+    assert op.summary.endswith(".")
+    assert 10 < len(op.summary) < 80
+    page = DOCS / f"{op.name}.md"
+    assert page.is_file(), f"write {page.relative_to(DOCS.parent.parent)}"
+    assert f"wsurg {op.name}" in page.read_text("utf-8")
+
+
+@EVERY
+def test_every_setting_has_help_and_an_option(op: Operator) -> None:
+    for name, (_, declaration, default) in op.settings.items():
+        assert len(declaration.help) > 10, name
+        assert default is not inspect.Parameter.empty, name
+    options = {o: p for p in make_command(op.name).params for o in p.opts if o.startswith("-")}
+    for name in op.settings:
+        assert getattr(options["--" + name.replace("_", "-")], "help", "")
+
+
+@pytest.mark.parametrize("name", weightsurgery.__all__)
+def test_no_submodule_takes_the_place_of_a_public_name(name: str) -> None:
+    for module in pkgutil.walk_packages(weightsurgery.__path__, "weightsurgery."):
+        if not module.name.endswith("__main__"):
+            importlib.import_module(module.name)
+    assert not inspect.ismodule(getattr(weightsurgery, name))
+
+
+def test_an_unknown_public_name_is_an_attribute_error() -> None:
+    with pytest.raises(AttributeError, match="no attribute 'nothing_such'"):
+        _ = weightsurgery.nothing_such
+
+
+def test_settings_must_be_declared() -> None:
+    def undeclared(base: Checkpoint, *, ratio: float = 0.5) -> Checkpoint:
+        return base
+
+    with pytest.raises(TypeError, match="a setting needs Annotated"):
+        operator(undeclared)
+    assert "undeclared" not in OPERATORS
+    assert Setting("help only") == Setting("help only", "", "")
+
+
+def test_inputs_of_arrays_are_copied_when_read() -> None:
+    array = np.zeros(3, np.float32)
+    view = from_arrays({"w": array})["w"]
+    view.read(0, 3)[:] = 1
+    assert not array.any()
