@@ -17,9 +17,10 @@ from hypothesis.extra import numpy as hnp
 from tests import cases, reference
 from weightsurgery.anatomy import kind_of, layer_of
 from weightsurgery.checkpoint import from_arrays
-from weightsurgery.comparison import METRICS, QUANTILE_ERROR, DiffReport, diff
+from weightsurgery.comparison import DiffReport, diff
 from weightsurgery.errors import MismatchError, SettingError
 from weightsurgery.formats import open_checkpoint
+from weightsurgery.statistics import METRICS, QUANTILE_ERROR
 from weightsurgery.stream import Engine
 
 EXACT = ("count", "changed", "max_abs", "sign_flips", "skipped")
@@ -254,3 +255,40 @@ def test_refusals() -> None:
         compare(base, tuned, top=-1)
     with pytest.raises(MismatchError, match="no tensor of BASE and TUNED belongs together"):
         compare(base, {"other": np.zeros(3, np.float32)})
+
+
+HEAD = "lm_head.weight"
+
+
+def tied(copy_differs: bool) -> tuple[dict[str, Any], dict[str, Any]]:
+    base = cases.model("llama")
+    tuned = cases.finetuned(base)
+    tuned[HEAD] = tuned[cases.EMBEDDING["llama"]].copy()
+    if copy_differs:
+        tuned[HEAD][0] += 1
+    return base, tuned
+
+
+def test_an_equal_tied_copy_is_counted_once() -> None:
+    base, tuned = tied(copy_differs=False)
+    config = {"tie_word_embeddings": True}
+    report = diff(from_arrays(base, config=config), from_arrays(tuned, config=config))
+    assert HEAD not in {entry["tensor"] for entry in report.tensors}
+    assert report.alignment["tied"] == {HEAD: cases.EMBEDDING["llama"]}
+    assert report.warnings == []
+
+
+def test_a_tied_copy_of_other_bytes_cannot_hide() -> None:
+    base, tuned = tied(copy_differs=True)
+    config = {"tie_word_embeddings": True}
+    report = diff(from_arrays(base, config=config), from_arrays(tuned, config=config))
+    assert HEAD in {entry["tensor"] for entry in report.tensors}
+    (warning,) = report.warnings
+    assert "stored with other bytes" in warning
+
+
+def test_models_without_floating_tensors_are_compared_too() -> None:
+    codes = {"w": np.arange(8, dtype=np.int32)}
+    report = diff(from_arrays(codes), from_arrays({"w": codes["w"] + (codes["w"] > 5)}))
+    assert report.other == [{"tensor": "w", "changed": 2}]
+    assert report.model["count"] == 0

@@ -14,7 +14,7 @@ FLOORS = {
     **dict.fromkeys(
         ("errors", "dtypes", "version", "buffers", "kernels", "drift_kernel", "rng"), 0
     ),
-    **dict.fromkeys(("checkpoint", "anatomy"), 1),
+    **dict.fromkeys(("checkpoint", "anatomy", "statistics"), 1),
     **dict.fromkeys(("alignment", "stream", "select", "registry", "formats"), 2),
     **dict.fromkeys(("comparison", "gates", "inspection", "operators", "report"), 3),
     **dict.fromkeys(("cli", "__main__"), 4),

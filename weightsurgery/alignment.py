@@ -132,6 +132,7 @@ class Alignment:
                 for p in self.eligible
                 if p.reason
             ],
+            "tied": {p.name: p.key for p in self.pairs if p.is_tied_copy},
             "only_in_base": [{"tensor": name, "reason": reason} for name, reason in self.unused],
             "notes": [{"tensor": p.name, "note": p.note} for p in self.pairs if p.note],
         }
@@ -196,7 +197,8 @@ def align(base: Checkpoint, tuned: Checkpoint, *, mismatched: str = "refuse") ->
             tensor=first.name,
             hint="are these the same architecture? --keep-mismatched keeps TUNED's",
         )
-    if not any(pair.eligible for pair in pairs):
+    # To be looked at ("keep"), integers will do; to be edited there must be something to edit.
+    if not any(p.eligible or (mismatched == "keep" and p.base is not None) for p in pairs):
         raise _nothing_pairs(base, tuned)
     unused = tuple((n, _why_unused(n, base, tuned)) for n in base if n not in used)
     return Alignment(base, tuned, tuple(pairs), unused, prefix, side)

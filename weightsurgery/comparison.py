@@ -6,7 +6,8 @@ Our own; the papers look at drift per dimension, and these are the numbers that 
 from __future__ import annotations
 
 import heapq
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -14,86 +15,15 @@ import numpy as np
 from weightsurgery.alignment import Alignment, Pair, align, require_unquantised
 from weightsurgery.anatomy import find_embedding, kind_of, layer_of, natural_key
 from weightsurgery.checkpoint import BLOCK, Checkpoint, Step
-from weightsurgery.drift_kernel import BIN_SHIFT, BINS, TOTALS, drift_statistics
+from weightsurgery.drift_kernel import drift_statistics
 from weightsurgery.dtypes import DTYPES, DType
-from weightsurgery.errors import PolicyError, SettingError
+from weightsurgery.errors import PolicyError, SettingError, shown
 from weightsurgery.formats.vocabulary import read_vocabulary
 from weightsurgery.kernels import Block, count_different, same_float
+from weightsurgery.statistics import QUANTILE_ERROR, Statistics
 from weightsurgery.stream import Engine, fold, map_tensors
 
 SCHEMA = "wsurg.diff/1"
-QUANTILES = (0.5, 0.9, 0.99, 0.999)
-QUANTILE_ERROR = 1 / 64  # half the relative width of a histogram bin
-METRICS = (
-    *("count", "changed", "changed_share", "l2", "relative_l2", "max_abs", "mean", "std"),
-    *("cosine", "sign_flips", *(f"q{q * 100:g}" for q in QUANTILES)),
-    *("base_nan", "base_inf", "tuned_nan", "tuned_inf", "skipped"),
-)
-_LARGEST = TOTALS.index("largest")
-_INFINITE = (0x7F800000 >> BIN_SHIFT) - 1  # bins from the last finite one on
-
-
-@dataclass
-class Statistics:
-    """Sums that add up: over blocks to tensors, over tensors to layers, kinds and the model.
-
-    Attributes:
-        count: Elements compared.
-        totals: float64 sums, as named in `kernels.TOTALS`.
-        bins: int64 histogram of |drift| by float32 bits.
-    """
-
-    count: int = 0
-    totals: Block = field(default_factory=lambda: np.zeros(len(TOTALS)))
-    bins: Block = field(default_factory=lambda: np.zeros(BINS, np.int64))
-
-    def add(self, count: int, totals: Block, bins: Block) -> None:
-        """Add another set of sums to this one."""
-        self.count += count
-        largest = max(self.totals[_LARGEST], totals[_LARGEST])
-        self.totals += totals
-        self.totals[_LARGEST] = largest
-        self.bins += bins
-
-    def summary(self) -> dict[str, Any]:
-        """The numbers a report shows; None where one is undefined or beyond float64.
-
-        All are over the pairs with finite drift; `skipped` tells how many had none. Quantiles are
-        of |drift| and within `QUANTILE_ERROR` of the true ones, relatively.
-        """
-        total = dict(zip(TOTALS, map(float, self.totals), strict=True))
-        finite = self.count - int(total["skipped"])
-        mean = total["sum"] / finite if finite else 0.0
-        mean_square = total["drift2"] / finite if finite else 0.0
-        base2, tuned2 = total["base2"], total["tuned2"]
-        norms = (base2 * tuned2) ** 0.5
-        counts = ("changed", "sign_flips", "base_nan", "base_inf", "tuned_nan", "tuned_inf")
-        found = {
-            "count": self.count,
-            "changed_share": total["changed"] / self.count if self.count else 0.0,
-            "l2": total["drift2"] ** 0.5,
-            "relative_l2": (total["drift2"] / base2) ** 0.5 if base2 else None,
-            "max_abs": total["largest"],
-            "mean": mean,
-            "std": max(0.0, mean_square - mean * mean) ** 0.5,
-            "cosine": min(1.0, max(-1.0, total["dot"] / norms)) if norms else None,
-            **{f"q{q * 100:g}": self._quantile(q, finite) for q in QUANTILES},
-            **{name: int(total[name]) for name in (*counts, "skipped")},
-            "bit_equal": total["changed"] == 0,
-        }
-        return {k: v if np.isfinite(v or 0) else None for k, v in found.items()}
-
-    def _quantile(self, share: float, finite: int) -> float:
-        """The smallest |drift| that at least `share` of the elements do not exceed."""
-        rank = max(1, int(np.ceil(share * finite)))
-        place = int(np.searchsorted(np.cumsum(self.bins), rank))
-        if place == 0 or not finite:
-            return 0.0  # the first bin: zero, or below 4e-40
-        if place >= _INFINITE:
-            return float(self.totals[_LARGEST])  # F64 beyond float32: no finer than this
-        edges = np.array([place, place + 1], np.uint32) << np.uint32(BIN_SHIFT)
-        middle = float(edges.view(np.float32).astype(np.float64).mean())
-        return min(middle, float(self.totals[_LARGEST]))
 
 
 @dataclass(frozen=True)
@@ -154,20 +84,59 @@ def diff(
     """
     if top < 0:
         raise SettingError(f"top is {top}; expected 0 or more")
+    engine = engine or Engine()
     alignment = align(base, tuned, mismatched="keep")
-    collector = _Collector(alignment, top)
-    pairs = [pair for pair in map(_comparable, alignment.pairs) if pair is not None]
-    fold(collector.step, _combine, collector, pairs, engine=engine or Engine(), what="comparing")
+    equal = _equal_copies(alignment, engine)
+    pairs = [p for p in map(_comparable, alignment.pairs) if p is not None and p.name not in equal]
+    collector = _Collector(alignment, top, equal)
+    fold(partial(_compare, top), _combine, collector, pairs, engine=engine, what="comparing")
     return collector.report()
+
+
+def _equal_copies(alignment: Alignment, engine: Engine) -> set[str]:
+    """Tied copies that TUNED stores with the very bytes of what they are tied to.
+
+    They are counted once. A copy whose bytes differ is a tensor of its own, whatever config.json
+    says: transformers may load it, so it must not stay unseen.
+    """
+    stored = {pair.name: pair.tuned for pair in alignment.pairs}
+    copies = [Pair(p.tuned, stored[p.key], p.tuned.size) for p in alignment.pairs if p.is_tied_copy]
+
+    def combine(different: set[str], pair: Pair, _start: int, count: int) -> set[str]:
+        return different | {pair.name} if count else different
+
+    none: set[str] = set()
+    different = fold(_count_bytes, combine, none, copies, engine=engine, what="tied weights")
+    return {pair.name for pair in copies} - different
 
 
 def _comparable(pair: Pair) -> Pair | None:
     """Eligible pairs, and pairs of one shape that can only be compared as bytes."""
-    if pair.eligible or pair.base is None or pair.is_tied_copy:
-        return pair if pair.eligible and not pair.is_tied_copy else None
+    if pair.eligible or pair.base is None:
+        return pair if pair.eligible else None
     same = (pair.base.shape, pair.base.dtype) == (pair.tuned.shape, pair.tuned.dtype)
     only_bytes = same and not pair.tuned.dtype.arithmetic
     return Pair(pair.tuned, pair.base, pair.tuned.size, "bytes") if only_bytes else None
+
+
+def _count_bytes(_pair: Pair, _start: int, base: Block, tuned: Block) -> int:
+    return count_different(base, tuned)
+
+
+def _compare(top: int, pair: Pair, _start: int, base: Block, tuned: Block) -> Any:
+    """What a worker does with a pair of blocks."""
+    if pair.reason == "bytes":
+        return count_different(base, tuned)
+    has_rows = _has_rows(pair)
+    totals, bins, rows, columns, values, places = drift_statistics(
+        base,
+        tuned,
+        width=pair.tuned.width if has_rows else tuned.size,
+        top=top,
+        by_column=has_rows and top > 0,
+    )
+    first = _largest(rows, top) if has_rows else np.zeros(0, np.int64)
+    return tuned.size, totals, bins, (first, rows[first]), columns, (values, places)
 
 
 def _combine(collector: _Collector, pair: Pair, start: int, result: Any) -> _Collector:
@@ -178,8 +147,8 @@ def _combine(collector: _Collector, pair: Pair, start: int, result: Any) -> _Col
 class _Collector:
     """Gathers partial results block by block; holds one tensor's sums at a time."""
 
-    def __init__(self, alignment: Alignment, top: int) -> None:
-        self.alignment, self.top = alignment, top
+    def __init__(self, alignment: Alignment, top: int, equal_copies: set[str]) -> None:
+        self.alignment, self.top, self.equal_copies = alignment, top, equal_copies
         self.embedding = find_embedding(alignment.tuned)
         self.model = Statistics()
         self.layers: dict[str, Statistics] = {}
@@ -192,21 +161,6 @@ class _Collector:
         self.current: Pair | None = None
         self.statistics = Statistics()
         self.columns = np.zeros(0)
-
-    def step(self, pair: Pair, _start: int, base: Block, tuned: Block) -> Any:
-        """What a worker does with a pair of blocks."""
-        if pair.reason == "bytes":
-            return count_different(base, tuned)
-        has_rows = _has_rows(pair)
-        totals, bins, rows, columns, values, places = drift_statistics(
-            base,
-            tuned,
-            width=pair.tuned.width if has_rows else tuned.size,
-            top=self.top,
-            by_column=has_rows and self.top > 0,
-        )
-        first = _largest(rows, self.top) if has_rows else np.zeros(0, np.int64)
-        return tuned.size, totals, bins, (first, rows[first]), columns, (values, places)
 
     def add(self, pair: Pair, start: int, result: Any) -> None:
         """Take a partial result; they come in the order of pairs and blocks."""
@@ -306,6 +260,12 @@ class _Collector:
         bad = sum(entry["skipped"] for entry in self.tensors)
         if bad:
             found.append(f"{bad:,} dimensions are NaN or infinite on a side; left out of the sums")
+        found += [
+            f"'{shown(p.name)}': tied to '{shown(p.key)}' by config.json, but stored with other "
+            "bytes; compared on its own"
+            for p in self.alignment.pairs
+            if p.is_tied_copy and p.name not in self.equal_copies
+        ]
         for checkpoint in (self.alignment.base, self.alignment.tuned):
             try:
                 require_unquantised(checkpoint)

@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from weightsurgery.alignment import check_glob, matches
-from weightsurgery.comparison import METRICS, DiffReport
+from weightsurgery.comparison import DiffReport
 from weightsurgery.errors import GateError, SettingError, shown
+from weightsurgery.statistics import METRICS
 
 _COMPARE: Mapping[str, Callable[[float, float], bool]] = {
     ">": operator.gt,

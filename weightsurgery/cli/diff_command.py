@@ -9,11 +9,12 @@ from typing import Any
 import click
 
 from weightsurgery.cli import options
-from weightsurgery.comparison import METRICS, diff, drift
+from weightsurgery.comparison import diff, drift
 from weightsurgery.formats import save
 from weightsurgery.gates import check_gates, parse_gate
 from weightsurgery.report.comparison import comparison_csv, comparison_tables
 from weightsurgery.report.tables import show
+from weightsurgery.statistics import METRICS
 
 _LISTED = 20  # tensors shown unless --all is given
 

@@ -112,8 +112,8 @@ class InputFile:
                 "the file changed while it was read", file=self.path, hint="run again"
             )
 
-    def __reduce__(self) -> tuple[type[InputFile], tuple[str]]:
-        return InputFile, (self.path,)  # another process opens it anew
+    def __reduce__(self) -> Any:
+        return _reopen, (self.path, self._identity)
 
     def ref(self) -> FileRef:
         """What checkpoints and records keep of this file."""
@@ -124,6 +124,14 @@ class InputFile:
         data = self.read_bytes(0, self.size)
         self.check_unchanged()  # now: a half-changed file would be told as malformed
         return data
+
+
+def _reopen(path: str, identity: tuple[int, ...]) -> InputFile:
+    """The same file in another process."""
+    file = InputFile(path)
+    if file._identity != identity:
+        raise ChangedError("not the file that was opened at first", file=path, hint="run again")
+    return file
 
 
 def _identity(found: os.stat_result) -> tuple[int, ...]:

@@ -37,8 +37,10 @@ def make_record(
         left_out: Input files that did not travel, with the reason.
     """
     ids = {id(source): number for number, source in enumerate(checkpoint.sources())}
-    eligible = checkpoint.notes.get("alignment", {}).get("eligible_dimensions")
-    changed = sum(entry["changed"] for entry in tensors.values())
+    alignment = checkpoint.notes.get("alignment") or {"tied": {}}
+    changed = sum(e["changed"] for name, e in tensors.items() if name not in alignment["tied"])
+    # After several operators the dimensions that the last one could edit are not the whole story.
+    eligible = alignment.get("eligible_dimensions") if _is_one_step(checkpoint) else None
     gone = [n for n in _subject(checkpoint) if n not in checkpoint]
     return {
         "schema": SCHEMA,
@@ -55,6 +57,11 @@ def make_record(
         "left_out": [{"file": name, "reason": reason} for name, reason in left_out],
         "warnings": list(warnings),
     }
+
+
+def _is_one_step(checkpoint: Checkpoint) -> bool:
+    inputs = checkpoint.step.inputs.values() if checkpoint.step else ()
+    return all(given.step is None or given.step.operator == "rename" for given in inputs)
 
 
 def _subject(checkpoint: Checkpoint) -> Mapping[str, Any]:

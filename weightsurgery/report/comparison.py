@@ -7,9 +7,10 @@ import io
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from weightsurgery.comparison import METRICS, QUANTILE_ERROR, DiffReport
+from weightsurgery.comparison import DiffReport
 from weightsurgery.errors import shown
 from weightsurgery.report.tables import Table, names, number, share
+from weightsurgery.statistics import METRICS, QUANTILE_ERROR
 
 _COLUMNS: tuple[str, ...] = (
     *(">rel. L2", ">L2", ">changed", ">max |δ|", ">mean δ", ">std δ", ">cosine", ">flips"),
@@ -113,6 +114,7 @@ def alignment_tables(
     prefix = alignment["prefix"]
     found = [[repr(prefix["text"]), prefix["on"].upper()]] if prefix else []
     partly = [{"tensor": e["tensor"], "reason": e["reason"]} for e in alignment["partly_eligible"]]
+    tied = alignment["tied"]
     notes = [{"tensor": e["tensor"], "reason": e["note"]} for e in alignment["notes"]]
     differing = [
         {"tensor": e["tensor"], "reason": f"{e['changed']:,} elements differ"}
@@ -123,6 +125,7 @@ def alignment_tables(
         Table("Names paired by a prefix", ("prefix", "on the names of"), found),
         Table("Kept from TUNED", ("tensor", "reason"), names(alignment["kept_from_tuned"])),
         Table("Paired in part", ("tensor", "which"), names(partly)),
+        Table("Tied in TUNED", ("tensor", "to"), [[shown(a), shown(b)] for a, b in tied.items()]),
         Table("Only in BASE", ("tensor", "reason"), names(alignment["only_in_base"])),
         Table("Notes", ("tensor", "note"), names(notes)),
         Table("Not floating, and different", ("tensor", "how"), names(differing)),

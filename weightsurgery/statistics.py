@@ -1,0 +1,84 @@
+"""Drift statistics: sums that add up, and the numbers that follow from them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from weightsurgery.drift_kernel import BIN_SHIFT, BINS, TOTALS
+from weightsurgery.kernels import Block
+
+QUANTILES = (0.5, 0.9, 0.99, 0.999)
+QUANTILE_ERROR = 1 / 64  # half the relative width of a bin, for |drift| of 2**-126 or more
+METRICS = (
+    *("count", "changed", "changed_share", "l2", "relative_l2", "max_abs", "mean", "std"),
+    *("cosine", "sign_flips", *(f"q{q * 100:g}" for q in QUANTILES)),
+    *("base_nan", "base_inf", "tuned_nan", "tuned_inf", "skipped"),
+)
+_LARGEST = TOTALS.index("largest")
+_INFINITE = (0x7F800000 >> BIN_SHIFT) - 1  # bins from the last finite one on
+
+
+@dataclass
+class Statistics:
+    """Sums that add up: over blocks to tensors, over tensors to layers, kinds and the model.
+
+    Attributes:
+        count: Elements compared.
+        totals: float64 sums, as named in `kernels.TOTALS`.
+        bins: int64 histogram of |drift| by float32 bits.
+    """
+
+    count: int = 0
+    totals: Block = field(default_factory=lambda: np.zeros(len(TOTALS)))
+    bins: Block = field(default_factory=lambda: np.zeros(BINS, np.int64))
+
+    def add(self, count: int, totals: Block, bins: Block) -> None:
+        """Add another set of sums to this one."""
+        self.count += count
+        largest = max(self.totals[_LARGEST], totals[_LARGEST])
+        self.totals += totals
+        self.totals[_LARGEST] = largest
+        self.bins += bins
+
+    def summary(self) -> dict[str, Any]:
+        """The numbers a report shows; None where one is undefined or beyond float64.
+
+        All are over the pairs with finite drift; `skipped` tells how many had none. Quantiles are
+        of |drift| and within `QUANTILE_ERROR` of the true ones, relatively.
+        """
+        total = dict(zip(TOTALS, map(float, self.totals), strict=True))
+        finite = self.count - int(total["skipped"])
+        mean = total["sum"] / finite if finite else 0.0
+        mean_square = total["drift2"] / finite if finite else 0.0
+        base2, tuned2 = total["base2"], total["tuned2"]
+        norms = (base2 * tuned2) ** 0.5
+        counts = ("changed", "sign_flips", "base_nan", "base_inf", "tuned_nan", "tuned_inf")
+        found = {
+            "count": self.count,
+            "changed_share": total["changed"] / self.count if self.count else 0.0,
+            "l2": total["drift2"] ** 0.5,
+            "relative_l2": (total["drift2"] / base2) ** 0.5 if base2 else None,
+            "max_abs": total["largest"],
+            "mean": mean,
+            "std": max(0.0, mean_square - mean * mean) ** 0.5,
+            "cosine": min(1.0, max(-1.0, total["dot"] / norms)) if norms else None,
+            **{f"q{q * 100:g}": self._quantile(q, finite) for q in QUANTILES},
+            **{name: int(total[name]) for name in (*counts, "skipped")},
+            "bit_equal": total["changed"] == 0,
+        }
+        return {k: v if np.isfinite(v or 0) else None for k, v in found.items()}
+
+    def _quantile(self, share: float, finite: int) -> float:
+        """The smallest |drift| that at least `share` of the elements do not exceed."""
+        rank = max(1, int(np.ceil(share * finite)))
+        place = int(np.searchsorted(np.cumsum(self.bins), rank))
+        if place == 0 or not finite:
+            return 0.0  # the first bin: zero, or below 4e-40
+        if place >= _INFINITE:
+            return float(self.totals[_LARGEST])  # F64 beyond float32: no finer than this
+        edges = np.array([place, place + 1], np.uint32) << np.uint32(BIN_SHIFT)
+        middle = float(edges.view(np.float32).astype(np.float64).mean())
+        return min(middle, float(self.totals[_LARGEST]))
