@@ -10,13 +10,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from weightsurgery.anatomy import kind_of
+from weightsurgery.anatomy import find_embedding, kind_of
 from weightsurgery.checkpoint import Checkpoint, TensorView
-from weightsurgery.dtypes import FLOATING
-from weightsurgery.errors import MismatchError, PolicyError, SettingError, shown
-
-_PACKED_SUFFIXES = (".qweight", ".qzeros", ".g_idx", ".absmax", ".quant_map", ".weight_packed")
-_PACKED_PARTS = (".quant_state.", ".weight_scale", ".scale_inv")
+from weightsurgery.errors import MismatchError, SettingError, shown
+from weightsurgery.ties import is_output_head, says_tied, tied_to
 
 
 @dataclass(frozen=True)
@@ -180,7 +177,7 @@ def align(base: Checkpoint, tuned: Checkpoint, *, mismatched: str = "refuse") ->
     """
     _check_types(base, tuned)
     prefix, side = _common_prefix(base, tuned)
-    ties = _tie(tuned)
+    ties = tied_to(tuned)
     pairs, used = [], set()
     for name, view in tuned.items():
         other, note = _counterpart(name, base, tuned, prefix, side)
@@ -188,7 +185,7 @@ def align(base: Checkpoint, tuned: Checkpoint, *, mismatched: str = "refuse") ->
             used.add(other.name)
         pair = _judge(view, other, note, base=base, tuned=tuned)
         pairs.append(replace(pair, key=ties.get(name, name)))
-    wrong = [pair for pair in pairs if pair.reason.startswith("shapes differ")]
+    wrong = [p for p in pairs if p.reason.startswith(("shapes differ", "floating on one side"))]
     if wrong and mismatched == "refuse":
         first = wrong[0]
         raise MismatchError(
@@ -202,31 +199,6 @@ def align(base: Checkpoint, tuned: Checkpoint, *, mismatched: str = "refuse") ->
         raise _nothing_pairs(base, tuned)
     unused = tuple((n, _why_unused(n, base, tuned)) for n in base if n not in used)
     return Alignment(base, tuned, tuple(pairs), unused, prefix, side)
-
-
-def require_unquantised(*checkpoints: Checkpoint) -> None:
-    """Refuse quantised or packed weights: their stored numbers are codes, not weights.
-
-    Raises:
-        PolicyError: config.json has a quantization_config, or a tensor looks packed.
-    """
-    hint = "dequantise the model first; `wsurg inspect` shows it as it is"
-    for checkpoint in checkpoints:
-        if checkpoint.config.get("quantization_config"):
-            raise PolicyError(
-                "config.json has a quantization_config; arithmetic on codes is meaningless",
-                file=checkpoint.label,
-                hint=hint,
-            )
-        for name, view in checkpoint.items():
-            packed = name.endswith(_PACKED_SUFFIXES) or any(part in name for part in _PACKED_PARTS)
-            if packed or (view.dtype.name in FLOATING and not view.dtype.arithmetic):
-                raise PolicyError(
-                    f"quantised or packed weights ({view.dtype.name}); arithmetic is refused",
-                    file=checkpoint.label,
-                    tensor=name,
-                    hint=hint,
-                )
 
 
 def match_names(
@@ -270,6 +242,8 @@ def match_names(
                 )
         names = {b: t for b, t in names.items() if t != tuned_name}
         names[base_name] = tuned_name
+    for displaced in (n for n in name_map or {} if n in base and n not in names):
+        names[displaced] = f"{displaced} (BASE's; the name map gives its place to another)"
     taken = Counter(names.get(name, name) for name in base)
     for name, count in taken.items():
         if count > 1:
@@ -318,33 +292,11 @@ def _counterpart(
         other = prefix + name
     if other in base and other not in tuned:  # what TUNED has too belongs to that one
         return base[other], ""
-    ties = next((s for s, c in (("BASE", base), ("TUNED", tuned)) if _says_tied(c)), "")
-    embedding = _input_embedding(base)
-    if ties and embedding and name.rpartition(".")[0].endswith(("lm_head", "embed_out")):
+    ties = next((s for s, c in (("BASE", base), ("TUNED", tuned)) if says_tied(c)), "")
+    embedding = find_embedding(base)
+    if ties and embedding and is_output_head(name):
         return base[embedding], f"{ties} ties it to '{shown(embedding)}'"
     return None, ""
-
-
-def _says_tied(checkpoint: Checkpoint) -> bool:
-    return checkpoint.config.get("tie_word_embeddings") is True
-
-
-def _input_embedding(checkpoint: Checkpoint) -> str | None:
-    return next((n for n in checkpoint if kind_of(n) == "embedding"), None)
-
-
-def _tie(checkpoint: Checkpoint) -> dict[str, str]:
-    """Head to embedding, where the config ties them and the file still stores both."""
-    embedding = _input_embedding(checkpoint)
-    if not _says_tied(checkpoint) or embedding is None:
-        return {}
-    like = checkpoint[embedding]
-    return {
-        name: embedding
-        for name, view in checkpoint.items()
-        if name.rpartition(".")[0].endswith(("lm_head", "embed_out"))
-        and (view.shape, view.dtype) == (like.shape, like.dtype)
-    }
 
 
 def _judge(
@@ -356,10 +308,13 @@ def _judge(
     if other is None:
         is_head = kind_of(view.name) == "head"
         return kept("a task head that BASE lacks" if is_head else "BASE has no such tensor")
-    if not (view.dtype.arithmetic and other.dtype.arithmetic):
-        return kept(f"not floating ({other.dtype.name} in BASE, {view.dtype.name} in TUNED)")
+    dtypes = f"{other.dtype.name} in BASE, {view.dtype.name} in TUNED"
+    if view.dtype.arithmetic != other.dtype.arithmetic:
+        return kept(f"floating on one side only ({dtypes})")
+    if not view.dtype.arithmetic:
+        return kept(f"not floating ({dtypes})")
     if view.dtype != other.dtype:
-        note = f"{other.dtype.name} in BASE, {view.dtype.name} in TUNED" + (note and f"; {note}")
+        note = dtypes + (note and f"; {note}")
     if view.shape == other.shape:
         return Pair(view, other, view.size, "" if view.size else "empty", note=note)
     shapes = f"{list(other.shape)} in BASE, {list(view.shape)} in TUNED"
@@ -385,7 +340,7 @@ def _is_vocabulary(
 
 
 def _why_unused(name: str, base: Checkpoint, tuned: Checkpoint) -> str:
-    if name in _tie(base) or (name.startswith("lm_head.") and _says_tied(tuned)):
+    if name in tied_to(base) or (is_output_head(name) and says_tied(tuned)):
         return "tied to the word embedding in TUNED"
     return "TUNED has no such tensor"
 

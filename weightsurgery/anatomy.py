@@ -61,6 +61,7 @@ def natural_key(name: str) -> tuple[tuple[int, int, str], ...]:
 
 
 def find_embedding(names: Iterable[str]) -> str | None:
-    """The name of the word-embedding matrix, if exactly one tensor looks like it."""
+    """The name of the word-embedding matrix: `shared`, or the only tensor that looks like one."""
     found = [n for n in names if kind_of(n) == "embedding" and n.endswith("weight")]
-    return found[0] if len(found) == 1 else None
+    shared = [n for n in found if n.rpartition(".")[0].endswith("shared")]
+    return next(iter(shared or found)) if len(shared or found) == 1 else None

@@ -189,6 +189,19 @@ class Checkpoint(Mapping[str, TensorView]):
                 found.setdefault(id(source), source)
         return tuple(found.values())
 
+    def input_files(self) -> tuple[FileRef, ...]:
+        """Every file that this checkpoint and those it is made from were opened from."""
+        return tuple(f for given in self.sources() for f in (*given.files, *given.side_files))
+
+    def check_unchanged(self) -> None:
+        """Compare the input files with what they were when they were opened.
+
+        Raises:
+            ChangedError: One was written to, truncated or replaced.
+        """
+        for file in self.input_files():
+            file.check_unchanged()
+
     def made_by(self, step: Step) -> Checkpoint:
         """The same checkpoint, remembering the operator that made it."""
         return replace(self, step=step)

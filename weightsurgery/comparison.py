@@ -12,15 +12,16 @@ from typing import Any
 
 import numpy as np
 
-from weightsurgery.alignment import Alignment, Pair, align, require_unquantised
+from weightsurgery.alignment import Alignment, Pair, align
 from weightsurgery.anatomy import find_embedding, kind_of, layer_of, natural_key
 from weightsurgery.checkpoint import BLOCK, Checkpoint, Step
 from weightsurgery.drift_kernel import drift_statistics
 from weightsurgery.dtypes import DTYPES, DType
-from weightsurgery.errors import PolicyError, SettingError, shown
+from weightsurgery.errors import FormatError, PolicyError, SettingError, shown
 from weightsurgery.formats.vocabulary import read_vocabulary
 from weightsurgery.kernels import Block, count_different, same_float
-from weightsurgery.statistics import QUANTILE_ERROR, Statistics
+from weightsurgery.quantised import require_unquantised
+from weightsurgery.statistics import QUANTILE_ERROR, Statistics, finite_or_none
 from weightsurgery.stream import Engine, fold, map_tensors
 
 SCHEMA = "wsurg.diff/1"
@@ -81,6 +82,7 @@ def diff(
     Raises:
         SettingError: `top` is negative.
         MismatchError: No tensor of the two belongs together.
+        ChangedError: An input changed meanwhile.
     """
     if top < 0:
         raise SettingError(f"top is {top}; expected 0 or more")
@@ -90,7 +92,10 @@ def diff(
     pairs = [p for p in map(_comparable, alignment.pairs) if p is not None and p.name not in equal]
     collector = _Collector(alignment, top, equal)
     fold(partial(_compare, top), _combine, collector, pairs, engine=engine, what="comparing")
-    return collector.report()
+    report = collector.report()
+    for given in (base, tuned):
+        given.check_unchanged()
+    return report
 
 
 def _equal_copies(alignment: Alignment, engine: Engine) -> set[str]:
@@ -161,6 +166,8 @@ class _Collector:
         self.current: Pair | None = None
         self.statistics = Statistics()
         self.columns = np.zeros(0)
+        # Before the pass: what is wrong with it should not cost the report.
+        self.vocabulary, self.vocabulary_warning = _vocabulary(alignment.tuned)
 
     def add(self, pair: Pair, start: int, result: Any) -> None:
         """Take a partial result; they come in the order of pairs and blocks."""
@@ -232,7 +239,6 @@ class _Collector:
 
     def _tops(self) -> dict[str, list[dict[str, Any]]]:
         pairs = {pair.name: pair for pair in self.alignment.pairs}
-        vocabulary = read_vocabulary(self.alignment.tuned) if self.best["tokens"] else {}
 
         def dimension(_value: float, name: str, place: int) -> dict[str, Any]:
             pair = pairs[name]
@@ -240,23 +246,26 @@ class _Collector:
             old, new = (
                 float(side.read(place, place + 1)[0]) for side in (pair.base, pair.tuned) if side
             )
-            return {
-                "tensor": name, "index": index, "base": old, "tuned": new, "drift": new - old
-            }  # fmt: skip
+            moved = finite_or_none(new - old)
+            place_in = {"tensor": name, "index": index}
+            return {**place_in, "base": old, "tuned": new, "drift": moved}
 
         best = self.best
         return {
             "dimensions": [dimension(*entry) for entry in best["dimensions"]],
-            "rows": [{"tensor": n, "row": i, "l2": -v} for v, n, i in best["rows"]],
-            "columns": [{"tensor": n, "column": i, "l2": -v} for v, n, i in best["columns"]],
+            "rows": [{"tensor": n, "row": i, "l2": finite_or_none(-v)} for v, n, i in best["rows"]],
+            "columns": [
+                {"tensor": n, "column": i, "l2": finite_or_none(-v)} for v, n, i in best["columns"]
+            ],
             "tokens": [
-                {"tensor": n, "row": i, "token": vocabulary.get(i), "l2": -v}
+                {"tensor": n, "row": i, "token": self.vocabulary.get(i), "l2": finite_or_none(-v)}
                 for v, n, i in best["tokens"]
             ],
         }
 
     def _warnings(self) -> list[str]:
         found = [*self.alignment.base.warnings, *self.alignment.tuned.warnings]
+        found += [self.vocabulary_warning] if self.vocabulary_warning else []
         bad = sum(entry["skipped"] for entry in self.tensors)
         if bad:
             found.append(f"{bad:,} dimensions are NaN or infinite on a side; left out of the sums")
@@ -272,6 +281,14 @@ class _Collector:
             except PolicyError as error:
                 found.append(f"{checkpoint.label}: {error.reason}; packed tensors as bytes only")
         return found
+
+
+def _vocabulary(tuned: Checkpoint) -> tuple[dict[int, str], str]:
+    """Token strings, and a warning if the tokenizer cannot be read; diff does not depend on it."""
+    try:
+        return read_vocabulary(tuned), ""
+    except FormatError as error:
+        return {}, str(error)
 
 
 def _has_rows(pair: Pair) -> bool:

@@ -10,6 +10,7 @@ from weightsurgery.anatomy import kind_of, layer_of, natural_key
 from weightsurgery.checkpoint import Checkpoint, TensorView
 from weightsurgery.drift_kernel import TOTALS, drift_statistics
 from weightsurgery.kernels import Block
+from weightsurgery.statistics import finite_or_none
 from weightsurgery.stream import Engine, fold
 
 SCHEMA = "wsurg.inspect/1"
@@ -80,7 +81,8 @@ def _measure(checkpoint: Checkpoint, engine: Engine) -> dict[str, dict[str, Any]
     """Norm and non-finite counts of the floating tensors, in one pass."""
     pairs = [Pair(v, v, v.size, key=n) for n, v in checkpoint.items() if v.dtype.arithmetic]
     found: dict[str, dict[str, Any]] = {
-        pair.name: {"l2": 0.0, "nan": 0, "infinite": 0} for pair in pairs
+        pair.name: {"l2": 0.0, "nan": 0, "infinite": 0}
+        for pair in pairs  # l2: squared at first
     }
 
     def step(_pair: Pair, _start: int, block: Block, _same: Block) -> Mapping[str, float]:
@@ -89,9 +91,11 @@ def _measure(checkpoint: Checkpoint, engine: Engine) -> dict[str, dict[str, Any]
 
     def combine(state: Any, pair: Pair, _start: int, totals: Mapping[str, float]) -> Any:
         entry = state[pair.name]
-        entry["l2"] = (entry["l2"] ** 2 + totals["base2"]) ** 0.5
+        entry["l2"] += totals["base2"]
         entry["nan"] += int(totals["base_nan"])
         entry["infinite"] += int(totals["base_inf"])
         return state
 
-    return fold(step, combine, found, pairs, engine=engine, what="reading")
+    fold(step, combine, found, pairs, engine=engine, what="reading")
+    checkpoint.check_unchanged()
+    return {n: {**entry, "l2": finite_or_none(entry["l2"] ** 0.5)} for n, entry in found.items()}

@@ -104,6 +104,9 @@ def operator(function: Callable[..., Checkpoint]) -> Callable[..., Checkpoint]:
         *checkpoints: Checkpoint, engine: Engine | None = None, **given: Any
     ) -> Checkpoint:
         run = {"engine": engine or Engine()} if "engine" in parameters else {}
+        given = {
+            name: _plain(value) if name in settings else value for name, value in given.items()
+        }
         bound = signature.bind(*checkpoints, **given, **run).arguments
         result = function(*checkpoints, **given, **run)
         full = {n: given.get(n, default) for n, (_, _, default) in settings.items()}
@@ -111,6 +114,13 @@ def operator(function: Callable[..., Checkpoint]) -> Callable[..., Checkpoint]:
 
     OPERATORS[name] = Operator(name, recorded, inputs, settings)
     return recorded
+
+
+def _plain(value: Any) -> Any:
+    """A setting as plain Python, which a record can hold: numpy's numbers, lists, paths."""
+    if isinstance(value, (list, tuple)):
+        return tuple(map(_plain, value))
+    return value.item() if hasattr(value, "item") else value
 
 
 def _declared(hint: Any) -> tuple[Any, Setting]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,13 +22,18 @@ _LARGEST = TOTALS.index("largest")
 _INFINITE = (0x7F800000 >> BIN_SHIFT) - 1  # bins from the last finite one on
 
 
+def finite_or_none(value: Any) -> Any:
+    """The value, or None for NaN and infinity, which JSON cannot say."""
+    return value if value is None or np.isfinite(value) else None
+
+
 @dataclass
 class Statistics:
     """Sums that add up: over blocks to tensors, over tensors to layers, kinds and the model.
 
     Attributes:
         count: Elements compared.
-        totals: float64 sums, as named in `kernels.TOTALS`.
+        totals: float64 sums, as named in `drift_kernel.TOTALS`.
         bins: int64 histogram of |drift| by float32 bits.
     """
 
@@ -54,7 +60,11 @@ class Statistics:
         mean = total["sum"] / finite if finite else 0.0
         mean_square = total["drift2"] / finite if finite else 0.0
         base2, tuned2 = total["base2"], total["tuned2"]
-        norms = (base2 * tuned2) ** 0.5
+        norms = base2**0.5 * tuned2**0.5  # not the root of the product: that overflows sooner
+        variance = mean_square - mean * mean
+        cosine = total["dot"] / norms if norms else None
+        if cosine is not None and abs(cosine) > 1:  # by rounding; a comparison leaves NaN alone
+            cosine = math.copysign(1.0, cosine)
         counts = ("changed", "sign_flips", "base_nan", "base_inf", "tuned_nan", "tuned_inf")
         found = {
             "count": self.count,
@@ -63,13 +73,13 @@ class Statistics:
             "relative_l2": (total["drift2"] / base2) ** 0.5 if base2 else None,
             "max_abs": total["largest"],
             "mean": mean,
-            "std": max(0.0, mean_square - mean * mean) ** 0.5,
-            "cosine": min(1.0, max(-1.0, total["dot"] / norms)) if norms else None,
+            "std": variance**0.5 if not variance < 0 else 0.0,
+            "cosine": cosine,
             **{f"q{q * 100:g}": self._quantile(q, finite) for q in QUANTILES},
             **{name: int(total[name]) for name in (*counts, "skipped")},
             "bit_equal": total["changed"] == 0,
         }
-        return {k: v if np.isfinite(v or 0) else None for k, v in found.items()}
+        return {key: finite_or_none(value) for key, value in found.items()}
 
     def _quantile(self, share: float, finite: int) -> float:
         """The smallest |drift| that at least `share` of the elements do not exceed."""

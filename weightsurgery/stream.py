@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -21,7 +21,7 @@ from weightsurgery.alignment import Alignment, Pair
 from weightsurgery.checkpoint import Checkpoint, TensorView
 from weightsurgery.dtypes import DType
 from weightsurgery.errors import NonFiniteError, SettingError
-from weightsurgery.kernels import Block, all_finite
+from weightsurgery.kernels import Block, all_finite, to_dtype, to_float
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -65,7 +65,7 @@ class Engine:
 
     def run(
         self, function: Callable[[Item], Result], items: Iterable[Item]
-    ) -> Iterator[tuple[Item, Result]]:
+    ) -> Generator[tuple[Item, Result], None, None]:
         """Apply a function to items in parallel; results come in the items' order.
 
         At most `width` + 1 results are held at a time. When the caller stops early, by an error
@@ -166,7 +166,8 @@ def _edited(pair: Pair, edit: Edit, check: bool, dtype: DType) -> TensorView:
         common = min(stop, pair.eligible) - start
         if common <= 0:
             return stored, subject
-        result = edit(pair.key, start, subject[:common], base.read(start, start + common))
+        other = base.read(start, start + common)
+        result = edit(pair.key, start, subject[:common], other)
         if result.dtype != dtype.numpy or result.shape != (common,):
             raise ValueError(
                 f"{pair.name}: the edit gave {result.dtype}{result.shape}, "
@@ -178,10 +179,30 @@ def _edited(pair: Pair, edit: Edit, check: bool, dtype: DType) -> TensorView:
                 tensor=pair.name,
                 hint="see `wsurg diff`; --allow-nonfinite lets it pass",
             )
+        if other.dtype != result.dtype and all_finite(other) and not all_finite(result):
+            _refuse_overflow(pair, other, result)
         rest = subject[common:]
         return stored, np.concatenate([result, rest]) if rest.size else result
 
     return TensorView(pair.name, pair.tuned.shape, dtype, read_both, "edited")
+
+
+def _refuse_overflow(pair: Pair, other: Block, result: Block) -> None:
+    """BASE and TUNED have other dtypes: a finite number of BASE's may not fit TUNED's.
+
+    Raises:
+        NonFiniteError: One became infinite by rounding.
+    """
+    wide = pair.base.dtype.name if pair.base else ""
+    largest = float(np.max(np.abs(to_float(other)), initial=0.0))
+    with np.errstate(over="ignore"):
+        fits = np.isfinite(to_float(to_dtype(np.array([largest]), result.dtype)))[0]
+    if not fits:
+        raise NonFiniteError(
+            f"{wide} in BASE, {pair.tuned.dtype.name} in TUNED, which cannot hold {largest:g}",
+            tensor=pair.name,
+            hint="leave the tensor out with --exclude, or convert a model first",
+        )
 
 
 def fold(

@@ -6,6 +6,7 @@ Nothing heavy is imported here: `wsurg --help` reads the operators' summaries fr
 from __future__ import annotations
 
 import importlib
+import io
 import os
 import signal
 import sys
@@ -15,7 +16,7 @@ from typing import Any, NoReturn
 
 import click
 
-from weightsurgery.errors import SurgeryError
+from weightsurgery.errors import StorageError, SurgeryError, shown
 from weightsurgery.version import __version__
 
 _OWN = {
@@ -23,7 +24,7 @@ _OWN = {
     "inspect": "Show what a checkpoint holds.",
 }
 _OPERATORS = Path(__file__).parent.parent / "operators"
-INTERRUPTED, TERMINATED = 130, 143
+BUG, INTERRUPTED, TERMINATED = 1, 130, 143
 
 
 class Commands(click.Group):
@@ -90,7 +91,7 @@ def operator_summaries() -> dict[str, str]:
 @click.version_option(__version__, prog_name="wsurg")
 @click.option(
     "--config",
-    type=click.Path(dir_okay=False),
+    metavar="FILE",
     help="TOML file with arguments; ./wsurg.toml is read by itself.",
 )
 @click.pass_context
@@ -109,12 +110,14 @@ def cli(ctx: click.Context, config: str | None) -> None:
     if config is not None or os.path.lexists("wsurg.toml"):
         from weightsurgery.cli.settings_file import read_settings
 
-        ctx.default_map = read_settings(config or "wsurg.toml", ctx)
+        ctx.obj = "wsurg.toml" if config is None else config  # for messages about its values
+        ctx.default_map = read_settings(ctx.obj, ctx)
 
 
 def main(arguments: list[str] | None = None) -> NoReturn:
     """Run `wsurg`, turn every error into one line on stderr, and exit with its code."""
     signal.signal(signal.SIGTERM, _terminated)
+    _accept_all_text()
     try:
         if "_WSURG_COMPLETE" in os.environ:  # shell completion, which click's own main offers
             cli.main(arguments, prog_name="wsurg")
@@ -123,8 +126,7 @@ def main(arguments: list[str] | None = None) -> NoReturn:
             cli.invoke(ctx)
         sys.stdout.flush()
     except BrokenPipeError:
-        # The reader (`head`, `less`) has gone; so that the interpreter's last flush does not fail:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _drop_output()  # the reader (`head`, `less`) has gone
     except SurgeryError as error:
         _exit(str(error), error.exit_code)
     except click.exceptions.Exit as error:
@@ -133,7 +135,25 @@ def main(arguments: list[str] | None = None) -> NoReturn:
         _exit(_one_line(error), error.exit_code)
     except (KeyboardInterrupt, click.Abort):
         _exit("interrupted; nothing is left half-written", INTERRUPTED)
+    except OSError as error:  # of the files, formats/ tells; what is left is stdout on a full disk
+        _drop_output()
+        _exit(f"the system said: {error.strerror or error}", StorageError.exit_code)
+    except Exception:
+        sys.excepthook(*sys.exc_info())
+        _exit("this is a bug in weightsurgery; please report it with the traceback above", BUG)
     sys.exit(0)
+
+
+def _accept_all_text() -> None:
+    """Where stdout's encoding lacks a character, show a question mark, not a traceback."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
+            stream.reconfigure(errors="replace")
+
+
+def _drop_output() -> None:
+    """Send what stdout still holds nowhere, so that the interpreter's last flush cannot fail."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _terminated(_number: int, _frame: FrameType | None) -> None:
@@ -149,6 +169,10 @@ def _exit(message: str, code: int) -> NoReturn:
 def _one_line(error: click.ClickException) -> str:
     text = " ".join(error.format_message().split())
     context: Any = getattr(error, "ctx", None)
+    if isinstance(error, click.BadParameter) and context is not None and error.param is not None:
+        source = context.get_parameter_source(error.param.name)
+        if source is click.core.ParameterSource.DEFAULT_MAP:
+            return f"{shown(context.find_root().obj)}: {text}"
     if isinstance(error, click.UsageError) and context is not None:
         return f"{text.rstrip('.')}; see `{context.command_path} --help`"
     return text

@@ -9,8 +9,10 @@ from typing import Any
 import click
 
 from weightsurgery.cli import options
-from weightsurgery.comparison import diff, drift
+from weightsurgery.comparison import DiffReport, diff, drift
+from weightsurgery.errors import SurgeryError
 from weightsurgery.formats import save
+from weightsurgery.formats.plan import make_plan
 from weightsurgery.gates import check_gates, parse_gate
 from weightsurgery.report.comparison import comparison_csv, comparison_tables
 from weightsurgery.report.tables import show
@@ -32,28 +34,53 @@ def _diff(
     as_json: bool,
     workers: int,
     max_memory: int | None,
+    hashes: bool,
     **names: Any,
 ) -> None:
-    if as_csv and as_json:
-        raise click.UsageError("--csv and --json exclude each other", click.get_current_context())
+    _check_usage(click.get_current_context())
     gates = [parse_gate(text) for text in fail_if]
     pair = options.open_pair(base, tuned, **names)
     with options.running(workers, max_memory=max_memory, inputs=pair) as engine:
+        delta = None if drift_out is None else drift(*pair, allow_nonfinite=allow_nonfinite)
+        if delta is not None and drift_out is not None:
+            make_plan(delta, drift_out, overwrite=overwrite, engine=engine)  # refuses before work
         report = diff(*pair, top=top, engine=engine)
-        if drift_out is not None:
-            delta = drift(*pair, allow_nonfinite=allow_nonfinite)
-            save(delta, drift_out, overwrite=overwrite, engine=engine)
+        failure: SurgeryError | None = None
+        if delta is not None and drift_out is not None:
+            try:
+                save(delta, drift_out, overwrite=overwrite, hashes=hashes, engine=engine)
+            except SurgeryError as error:
+                failure = error  # raised when the report, which is whole, has been shown
     options.warn(report.warnings)
     try:
-        if as_json:
-            options.print_json(report.to_json())
-        elif as_csv:
-            click.echo(comparison_csv(report), nl=False)
-        else:
-            width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
-            show(comparison_tables(report, limit=0 if show_all else _LISTED, width=width))
-    finally:
-        check_gates(report, gates)  # the verdict counts even if nobody reads the report
+        _show(report, show_all=show_all, as_csv=as_csv, as_json=as_json)
+    finally:  # the verdict counts even if nobody reads the report
+        if failure is not None:
+            raise failure
+        check_gates(report, gates)
+
+
+def _check_usage(context: click.Context) -> None:
+    given = context.params
+    if given["as_csv"] and given["as_json"]:
+        raise click.UsageError("--csv and --json exclude each other", context)
+    if given["drift_out"] is not None:
+        return
+    for name in ("overwrite", "allow_nonfinite", "hashes"):
+        # In wsurg.toml they may be meant for other commands.
+        if context.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE:
+            flag = "--hash/--no-hash" if name == "hashes" else "--" + name.replace("_", "-")
+            raise click.UsageError(f"{flag} is for --drift's OUT; give --drift too", context)
+
+
+def _show(report: DiffReport, *, show_all: bool, as_csv: bool, as_json: bool) -> None:
+    if as_json:
+        options.print_json(report.to_json())
+    elif as_csv:
+        click.echo(comparison_csv(report), nl=False)
+    else:
+        width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+        show(comparison_tables(report, limit=0 if show_all else _LISTED, width=width))
 
 
 command = click.Command(
@@ -100,6 +127,7 @@ command = click.Command(
         click.Option(
             ["--allow-nonfinite"], is_flag=True, help="Let NaN and infinity into --drift's OUT."
         ),
+        options.HASH,
         click.Option(
             ["--fail-if"],
             multiple=True,

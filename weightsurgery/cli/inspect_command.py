@@ -11,9 +11,16 @@ from weightsurgery.report.description import description_tables
 from weightsurgery.report.tables import show
 
 
-def _inspect(path: str, weights: str | None, values: bool, workers: int, as_json: bool) -> None:
+def _inspect(
+    path: str,
+    weights: str | None,
+    values: bool,
+    workers: int,
+    max_memory: int | None,
+    as_json: bool,
+) -> None:
     checkpoint = open_checkpoint(path, weights=weights)
-    with options.running(workers) as engine:
+    with options.running(workers, max_memory=max_memory, inputs=[checkpoint]) as engine:
         description = inspect(checkpoint, values=values, engine=engine)
     options.warn(description["warnings"])
     if as_json:
@@ -43,6 +50,7 @@ command = click.Command(
             ["--values"], is_flag=True, help="Read the weights: L2 norm, NaN and infinity counts."
         ),
         options.WORKERS,
+        options.MEMORY,
         options.JSON,
     ],
 )

@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from decimal import Decimal, InvalidOperation
 from typing import Any
 
 import click
@@ -34,6 +35,27 @@ class Size(click.ParamType):  # type: ignore[type-arg]
             self.fail(str(error), param, ctx)
 
 
+class Complement(click.ParamType):  # type: ignore[type-arg]
+    """A number that stands for one minus another, kept in decimals.
+
+    In binary 1 - 0.7 is not 0.3, and the two must give the same bytes.
+    """
+
+    name = "float"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> Decimal:
+        """Parse; NaN and infinity are no numbers here."""
+        try:
+            number = Decimal(str(value))
+        except InvalidOperation:
+            number = Decimal("nan")
+        if not number.is_finite():
+            self.fail(f"'{value}'; expected a number", param, ctx)
+        return number
+
+
 JSON = click.Option(["--json", "as_json"], is_flag=True, help="Print the result as JSON.")
 WORKERS = click.Option(
     ["--workers"],
@@ -59,6 +81,11 @@ NAMES = (
 MEMORY = click.Option(
     ["--max-memory"], type=Size(), help="Use fewer workers to stay under this much memory."
 )
+HASH = click.Option(
+    ["--hash/--no-hash", "hashes"],
+    default=True,
+    help="Take the SHA-256 of all inputs, outputs and tensors for the record.",
+)
 WRITING = (
     click.Option(["-o", "--out"], required=True, metavar="OUT", help="Where to write."),
     click.Option(["--overwrite"], is_flag=True, help="Replace OUT if it exists."),
@@ -69,11 +96,7 @@ WRITING = (
         ["--max-shard-size"], type=Size(), help="Split the weights into files of at most this size."
     ),
     MEMORY,
-    click.Option(
-        ["--hash/--no-hash", "hashes"],
-        default=True,
-        help="Take the SHA-256 of all inputs, outputs and tensors for the record.",
-    ),
+    HASH,
 )
 
 
@@ -83,12 +106,10 @@ def open_pair(
     """Open BASE and TUNED, with BASE's names as the user says they correspond.
 
     Raises:
-        SettingError: The name map gives something that is not a name.
+        SettingError: The name map gives something that is not a name; neither input is a
+            directory with a file called `weights`.
     """
-    # --weights is for whichever of the two has that file; if neither has, opening says so.
-    has = [weights is not None and os.path.isfile(os.path.join(p, weights)) for p in (base, tuned)]
-    chosen = [weights if own or not any(has) else None for own in has]
-    opened = open_checkpoint(base, weights=chosen[0]), open_checkpoint(tuned, weights=chosen[1])
+    opened = _open_both((base, tuned), weights)
     if not strip_prefix and name_map is None:
         return opened
     names: Mapping[str, str] | None = None
@@ -99,6 +120,27 @@ def open_pair(
             if not isinstance(other, str):
                 raise SettingError("the name map gives no name", file=name_map, tensor=tensor)
     return match_names(*opened, strip_prefix=strip_prefix, name_map=names), opened[1]
+
+
+def _open_both(paths: tuple[str, str], weights: str | None) -> tuple[Checkpoint, Checkpoint]:
+    """Open two checkpoints; `weights` is for whichever of them has that file."""
+    first, second = (_open_with(path, weights) for path in paths)
+    refusals = [found for found in (first, second) if isinstance(found, SettingError)]
+    if len(refusals) == len(paths):
+        # What a directory lacks says more than that a file is no directory.
+        raise min(refusals, key=lambda refusal: os.path.isfile(refusal.file or ""))
+    return (
+        open_checkpoint(paths[0]) if isinstance(first, SettingError) else first,
+        open_checkpoint(paths[1]) if isinstance(second, SettingError) else second,
+    )
+
+
+def _open_with(path: str, weights: str | None) -> Checkpoint | SettingError:
+    """The checkpoint, or why `weights` cannot be chosen there."""
+    try:
+        return open_checkpoint(path, weights=weights)
+    except SettingError as error:
+        return error
 
 
 @contextmanager
@@ -140,8 +182,13 @@ def running(
 
 
 def print_json(value: Any) -> None:
-    """One JSON document on stdout."""
-    click.echo(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False))
+    """One JSON document on stdout; escaped where that cannot show all of its characters."""
+    text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False)
+    try:
+        text.encode(sys.stdout.encoding)
+    except UnicodeEncodeError:
+        text = json.dumps(value, indent=2, allow_nan=False)
+    click.echo(text)
 
 
 def warn(warnings: list[str]) -> None:

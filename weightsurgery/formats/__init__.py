@@ -6,7 +6,7 @@ import os
 from dataclasses import replace
 
 from weightsurgery.checkpoint import Checkpoint
-from weightsurgery.errors import StorageError
+from weightsurgery.errors import FormatError, SettingError, StorageError
 from weightsurgery.formats import hub
 from weightsurgery.formats.directory import open_directory
 from weightsurgery.formats.files import InputFile
@@ -31,19 +31,37 @@ def open_checkpoint(path: str | os.PathLike[str], *, weights: str | None = None)
         FormatError: A file breaks its format's rules.
         PolicyError: Two files claim to be the weights, they are a pickle, or a link leads out of
             the directory.
-        SettingError: There is no file called `weights`.
+        SettingError: There is no file called `weights`, or `path` is a file itself.
         StorageError: A file cannot be opened or read.
     """
     text = os.fspath(path)
     if os.path.isdir(text):
         return open_directory(text, label=text, weights=weights)
     if os.path.lexists(text):
+        if weights is not None:
+            raise SettingError(
+                "`weights` names a file of a model directory, but this is a file", file=text
+            )
         if text.endswith((".bin", ".pt", ".pth", ".ckpt", ".pkl")):
             raise refuse_pickle(text)
         return open_file(InputFile(text), label=text)
     if hub.is_hub_id(text):
-        snapshot = hub.resolve(text)
-        found = open_directory(snapshot, label=text, weights=weights)
-        commit = os.path.basename(snapshot)
-        return replace(found, hub_id=f"{text.partition('@')[0]}@{commit}")
+        return _open_hub(text, weights)
     raise StorageError("no such file or directory", file=text)
+
+
+def _open_hub(text: str, weights: str | None) -> Checkpoint:
+    incomplete: FormatError | None = None
+    try:
+        for snapshot in hub.snapshots(text):
+            try:
+                found = open_directory(snapshot, label=text, weights=weights)
+            except FormatError as error:  # the cache may lack a part of it: go on to the hub
+                incomplete = error
+                continue
+            commit = os.path.basename(snapshot)
+            return replace(found, hub_id=f"{text.partition('@')[0]}@{commit}")
+    except StorageError:
+        if incomplete is None:
+            raise
+    raise incomplete or StorageError("no snapshot", file=text)

@@ -13,8 +13,7 @@ from weightsurgery.version import __version__
 _BODY = """
 # {title}
 
-Made with [weightsurgery](https://pypi.org/project/weightsurgery/) {version}, by
-`wsurg {operator}`, from:
+Made with weightsurgery {version}, by `wsurg {operator}`, from:
 
 {sources}
 

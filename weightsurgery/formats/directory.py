@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fnmatch
 import os
 import stat
 from typing import Any
@@ -10,19 +9,12 @@ from typing import Any
 from weightsurgery.checkpoint import Checkpoint, FileRef, TensorView
 from weightsurgery.errors import FormatError, PolicyError, SettingError, StorageError, shown
 from weightsurgery.formats.files import InputFile, open_member
+from weightsurgery.formats.layout import CARD, INDEX, PICKLES, SIDE_FILES, SINGLE, fits
 from weightsurgery.formats.safetensors import open_safetensors, refuse_pickle
 from weightsurgery.formats.strict_json import parse_object
 
-SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 MAX_JSON = 100_000_000
 MAX_SIDE_FILE = 100_000_000  # bytes; a side file is held in memory whole
-_SIDE_FILES = (
-    *("config.json", "generation_config.json", "tokenizer*.json", "special_tokens_map.json"),
-    *("vocab.*", "merges.txt", "*.model", "spiece*", "sentencepiece*", "chat_template.*"),
-    *("added_tokens.json", "preprocessor_config.json", "processor_config.json"),
-    *("LICENSE*", "NOTICE*"),
-)
-_PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json", "pytorch_model-*.bin")
 
 
 def open_directory(directory: str, *, label: str, weights: str | None = None) -> Checkpoint:
@@ -54,7 +46,8 @@ def open_directory(directory: str, *, label: str, weights: str | None = None) ->
     files: list[FileRef] = []
     listed, total = None, None
     if chosen.endswith(".index.json"):
-        listed, total = _read_index(directory, chosen)
+        index, listed, total = _read_index(directory, chosen)
+        files.append(index)
     for shard in sorted(set(listed.values())) if listed is not None else [chosen]:
         file = _open_shard(directory, shard, chosen)
         found, shard_metadata = open_safetensors(file)
@@ -83,10 +76,6 @@ def open_directory(directory: str, *, label: str, weights: str | None = None) ->
     )
 
 
-def _matches(name: str, patterns: tuple[str, ...]) -> bool:
-    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
-
-
 def _read_config(directory: str, entries: list[str]) -> dict[str, Any]:
     if "config.json" not in entries:
         return {}
@@ -96,7 +85,7 @@ def _read_config(directory: str, entries: list[str]) -> dict[str, Any]:
 
 def _choose(directory: str, entries: list[str], config: dict[str, Any]) -> str:
     answers = [name for name in (SINGLE, INDEX) if name in entries]
-    pickles = [name for name in entries if _matches(name, _PICKLES)]
+    pickles = [name for name in entries if fits(name, PICKLES)]
     # An adapter_config.json is enough: transformers then loads the base model that it names.
     adapters = [n for n in entries if n.startswith("adapter_model.") or n == "adapter_config.json"]
     others = [n for n in entries if n.endswith(".safetensors") and n not in (SINGLE, *adapters)]
@@ -132,7 +121,7 @@ def _open_shard(directory: str, shard: str, chosen: str) -> InputFile:
     )
 
 
-def _read_index(directory: str, name: str) -> tuple[dict[str, str], Any]:
+def _read_index(directory: str, name: str) -> tuple[FileRef, dict[str, str], Any]:
     file = open_member(directory, name)
     index = parse_object(file.read_all(MAX_JSON), file=file.path, what="index")
     weight_map = index.get("weight_map")
@@ -146,7 +135,8 @@ def _read_index(directory: str, name: str) -> tuple[dict[str, str], Any]:
                 tensor=tensor,
             )
     metadata = index.get("metadata")
-    return weight_map, metadata.get("total_size") if isinstance(metadata, dict) else None
+    total = metadata.get("total_size") if isinstance(metadata, dict) else None
+    return file.ref(), weight_map, total
 
 
 def _is_plain_name(name: Any) -> bool:
@@ -182,10 +172,10 @@ def _side_files(
 ) -> tuple[tuple[FileRef, ...], tuple[tuple[str, str], ...]]:
     kept, left_out = [], []
     for name in entries:
-        if name in weights or name == "README.md":  # a model card is written anew
+        if name in weights or name == CARD:  # a model card is written anew
             continue
         path = os.path.join(directory, name)
-        if not _matches(name, _SIDE_FILES):
+        if not fits(name, SIDE_FILES):
             left_out.append((shown(name), "not on the list of files that travel"))
         elif not name.isprintable():
             left_out.append((shown(name), "a name that cannot be printed"))

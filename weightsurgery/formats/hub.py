@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-import os
+import contextlib
 import re
+from collections.abc import Iterator
 from functools import partial
 
 from weightsurgery.errors import StorageError, shown
-from weightsurgery.formats.directory import INDEX, SINGLE
+from weightsurgery.formats.layout import CARD, SIDE_FILES, WEIGHTS
 
 _ID = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(?:@(?P<revision>[\w./-]+))?")
-_WANTED = (
-    *("*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json"),
-    *("tokenizer*.json", "special_tokens_map.json", "added_tokens.json", "chat_template.*"),
-    *("vocab.*", "merges.txt", "*.model", "preprocessor_config.json", "processor_config.json"),
-    *("LICENSE*", "NOTICE*", "README.md"),
-)
 
 
 def is_hub_id(text: str) -> bool:
@@ -28,11 +23,12 @@ def is_hub_id(text: str) -> bool:
     return _ID.fullmatch(text) is not None and not text.startswith((".", "/"))
 
 
-def resolve(text: str) -> str:
-    """The local snapshot directory of a hub id: from the cache if it is there, else downloaded.
+def snapshots(text: str) -> Iterator[str]:
+    """Local snapshot directories of a hub id: what the cache has, then what the hub has.
 
-    Where the cache lies, whether the network may be used, and which token is sent are
-    huggingface_hub's business (HF_HOME, HF_HUB_CACHE, HF_HUB_OFFLINE, HF_TOKEN).
+    The first may be incomplete; asking for the second downloads what is missing. Where the cache
+    lies, whether the network may be used, and which token is sent are huggingface_hub's business
+    (HF_HOME, HF_HUB_CACHE, HF_HUB_OFFLINE, HF_TOKEN).
 
     Raises:
         StorageError: It is not in the cache and could not be downloaded.
@@ -42,15 +38,13 @@ def resolve(text: str) -> str:
 
     found = _ID.fullmatch(text)
     repo, revision = (found["repo"], found["revision"]) if found else (text, None)
-    fetch = partial(snapshot_download, repo, revision=revision, allow_patterns=list(_WANTED))
+    wanted = [*WEIGHTS, *SIDE_FILES, CARD]
+    fetch = partial(snapshot_download, repo, revision=revision, allow_patterns=wanted)
     try:
-        try:
-            snapshot = str(fetch(local_files_only=True))
-            if any(os.path.lexists(os.path.join(snapshot, name)) for name in (SINGLE, INDEX)):
-                return snapshot
-        except LocalEntryNotFoundError:
-            pass  # not an error: the next call may use the network, or says why it may not
-        return str(fetch())
+        # Not an error: the next call may use the network, or says why it may not.
+        with contextlib.suppress(LocalEntryNotFoundError):
+            yield str(fetch(local_files_only=True))
+        yield str(fetch())
     except Exception as error:  # an id it does not like, HTTP, proxies, disk: many kinds
         reason = shown(str(error).strip().partition("\n")[0] or type(error).__name__)
         raise StorageError(

@@ -11,7 +11,6 @@ import contextlib
 import ctypes
 import errno
 import fcntl
-import fnmatch
 import hashlib
 import os
 import shutil
@@ -22,14 +21,10 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from weightsurgery.errors import BusyError, PolicyError, StorageError, SurgeryError, shown
+from weightsurgery.formats.layout import CARD, RECORD, SIDE_FILES, WEIGHTS, fits
 
-RECORD = "wsurg-record.json"
 _NOREPLACE, _EXCHANGE = 1, 2
 _AT_FDCWD = -100
-_REPLACEABLE = (
-    *("*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "*.txt", "*.model"),
-    *("vocab.*", "README.md", "LICENSE*", "NOTICE*", ".gitattributes"),
-)
 
 
 class OutputFile:
@@ -216,7 +211,7 @@ def _check_replaceable(place: str, *, is_directory: bool) -> None:
         wanted = "a directory" if is_directory else "a regular file"
         raise PolicyError(f"--overwrite replaces only {wanted} here", file=place)
     for name in os.listdir(place) if is_directory else []:
-        known = any(fnmatch.fnmatchcase(name, pattern) for pattern in _REPLACEABLE)
+        known = fits(name, (*WEIGHTS, *SIDE_FILES, CARD, RECORD, ".gitattributes"))
         if not known or not os.path.isfile(os.path.join(place, name)):
             raise PolicyError(
                 f"--overwrite would delete '{shown(name)}', which is not part of a model",

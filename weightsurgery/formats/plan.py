@@ -9,15 +9,15 @@ from dataclasses import dataclass
 from typing import Any
 
 from weightsurgery.checkpoint import BLOCK, Checkpoint, TensorView
-from weightsurgery.errors import SettingError, StorageError
-from weightsurgery.formats.directory import SINGLE
+from weightsurgery.errors import SettingError, StorageError, shown
+from weightsurgery.formats.layout import SINGLE
 from weightsurgery.formats.output import check_destination
 from weightsurgery.formats.safetensors import file_order, header_bytes
 from weightsurgery.stream import Engine
 
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?", re.IGNORECASE)
 INTERPRETER = 200 << 20  # bytes that Python, numpy and numba take before any weights
-_SLACK = 16 << 20  # bytes for side files, index and record
+_SLACK = 16 << 20  # bytes for index, card and record
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,10 @@ def parse_size(text: str | int) -> int:
     if not found:
         raise SettingError(f"'{text}' is not a size", hint="write 5GB, 512MiB or a number of bytes")
     power = " kmgt".index(found[2].lower() or " ")
-    return int(float(found[1]) * (1024 if found[3] else 1000) ** power)
+    try:
+        return int(float(found[1]) * (1024 if found[3] else 1000) ** power)
+    except OverflowError:
+        raise SettingError(f"'{shown(text)}' is more bytes than there can be") from None
 
 
 def make_plan(
@@ -129,9 +132,10 @@ def make_plan(
     statistics = os.statvfs(os.path.dirname(os.path.abspath(out)))
     free = statistics.f_bavail * statistics.f_frsize
     plan = Plan(out, checkpoint.is_directory, shards, free, memory, workers)
-    if plan.nbytes + _SLACK > free:
+    need = plan.nbytes + sum(file.size for file in checkpoint.side_files) + _SLACK
+    if need > free:
         raise StorageError(
-            f"{plan.nbytes:,} bytes to write, {free:,} free", file=out, hint="make room first"
+            f"{need:,} bytes to write, {free:,} free", file=out, hint="make room first"
         )
     return plan
 
@@ -202,8 +206,8 @@ def _groups(
     last = max(checkpoint.layout.values(), default=SINGLE)
     for name, view in checkpoint.items():
         shards.setdefault(checkpoint.layout.get(name, last), {})[name] = view
-    if len(shards) < 2:
-        return [(SINGLE, file_order(checkpoint))]
+    if len(shards) < 2 or SINGLE in shards:  # beside an index that name would mean all weights
+        return _named([shards[name] for name in sorted(shards)])
     return [(name, file_order(shards[name])) for name in sorted(shards)]
 
 

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import threading
 from collections import deque
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import replace
 from typing import Any
 
-from weightsurgery.checkpoint import Checkpoint, FileRef, TensorView
+from weightsurgery.checkpoint import Checkpoint, TensorView
 from weightsurgery.errors import shown
 from weightsurgery.formats.card import make_card
-from weightsurgery.formats.directory import INDEX
+from weightsurgery.formats.layout import CARD, INDEX
 from weightsurgery.formats.output import Output, record_name
 from weightsurgery.formats.plan import Plan, Shard, input_paths, make_plan
 from weightsurgery.formats.record import describe_input, make_record
@@ -28,7 +29,7 @@ _HASH_DEPTH = 4  # blocks that may wait to be hashed
 
 def save(
     checkpoint: Checkpoint,
-    out: str,
+    out: str | os.PathLike[str],
     *,
     overwrite: bool = False,
     max_shard_size: int | None = None,
@@ -60,7 +61,7 @@ def save(
         SettingError: A size or the kind of `out` does not fit.
         NonFiniteError: A computed value is NaN or infinite.
     """
-    engine = engine or Engine()
+    out, engine = os.fspath(out), engine or Engine()
     plan = make_plan(
         checkpoint,
         out,
@@ -80,14 +81,9 @@ def save(
         tensors, outputs = _write_shards(output, plan, engine, hashes)
         taken = input_hashes() if hashes else None
         record = _write_rest(output, checkpoint, plan, tensors, outputs, taken)
-        for file in _input_files(checkpoint):
-            file.check_unchanged()
+        checkpoint.check_unchanged()
         output.commit()
     return record
-
-
-def _input_files(checkpoint: Checkpoint) -> list[FileRef]:
-    return [f for source in checkpoint.sources() for f in (*source.files, *source.side_files)]
 
 
 @contextmanager
@@ -96,7 +92,7 @@ def _input_hashes(checkpoint: Checkpoint, wanted: bool) -> Iterator[Any]:
     stop = threading.Event()
     with ThreadPoolExecutor(2) as pool:
         futures = {
-            file.path: pool.submit(file.sha256, stop) for file in _input_files(checkpoint) if wanted
+            file.path: pool.submit(file.sha256, stop) for file in checkpoint.input_files() if wanted
         }
         try:
             yield lambda: {path: future.result() for path, future in futures.items()}
@@ -138,12 +134,14 @@ def _write_shards(
         for view in shard.views
         for start, stop in view.blocks()
     ]
-    blocks = engine.run(_compute, items)
     tensors: dict[str, Any] = {}
     outputs: dict[str, Any] = {}
     done = 0
     with ExitStack() as stack:
         file_digest, tensor_digest = _Digest(hashes, stack), _Digest(hashes, stack)
+        # Closed here: an error's traceback would keep it, and the garbage collector then join its
+        # threads at any place, also within the start of a thread, which never ends.
+        blocks = stack.enter_context(closing(engine.run(_compute, items)))
         for shard in plan.shards:
             file = output.create(shard.name)
             try:
@@ -198,8 +196,8 @@ def _write_rest(
     if plan.is_directory:
         for side in checkpoint.side_files:
             content = side.content()
-            if side.name == "config.json":
-                content = _without_code(content, side.path, warnings)
+            if side.name.endswith("config.json"):
+                content = _without_code(side.name, content, side.path, warnings)
             small[side.name] = content
         if len(plan.shards) > 1:
             small[INDEX] = dump(_index(checkpoint, plan))
@@ -220,7 +218,7 @@ def _write_rest(
         left_out=checkpoint.left_out,
     )
     if plan.is_directory:
-        write("README.md", make_card(checkpoint, record))
+        write(CARD, make_card(checkpoint, record))
     output.write(record_name(plan.out, is_directory=plan.is_directory), dump(record))
     return record
 
@@ -232,14 +230,14 @@ def _index(checkpoint: Checkpoint, plan: Plan) -> dict[str, Any]:
     }
 
 
-def _without_code(content: bytes, path: str, warnings: list[str]) -> bytes:
-    """config.json without the keys that load code or other weights; unchanged if it has none."""
+def _without_code(name: str, content: bytes, path: str, warnings: list[str]) -> bytes:
+    """A config without the keys that load code or other weights; unchanged if it has none."""
     removed: list[str] = []
     # What is written is what is checked, not what the file was when it was opened.
     clean = _strip(parse_object(content, file=path, what="config"), removed)
     if not removed:
         return content
-    warnings.append(f"config.json: removed {', '.join(sorted(set(removed)))}")
+    warnings.append(f"{name}: removed {', '.join(sorted(set(removed)))}")
     return dump(clean)
 
 

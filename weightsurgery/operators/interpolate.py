@@ -11,9 +11,10 @@ from typing import Annotated
 
 import numpy as np
 
-from weightsurgery.alignment import align, require_unquantised
+from weightsurgery.alignment import align
 from weightsurgery.checkpoint import Checkpoint
 from weightsurgery.kernels import Block, same_float, to_dtype, to_float
+from weightsurgery.quantised import require_unquantised
 from weightsurgery.registry import (
     AllowNonfinite,
     Exclude,
@@ -69,7 +70,7 @@ def interpolate(
             return to_dtype(to_float(base), tuned.dtype) if base.dtype != tuned.dtype else base
         w, (b, t) = weight, same_float(base, tuned)
         with np.errstate(invalid="ignore"):  # inf - inf, where that is allowed, is NaN
-            return to_dtype((1 - w) * b + w * t, tuned.dtype)
+            return to_dtype(b + w * (t - b), tuned.dtype)
 
     paired = align(base, tuned, mismatched="keep" if keep_mismatched else "refuse")
     return map_tensors(

@@ -15,10 +15,11 @@ from typing import Annotated, Literal
 
 import numpy as np
 
-from weightsurgery.alignment import Alignment, Pair, align, check_glob, matches, require_unquantised
+from weightsurgery.alignment import Alignment, Pair, align, check_glob, matches
 from weightsurgery.checkpoint import Checkpoint
 from weightsurgery.errors import SettingError, shown
 from weightsurgery.kernels import Block, choose, magnitude_of_drift
+from weightsurgery.quantised import require_unquantised
 from weightsurgery.registry import (
     Exclude,
     Include,
@@ -109,6 +110,9 @@ def _pools(paired: Alignment, ratio: float, ratio_for: Sequence[tuple[str, float
     for glob, _ in ratio_for:
         check_glob(glob, list(paired.tuned))
     names = paired.names()  # a tied copy goes with the tensor it copies
+    for glob, _ in ratio_for:
+        if not any(matches(n, (glob,)) for pair in paired.eligible for n in names[pair.key]):
+            raise SettingError(f"'{shown(glob)}' matches only tensors that are not edited")
     pools: list[Pool] = [(share, []) for _, share in rules]
     for pair in paired.eligible:
         fits = [any(matches(n, (glob,)) for n in names[pair.key]) for glob, _ in rules]
