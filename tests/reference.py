@@ -142,7 +142,7 @@ def interpolate(base: Arrays, tuned: Arrays, *, weight: float) -> Arrays:
             return t if weight == 1 else chosen(np.ones(t.size, np.bool_), b, t)
         wide = arithmetic(b, t)
         b, values = widened(b).astype(wide), widened(t).astype(wide)
-        return rounded((wide(1 - weight) * b + wide(weight) * values).astype("f8"), t.dtype)
+        return rounded((b + wide(weight) * (values - b)).astype("f8"), t.dtype)
 
     return edited(base, tuned, edit)
 

@@ -121,9 +121,11 @@ def test_dtypes_are_judged() -> None:
     tuned = from_arrays(
         {"w": np.zeros(2, cases.BF16), "k": np.zeros(2, np.int8), "i": np.zeros(2, np.int64)}
     )
-    report = align(base, tuned).to_json()
+    with pytest.raises(MismatchError, match=r"'k': floating on one side only \(F32 in BASE, I8"):
+        align(base, tuned)
+    report = align(base, tuned, mismatched="keep").to_json()
     assert report["notes"] == [{"tensor": "w", "note": "F32 in BASE, BF16 in TUNED"}]
     assert report["kept_from_tuned"] == [
         {"tensor": "i", "reason": "not floating (I64 in BASE, I64 in TUNED)"},
-        {"tensor": "k", "reason": "not floating (F32 in BASE, I8 in TUNED)"},
+        {"tensor": "k", "reason": "floating on one side only (F32 in BASE, I8 in TUNED)"},
     ]

@@ -135,6 +135,133 @@ def test_diff_writes_the_drift(folder: Path) -> None:
         np.testing.assert_array_equal(values, tuned[name] - base[name])
 
 
+@pytest.mark.parametrize(
+    ("out", "code", "words"),
+    [
+        ("drift", 2, "does not end in .safetensors"),
+        ("base.safetensors", 5, "overlap the input"),
+        ("taken.safetensors", 5, "--overwrite"),
+        ("nowhere/drift.safetensors", 6, "does not exist"),
+    ],
+    ids=["suffix", "input", "exists", "folder"],
+)
+def test_a_bad_destination_of_the_drift_is_told_before_the_pass(
+    out: str,
+    code: int,
+    words: str,
+    folder: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delattr("weightsurgery.cli.diff_command.diff")  # a NameError if it is called
+    Path("taken.safetensors").write_bytes(b"mine")
+    assert run("diff", *PAIR, "--drift", out) == code
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert words in captured.err
+    assert Path("taken.safetensors").read_bytes() == b"mine"
+
+
+def test_the_report_outlives_a_drift_that_cannot_be_saved(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tuned = load_file("tuned.safetensors")
+    tuned["layers.0.weight"][0, 0] = np.nan
+    save_file(tuned, "tuned.safetensors")
+    arguments = ["diff", *PAIR, "--json", "--drift", "drift.safetensors"]
+    assert run(*arguments, "--fail-if", "tuned_nan > 0") == 4
+    captured = capsys.readouterr()
+    assert json.loads(captured.out)["model"]["tuned_nan"] == 1
+    assert "tensor 'layers.0.weight'" in captured.err.splitlines()[-1]
+    assert not Path("drift.safetensors").exists()
+    assert run(*arguments, "--allow-nonfinite") == 0
+    assert Path("drift.safetensors").exists()
+
+
+@pytest.mark.parametrize("flag", ["--overwrite", "--allow-nonfinite", "--hash", "--no-hash"])
+def test_flags_of_the_drift_ask_for_a_drift(
+    flag: str, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run("diff", *PAIR, flag) == 2
+    captured = capsys.readouterr()
+    assert flag in captured.err
+    assert "give --drift too" in captured.err
+    # In the file they may be meant for other commands.
+    Path("wsurg.toml").write_text("overwrite = true\nno-hash = true")
+    assert run("diff", *PAIR) == 0
+
+
+def test_the_record_of_the_drift_goes_without_hashes(folder: Path) -> None:
+    assert run("diff", *PAIR, "--drift", "drift.safetensors", "--no-hash") == 0
+    record = json.loads(Path("drift.safetensors.wsurg-record.json").read_text())
+    assert [entry["sha256"] for entry in record["tensors"].values()] == [None, None]
+
+
+def test_inspect_keeps_to_a_memory_limit(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["inspect", "base.safetensors", "--values", "--max-memory"]
+    assert run(*arguments, "2GB") == 0
+    capsys.readouterr()
+    assert run(*arguments, "1MB") == 2
+    assert "one worker needs" in capsys.readouterr().err
+
+
+# --- which weights ----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def two_answers(folder: Path) -> Path:
+    """A folder `model` beside the pair, with other.safetensors beside model.safetensors."""
+    Path("model").mkdir()
+    for source, name in zip(PAIR, ("model", "other"), strict=True):
+        Path("model", f"{name}.safetensors").write_bytes(Path(source).read_bytes())
+    return folder
+
+
+@pytest.mark.parametrize("order", [1, -1], ids=["tuned", "base"])
+def test_weights_are_for_the_input_that_has_them(
+    order: int, two_answers: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pair = ["base.safetensors", "model"][::order]
+    for weights, changed in (("model.safetensors", 0), ("other.safetensors", 256)):
+        assert run("diff", *pair, "--weights", weights, "--json") == 0
+        assert json.loads(capsys.readouterr().out)["model"]["changed"] == changed
+
+
+@pytest.mark.parametrize("order", [1, -1], ids=["tuned", "base"])
+def test_weights_are_looked_for_in_the_hubs_cache(
+    order: int,
+    two_answers: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: "model")
+    pair = ["base.safetensors", "org/name"][::order]
+    assert run("diff", *pair, "--weights", "other.safetensors", "--json") == 0
+    assert json.loads(capsys.readouterr().out)["model"]["changed"] == 256
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["diff", *PAIR], "base.safetensors: `weights` names a file of a model directory"),
+        (["mix", *PAIR, "-o", "o.safetensors"], "but this is a file"),
+        (["inspect", "base.safetensors"], "but this is a file"),
+        (["diff", "base.safetensors", "model"], "model: there is no absent.safetensors"),
+        (["diff", "model", "base.safetensors"], "model: there is no absent.safetensors"),
+        (["diff", "model", "model"], "model: there is no absent.safetensors"),
+    ],
+    ids=["diff", "mix", "inspect", "tuned lacks it", "base lacks it", "both lack it"],
+)
+def test_weights_that_no_input_has_are_an_error(
+    arguments: list[str], words: str, two_answers: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(*arguments, "--weights", "absent.safetensors") == 2
+    assert words in capsys.readouterr().err
+
+
+# --- gates and errors -------------------------------------------------------------------------
+
+
 def test_gates(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run("diff", *PAIR, "--fail-if", "relative_l2 > 0.5") == 0
     assert run("diff", *PAIR, "--fail-if", "*.1.*: max_abs > 1e-3", "--json") == 10
@@ -163,6 +290,8 @@ def spoil(kind: str) -> list[str]:
         return ["mixx", *PAIR, *out]
     if kind == "size":
         return ["mix", *PAIR, *out, "--max-memory", "much"]
+    if kind == "endless size":
+        return ["mix", *PAIR, *out, "--max-memory", "9" * 400]
     if kind == "gate":
         return ["diff", *PAIR, "--fail-if", "relativ_l2 > 1"]
     if kind == "suffix":
@@ -192,6 +321,7 @@ def spoil(kind: str) -> list[str]:
         ("csv and json", 2, "exclude each other"),
         ("command", 2, "did you mean 'mix'"),
         ("size", 2, "is not a size"),
+        ("endless size", 2, "more bytes than there can be"),
         ("gate", 2, "no metric 'relativ_l2'"),
         ("suffix", 2, "does not end in .safetensors"),
         ("malformed", 3, "tuned.safetensors"),
@@ -259,9 +389,27 @@ def test_settings_file_complement_yields_to_the_command_line(folder: Path) -> No
         ("[mixx]\nratio = 1", 2, "unknown command 'mixx'; did you mean 'mix'?"),
         ("[mix]\nweight = 1", 2, "unknown setting of mix 'weight'"),
         ("ratio = ", 3, "not valid TOML"),
-        ('ratio = "half"', 2, "is not a valid float"),
+        ("mix = 3", 2, "wsurg.toml: 'mix' is 3; it is a command, so expected a table"),
+        ('ratio = "half"', 2, "wsurg.toml: 'ratio' is 'half'; expected a number"),
+        ("[mix]\nseed = 1.5", 2, "wsurg.toml: 'mix.seed' is 1.5; expected an integer"),
+        ("seed = true", 2, "wsurg.toml: 'seed' is true; expected an integer"),
+        ("overwrite = 1", 2, "wsurg.toml: 'overwrite' is 1; expected true or false"),
+        ("out = 3", 2, "wsurg.toml: 'out' is 3; expected a string"),
+        ('out = "a\\u0000b"', 2, "wsurg.toml: 'out' is 'a\\x00b'; expected a string"),
+        ('out = ["a"]', 2, "wsurg.toml: 'out' is a list; expected a string"),
+        ("exclude = [1]", 2, "wsurg.toml: 'exclude' is 1; expected a string, or a list"),
+        ("exclude = [{}]", 2, "wsurg.toml: 'exclude' is a table; expected a string"),
+        (f"max-memory = 0x{'f' * 5000}", 2, "wsurg.toml: 'max-memory' is a number of 20,000 bits"),
+        ("workers = -1", 2, "wsurg.toml: Invalid value for '--workers'"),
+        ('[mix]\nmax-memory = "much"', 2, "wsurg.toml: Invalid value for '--max-memory'"),
+        (f"seed = {'9' * 5000}", 3, "not valid TOML"),
+        ("#" * (1 << 20) + "\n", 3, "expected at most 1,048,576"),
     ],
-    ids=["key", "table", "key of a table", "syntax", "type"],
+    ids=[
+        *("key", "table", "key of a table", "syntax", "scalar for a table", "float", "integer"),
+        *("bool for an integer", "integer for a flag", "string", "NUL", "list", "member"),
+        *("nested", "huge", "range", "size", "digits", "length"),
+    ],
 )
 def test_settings_file_errors(
     text: str, code: int, words: str, folder: Path, capsys: pytest.CaptureFixture[str]
@@ -269,6 +417,33 @@ def test_settings_file_errors(
     Path("wsurg.toml").write_text(text)
     assert run("mix", *PAIR, "-o", "out.safetensors") == code
     assert words in capsys.readouterr().err
+
+
+def test_settings_file_takes_the_second_form_of_a_flag(folder: Path) -> None:
+    Path("wsurg.toml").write_text("hash = true\n[mix]\nno-hash = true")
+    for command, hashed in (("mix", False), ("interpolate", True)):
+        assert run(command, *PAIR, "-o", f"{command}.safetensors") == 0
+        record = json.loads(Path(f"{command}.safetensors.wsurg-record.json").read_text())
+        assert (record["tensors"]["layers.0.weight"]["sha256"] is not None) == hashed
+    Path("wsurg.toml").write_text("[mix]\nno_hash = false")
+    assert run("mix", *PAIR, "-o", "again.safetensors") == 0
+    record = json.loads(Path("again.safetensors.wsurg-record.json").read_text())
+    assert record["tensors"]["layers.0.weight"]["sha256"] is not None
+
+
+def test_settings_file_takes_one_string_for_a_repeatable_option(folder: Path) -> None:
+    Path("wsurg.toml").write_text('exclude = "layers.1.*"\nfail-if = "max_abs > 1e-3"')
+    assert run("mix", *PAIR, "--ratio", "1", "-o", "out.safetensors") == 0
+    base, tuned, out = map(load_file, [*PAIR, "out.safetensors"])
+    np.testing.assert_array_equal(out["layers.0.weight"], base["layers.0.weight"])
+    np.testing.assert_array_equal(out["layers.1.weight"], tuned["layers.1.weight"])
+    assert run("diff", *PAIR) == 10
+
+
+def test_a_named_pipe_is_no_settings_file(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    os.mkfifo("pipe")
+    assert run("--config", "pipe", "diff", *PAIR) == 3
+    assert "pipe: expected a regular file" in capsys.readouterr().err
 
 
 def test_config_option_names_another_file(folder: Path) -> None:
@@ -329,6 +504,48 @@ def test_importing_the_package_is_light() -> None:
     code = "import sys, weightsurgery; print('numpy' in sys.modules, weightsurgery.mix.__name__)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["False", "mix"]
+
+
+@pytest.mark.parametrize("encoding", ["latin-1", "ascii", "utf-8"])
+def test_any_encoding_of_stdout_will_do(encoding: str, folder: Path) -> None:
+    save_file({"wärme.δ": np.ones((2, 2), np.float32)}, "greek.safetensors")
+
+    def stdout(*arguments: str) -> str:
+        environment = {**os.environ, "PYTHONIOENCODING": encoding}
+        done = subprocess.run(
+            [*WSURG, *arguments], capture_output=True, env=environment, check=True
+        )
+        return done.stdout.decode(encoding)
+
+    assert "max |" in stdout("diff", *PAIR)
+    assert "rme." in stdout("inspect", "greek.safetensors")
+    report = json.loads(stdout("inspect", "greek.safetensors", "--json"))
+    assert report["tensors"][0]["tensor"] == "wärme.δ"  # escaped, not replaced
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="this system has no /dev/full")
+def test_a_full_disk_behind_stdout_is_told(folder: Path) -> None:
+    with open("/dev/full", "wb") as full:
+        done = subprocess.run(
+            [*WSURG, "diff", *PAIR], stdout=full, stderr=subprocess.PIPE, check=False
+        )
+    assert done.returncode == 6
+    assert done.stderr == b"error: the system said: No space left on device\n"
+
+
+def test_our_bugs_come_with_a_traceback_and_exit_code_1(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise AttributeError("nobody thought of this")
+
+    monkeypatch.setattr("weightsurgery.cli.diff_command.diff", fail)
+    assert run("diff", *PAIR) == 1
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0].startswith("Traceback")
+    assert "AttributeError: nobody thought of this" in lines
+    assert "bug in weightsurgery" in lines[-1]
+    assert "report it with the traceback" in lines[-1]
 
 
 def test_a_closed_pipe_is_no_error(folder: Path) -> None:

@@ -274,7 +274,7 @@ def test_an_equal_tied_copy_is_counted_once() -> None:
     config = {"tie_word_embeddings": True}
     report = diff(from_arrays(base, config=config), from_arrays(tuned, config=config))
     assert HEAD not in {entry["tensor"] for entry in report.tensors}
-    assert report.alignment["tied"] == {HEAD: cases.EMBEDDING["llama"]}
+    assert report.alignment["tied"] == [{"tensor": HEAD, "to": cases.EMBEDDING["llama"]}]
     assert report.warnings == []
 
 

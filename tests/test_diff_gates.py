@@ -11,10 +11,10 @@ import pytest
 from tests import cases, reference
 from weightsurgery.checkpoint import from_arrays
 from weightsurgery.comparison import diff, drift
-from weightsurgery.statistics import METRICS
 from weightsurgery.errors import GateError, NonFiniteError, PolicyError, SettingError
 from weightsurgery.formats import open_checkpoint, save
 from weightsurgery.gates import check_gates, parse_gate
+from weightsurgery.statistics import METRICS
 
 # --- gates ------------------------------------------------------------------------------------
 

@@ -117,6 +117,7 @@ def tiny_arrays() -> tuple[dict[str, Any], dict[str, Any]]:
     base["embeddings.extra"] = np.zeros(3, "f4")
     tuned["bert.embeddings.position_ids"] = np.arange(4)[::-1].copy()
     tuned |= {"classifier.weight": np.ones((2, 8), "f4"), "classifier.bias": np.zeros(2, "f4")}
+    tuned["cls.predictions.decoder.weight"] = tuned[name].copy()  # config.json ties it
     return base, tuned
 
 
@@ -128,7 +129,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         directory.mkdir()
         for path in (directory / "model.safetensors", tmp_path / f"{name}.safetensors"):
             save_file(arrays, path, metadata={"format": "pt"})
-        config = {"model_type": "bert", "vocab_size": 12, "auto_map": {}}
+        config = {"model_type": "bert", "tie_word_embeddings": True, "auto_map": {}}
         (directory / "config.json").write_text(json.dumps(config))
         (directory / "vocab.txt").write_text("".join(f"token{i}\n" for i in range(14)))
         (directory / "training_args.bin").write_bytes(b"not read")

@@ -14,8 +14,8 @@ FLOORS = {
     **dict.fromkeys(
         ("errors", "dtypes", "version", "buffers", "kernels", "drift_kernel", "rng"), 0
     ),
-    **dict.fromkeys(("checkpoint", "anatomy", "statistics"), 1),
-    **dict.fromkeys(("alignment", "stream", "select", "registry", "formats"), 2),
+    **dict.fromkeys(("checkpoint", "anatomy", "statistics", "ties"), 1),
+    **dict.fromkeys(("alignment", "quantised", "stream", "select", "registry", "formats"), 2),
     **dict.fromkeys(("comparison", "gates", "inspection", "operators", "report"), 3),
     **dict.fromkeys(("cli", "__main__"), 4),
 }

@@ -76,7 +76,7 @@ def test_files_and_config_of_a_directory(tmp_path: Path) -> None:
     found = inspect(open_checkpoint(path))
     assert found["model_type"] == "bert"
     assert found["metadata"] == {"format": "pt"}
-    shards = sorted(path.glob("*.safetensors"))
+    shards = [path / "model.safetensors.index.json", *sorted(path.glob("*.safetensors"))]
     assert found["files"] == [{"file": s.name, "bytes": s.stat().st_size} for s in shards]
     size = (path / "config.json").stat().st_size
     assert found["side_files"] == [{"file": "config.json", "bytes": size}]

@@ -76,10 +76,6 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
         r"tuned: tensor 'layer.wieght': the name map names .* not there; did you mean 'layer.wei",
     ),
     "base name": ({"name_map": {"layer.weight": "zzz"}}, "base: tensor 'zzz': the name map names"),
-    "collision": (
-        {"name_map": {"layer.weight": "spare"}},
-        r"tensor 'layer\.weight': two tensors of BASE would get this name",
-    ),
 }
 
 
@@ -90,6 +86,16 @@ def test_errors(rules: dict[str, Any], message: str) -> None:
     with pytest.raises(SettingError, match=message) as caught:
         match_names(base, tuned, **rules)
     assert caught.value.exit_code == 2
+
+
+def test_a_displaced_tensor_is_listed_and_pairs_with_nothing() -> None:
+    base, tuned = numbered("a", "b"), numbered("a")
+    found = align(match_names(base, tuned, name_map={"a": "b"}), tuned)
+    (pair,) = found.pairs
+    assert pair.base is not None
+    assert pair.base.read(0, 1).tolist() == [1]
+    ((name, _),) = found.unused
+    assert name == "a (BASE's; the name map gives its place to another)"
 
 
 class TestCommandLine:

@@ -27,7 +27,7 @@ def pair(**config: Any) -> list[Any]:
 def test_tied_copies_count_once(tmp_path: Path) -> None:
     base, tuned = pair(tie_word_embeddings=True)
     record = save(mix(base, tuned, ratio=1), f"{tmp_path}/out.safetensors")
-    assert record["alignment"]["tied"] == {HEAD: EMBEDDING}
+    assert record["alignment"]["tied"] == [{"tensor": HEAD, "to": EMBEDDING}]
     changed = {name: entry["changed"] for name, entry in record["tensors"].items()}
     assert changed[HEAD] == changed[EMBEDDING] > 0
     assert record["changed_dimensions"] == sum(changed.values()) - changed[HEAD]

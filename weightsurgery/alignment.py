@@ -129,7 +129,7 @@ class Alignment:
                 for p in self.eligible
                 if p.reason
             ],
-            "tied": {p.name: p.key for p in self.pairs if p.is_tied_copy},
+            "tied": [{"tensor": p.name, "to": p.key} for p in self.pairs if p.is_tied_copy],
             "only_in_base": [{"tensor": name, "reason": reason} for name, reason in self.unused],
             "notes": [{"tensor": p.name, "note": p.note} for p in self.pairs if p.note],
         }

@@ -34,7 +34,12 @@ _KINDS: tuple[tuple[type[Any], tuple[type, ...], str], ...] = (
 
 @dataclass(frozen=True)
 class _Key:
-    """What a key of the file stands for: a parameter, or the opposite of one (`no-hash`)."""
+    """What a key of the file stands for.
+
+    Attributes:
+        parameter: Click's parameter.
+        inverted: Whether the key is the opposite of it, as `no-hash` is.
+    """
 
     parameter: click.Parameter
     inverted: bool = False

@@ -37,8 +37,9 @@ def make_record(
         left_out: Input files that did not travel, with the reason.
     """
     ids = {id(source): number for number, source in enumerate(checkpoint.sources())}
-    alignment = checkpoint.notes.get("alignment") or {"tied": {}}
-    changed = sum(e["changed"] for name, e in tensors.items() if name not in alignment["tied"])
+    alignment = checkpoint.notes.get("alignment") or {"tied": []}
+    copies = {entry["tensor"] for entry in alignment["tied"]}
+    changed = sum(entry["changed"] for name, entry in tensors.items() if name not in copies)
     # After several operators the dimensions that the last one could edit are not the whole story.
     eligible = alignment.get("eligible_dimensions") if _is_one_step(checkpoint) else None
     gone = [n for n in _subject(checkpoint) if n not in checkpoint]

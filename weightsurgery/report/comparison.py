@@ -125,7 +125,9 @@ def alignment_tables(
         Table("Names paired by a prefix", ("prefix", "on the names of"), found),
         Table("Kept from TUNED", ("tensor", "reason"), names(alignment["kept_from_tuned"])),
         Table("Paired in part", ("tensor", "which"), names(partly)),
-        Table("Tied in TUNED", ("tensor", "to"), [[shown(a), shown(b)] for a, b in tied.items()]),
+        Table(
+            "Tied in TUNED", ("tensor", "to"), [[shown(e["tensor"]), shown(e["to"])] for e in tied]
+        ),
         Table("Only in BASE", ("tensor", "reason"), names(alignment["only_in_base"])),
         Table("Notes", ("tensor", "note"), names(notes)),
         Table("Not floating, and different", ("tensor", "how"), names(differing)),

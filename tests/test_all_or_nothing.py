@@ -1,0 +1,299 @@
+"""All of an output appears, or nothing: failures, interrupts, and other runs."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import subprocess
+import sys
+import threading
+from contextlib import ExitStack, suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests import hostile
+from tests.hostile import weights
+from tests.scene import IN_THE_WAY, KINDS, RECORD, Scene, at_progress, must_refuse, other
+from weightsurgery import from_arrays, interpolate
+from weightsurgery.errors import (
+    BusyError,
+    NonFiniteError,
+    PolicyError,
+    StorageError,
+)
+from weightsurgery.formats import open_checkpoint, output, save
+from weightsurgery.stream import Engine
+
+
+@pytest.fixture
+def scene(tmp_path: Path) -> Scene:
+    return Scene(tmp_path)
+
+
+# --- failures ---------------------------------------------------------------------------------
+
+
+def failing(really: Any, number: int, code: int, *, short: bool) -> tuple[Any, list[int]]:
+    """A system call that fails at the N-th time; where `short`, the others write a bit only."""
+    calls: list[int] = []
+
+    def call(*arguments: Any) -> Any:
+        calls.append(1)
+        if len(calls) == number:
+            raise OSError(code, os.strerror(code))
+        if short:
+            return really(arguments[0], memoryview(arguments[1])[:100])
+        return really(*arguments)
+
+    return call, calls
+
+
+CALLS = {
+    "write, full": ("write", errno.ENOSPC, False),
+    "write, short and full": ("write", errno.ENOSPC, True),
+    "write, quota": ("write", errno.EDQUOT, False),
+    "fsync": ("fsync", errno.EIO, False),
+    "mkdir": ("mkdir", errno.EROFS, False),
+    "chmod": ("chmod", errno.EPERM, False),
+}
+
+
+@pytest.mark.parametrize("old", [False, True], ids=["new", "overwrite"])
+@KINDS
+@pytest.mark.parametrize(("name", "code", "short"), CALLS.values(), ids=CALLS.keys())
+def test_a_failing_call_leaves_nothing(
+    scene: Scene, name: str, code: int, short: bool, kind: str, old: bool
+) -> None:
+    if old:
+        save(other(kind), str(scene.out(kind)))
+    checkpoint, before, number = scene.open(kind), hostile.contents(scene.root), 0
+    while True:
+        number += 1
+        call, calls = failing(getattr(os, name), number, code, short=short)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(os, name, call)
+            with suppress(StorageError):
+                save(checkpoint, str(scene.out(kind)), overwrite=old, hashes=False)
+        if len(calls) < number:
+            break
+        assert hostile.contents(scene.root) == before
+    assert number > (kind == "model" or name != "chmod")
+    found = open_checkpoint(scene.out(kind))
+    assert hostile.stored(found) == hostile.stored(checkpoint)
+    assert sorted(os.listdir(scene.place)) == sorted(
+        [scene.out(kind).name] + [f"out.safetensors.{RECORD}"] * (kind == "file")
+    )
+
+
+@KINDS
+@pytest.mark.parametrize("old", [False, True], ids=["new", "overwrite"])
+def test_a_failing_move_leaves_nothing(scene: Scene, kind: str, old: bool) -> None:
+    if old:
+        save(other(kind), str(scene.out(kind)))
+    checkpoint, before = scene.open(kind), hostile.contents(scene.root)
+    for number in range(1, 3 if kind == "file" else 2):
+        call, calls = failing(output._renameat2, number, errno.EIO, short=False)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(output, "_renameat2", call)
+            with pytest.raises(StorageError, match="cannot put in place: Input/output error"):
+                save(checkpoint, str(scene.out(kind)), overwrite=old)
+        assert len(calls) >= number
+        assert hostile.contents(scene.root) == before
+
+
+@KINDS
+def test_all_is_durable_before_it_appears(
+    scene: Scene, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    events: list[str] = []
+    fsync, move = os.fsync, output._renameat2
+
+    def noted_fsync(descriptor: int) -> None:
+        events.append(os.readlink(f"/proc/self/fd/{descriptor}"))
+        fsync(descriptor)
+
+    def noted_move(source: str, target: str, flags: int) -> bool:
+        events.append(f"move {Path(target).name}")
+        return move(source, target, flags)
+
+    monkeypatch.setattr(os, "fsync", noted_fsync)
+    monkeypatch.setattr(output, "_renameat2", noted_move)
+    save(scene.open(kind), str(scene.out(kind)))
+    out = scene.out(kind)
+    moves = [f"move {out.name}.{RECORD}"] * (kind == "file") + [f"move {out.name}"]
+    written = out.iterdir() if kind == "model" else scene.place.iterdir()
+    *files, temporary = events[: events.index(moves[0])]
+    assert sorted(files) == sorted(f"{temporary}/{path.name}" for path in written)
+    if kind == "model":  # the index tells that the shards are all there, the record tells of all
+        order = [Path(path).name for path in files]
+        assert order.index(hostile.INDEX) > max(order.index(name) for name in hostile.SHARDS)
+        assert order[-1] == RECORD
+    assert Path(temporary).name.startswith(".wsurg-")
+    assert events[len(files) + 1 :] == [*moves, str(scene.place)]
+
+
+def interrupt() -> None:
+    raise KeyboardInterrupt
+
+
+@KINDS
+@pytest.mark.parametrize("number", [1, 2])
+@pytest.mark.parametrize("old", [False, True], ids=["new", "overwrite"])
+def test_an_interrupt_leaves_nothing(scene: Scene, kind: str, number: int, old: bool) -> None:
+    if old:
+        save(other(kind), str(scene.out(kind)))
+    checkpoint, before = scene.open(kind), hostile.contents(scene.root)
+    engine, threads = at_progress(number, interrupt), set(threading.enumerate())
+    with pytest.raises(KeyboardInterrupt) as told:
+        save(checkpoint, str(scene.out(kind)), overwrite=old, engine=engine)
+    assert hostile.contents(scene.root) == before
+    # Nor workers: the traceback holds their generator, and its end must not wait for the garbage
+    # collector, which may come while a thread is being started and then waits for ever.
+    assert told.tb is not None
+    assert set(threading.enumerate()) <= threads
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("workers", [1, 3])
+def test_a_value_that_is_not_finite_leaves_nothing(
+    scene: Scene, value: float, workers: int
+) -> None:
+    tuned = hostile.arrays("a", "b", "c")
+    tuned["b"][2, 1] = value
+    edited = interpolate(from_arrays(hostile.arrays("a", "b", "c", seed=1)), from_arrays(tuned))
+    told = must_refuse(
+        scene,
+        edited,
+        scene.out("file"),
+        NonFiniteError,
+        "NaN or infinity among elements 0 to 12",
+        engine=Engine(workers),
+    )
+    assert (told.tensor, told.exit_code) == ("b", 4)
+
+
+@KINDS
+@pytest.mark.parametrize("make", IN_THE_WAY.values(), ids=IN_THE_WAY.keys())
+def test_what_appears_meanwhile_is_not_replaced(scene: Scene, kind: str, make: Any) -> None:
+    checkpoint, before = scene.open(kind), hostile.contents(scene.root)
+    engine = at_progress(1, lambda: make(scene.out(kind)))
+    with pytest.raises(PolicyError, match="appeared while this run was working") as told:
+        save(checkpoint, str(scene.out(kind)), engine=engine)
+    hostile.check_told(told.value, file=scene.out(kind))
+    after = hostile.contents(scene.root)
+    assert after.pop(f"place/{scene.out(kind).name}") in (b"precious", "nowhere", None)
+    assert after == before
+
+
+@KINDS
+def test_a_temporary_that_vanishes_is_told(scene: Scene, kind: str) -> None:
+    def vanish() -> None:
+        (temporary,) = scene.place.glob(".wsurg-*")
+        shutil.rmtree(temporary)
+
+    checkpoint, before = scene.open(kind), hostile.contents(scene.root)
+    with pytest.raises(StorageError, match="No such file or directory"):
+        save(checkpoint, str(scene.out(kind)), engine=at_progress(1, vanish))
+    assert hostile.contents(scene.root) == before
+
+
+# --- other runs -------------------------------------------------------------------------------
+
+
+@KINDS
+def test_the_second_run_on_an_output_is_refused(scene: Scene, kind: str) -> None:
+    refusals = []
+
+    def second() -> None:
+        with hostile.deadline(), pytest.raises(BusyError, match="another run is writing") as told:
+            save(other(kind), str(scene.out(kind)))
+        refusals.append(told.value)
+
+    save(scene.open(kind), str(scene.out(kind)), engine=at_progress(1, second))
+    (told,) = refusals
+    hostile.check_told(told, file=scene.out(kind))
+    assert told.exit_code == 7
+    assert set(open_checkpoint(scene.out(kind))) == {"a", "b"}
+    assert not list(scene.place.glob(".wsurg-*"))
+
+
+@KINDS
+def test_runs_on_other_outputs_are_not(scene: Scene, kind: str) -> None:
+    name = "two.safetensors" if kind == "file" else "two"
+    engine = at_progress(1, lambda: save(other(kind), str(scene.place / name)))
+    save(scene.open(kind), str(scene.out(kind)), engine=engine)
+    assert set(open_checkpoint(scene.place / name)) == {"c", "d"}
+    assert set(open_checkpoint(scene.out(kind))) == {"a", "b"}
+
+
+@KINDS
+@pytest.mark.parametrize("old", [False, True], ids=["new", "overwrite"])
+def test_a_run_that_begins_as_another_ends_is_left_alone(
+    scene: Scene, monkeypatch: pytest.MonkeyPatch, kind: str, old: bool
+) -> None:
+    if old:
+        save(other(kind), str(scene.out(kind)))
+    commit, out = output.Output.commit, str(scene.out(kind))
+    begun: list[output.Output] = []
+
+    def commit_and_begin(first: output.Output) -> None:
+        commit(first)
+        second = output.Output(out, is_directory=kind == "model", overwrite=True, inputs=[])
+        with suppress(BusyError):
+            begun.append(second.__enter__())
+
+    monkeypatch.setattr(output.Output, "commit", commit_and_begin)
+    save(scene.open(kind), out, overwrite=old)
+    assert set(open_checkpoint(out)) == {"a", "b"}
+    assert len(begun) == (kind == "model" and not old)  # in the other cases the lock is held
+    for second in begun:
+        with ExitStack() as stack:
+            stack.push(second)
+            second.write("model.safetensors", weights("second"))
+            commit(second)
+        assert set(open_checkpoint(out)) == {"second"}
+    assert not list(scene.place.glob(".wsurg-*"))
+
+
+KILLED = """
+import os, signal, sys
+from weightsurgery import Engine, open_checkpoint, save
+engine = Engine(progress=lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+save(open_checkpoint(sys.argv[1]), sys.argv[2], engine=engine)
+"""
+
+
+@KINDS
+def test_what_a_killed_run_left_is_cleared(scene: Scene, kind: str) -> None:
+    given = scene.file if kind == "file" else scene.model
+    before = hostile.contents(scene.root)
+    command = [sys.executable, "-c", KILLED, str(given), str(scene.out(kind))]
+    assert subprocess.run(command, check=False).returncode == -9
+    assert hostile.contents(given.parent) == hostile.contents(scene.root / "in")
+    (left,) = scene.place.iterdir()
+    assert left.name.startswith(".wsurg-")
+    assert list(left.glob("*.safetensors"))
+    hostile.folder(left / "deep", {"file": b"x"})
+    (left / "link").symlink_to(scene.root / "in")
+    save(scene.open(kind), str(scene.out(kind)))
+    assert set(open_checkpoint(scene.out(kind))) == {"a", "b"}
+    assert not list(scene.place.glob(".wsurg-*"))
+    after = hostile.contents(scene.root)
+    assert {name: content for name, content in after.items() if name in before} == before
+
+
+@pytest.mark.parametrize("make", [lambda p: p.symlink_to("../in"), lambda p: p.write_bytes(b"x")])
+def test_a_temporary_that_is_no_directory_is_told(scene: Scene, make: Any) -> None:
+    checkpoint, places = scene.open("model"), []
+    engine = at_progress(1, lambda: places.extend(scene.place.glob(".wsurg-*")))
+    save(checkpoint, str(scene.out("model")), engine=engine)
+    shutil.rmtree(scene.out("model"))
+    make(places[0])
+    told = must_refuse(
+        scene, checkpoint, scene.out("model"), StorageError, "cannot open: Not a directory"
+    )
+    hostile.check_told(told, file=places[0])

@@ -1,0 +1,255 @@
+"""What `save` refuses before it works, and how it overwrites."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from tests import hostile
+from tests.hostile import weights
+from tests.scene import IN_THE_WAY, KINDS, RECORD, Scene, must_refuse, other
+from weightsurgery import from_arrays, interpolate
+from weightsurgery.errors import (
+    PolicyError,
+    SettingError,
+    StorageError,
+)
+from weightsurgery.formats import open_checkpoint, output, save
+
+
+@pytest.fixture
+def scene(tmp_path: Path) -> Scene:
+    return Scene(tmp_path)
+
+
+# --- destinations -----------------------------------------------------------------------------
+
+
+@KINDS
+@pytest.mark.parametrize("make", IN_THE_WAY.values(), ids=IN_THE_WAY.keys())
+def test_must_refuse_what_exists(scene: Scene, kind: str, make: Any) -> None:
+    make(scene.out(kind))
+    told = must_refuse(
+        scene, scene.open(kind), scene.out(kind), PolicyError, "exists already; pass --overwrite"
+    )
+    hostile.check_told(told, file=scene.out(kind))
+
+
+def test_must_refuse_a_record_that_exists(scene: Scene) -> None:
+    record = scene.place / f"out.safetensors.{RECORD}"
+    record.write_bytes(b"precious")
+    told = must_refuse(scene, scene.open("file"), scene.out("file"), PolicyError, "exists already")
+    hostile.check_told(told, file=record)
+
+
+OVERLAPS = {
+    "the input file": ("file", "in/x.safetensors"),
+    "the input file, by dots": ("file", "place/../in/x.safetensors"),
+    "a link to the input file": ("file", "place/link.safetensors"),
+    "a hard link to the input file": ("file", "place/hard.safetensors"),
+    "the input file, in a linked folder": ("file", "linked/x.safetensors"),
+    "the input directory": ("model", "in/model"),
+    "a link to the input directory": ("model", "place/link"),
+    "the input directory, in a linked folder": ("model", "linked/model"),
+    "inside the input directory": ("model", "in/model/out"),
+    "inside the input directory, linked": ("model", "place/link/out"),
+    "around the input directory": ("model", "in"),
+    "around the input directory, linked": ("model", "linked"),
+    "around everything": ("model", "../"),
+}
+
+
+@pytest.mark.parametrize("overwrite", [False, True], ids=["", "overwrite"])
+@pytest.mark.parametrize(("kind", "out"), OVERLAPS.values(), ids=OVERLAPS.keys())
+def test_must_refuse_overlap(scene: Scene, kind: str, out: str, overwrite: bool) -> None:
+    (scene.place / "link.safetensors").symlink_to(scene.file)
+    (scene.place / "hard.safetensors").hardlink_to(scene.file)
+    (scene.place / "link").symlink_to(scene.model)
+    (scene.root / "linked").symlink_to("in")
+    path = f"{scene.root}/{out}"
+    told = must_refuse(
+        scene,
+        scene.open(kind),
+        path,
+        PolicyError,
+        "the output would overlap the input .*; choose another -o",
+        overwrite=overwrite,
+    )
+    hostile.check_told(told, file=os.path.abspath(path))
+
+
+@pytest.mark.parametrize("name", ["base", "tuned"])
+def test_must_refuse_overlap_with_any_input(scene: Scene, name: str) -> None:
+    hostile.folder(scene.root / "in", {"y.safetensors": weights("a", "b", seed=1)})
+    base = open_checkpoint(scene.root / "in" / "y.safetensors")
+    edited = interpolate(base, scene.open("file"))
+    out = scene.root / "in" / ("y.safetensors" if name == "base" else "x.safetensors")
+    must_refuse(scene, edited, out, PolicyError, "overlap the input", overwrite=True)
+
+
+def test_must_refuse_a_record_over_an_input(scene: Scene) -> None:
+    path = scene.place / f"out.safetensors.{RECORD}"
+    path.write_bytes(weights("a"))
+    must_refuse(
+        scene,
+        open_checkpoint(path),
+        scene.out("file"),
+        PolicyError,
+        "overlap the input",
+        overwrite=True,
+    )
+
+
+def test_a_neighbour_of_the_input_is_no_overlap(scene: Scene) -> None:
+    save(scene.open("file"), str(scene.root / "in" / "x.safetensors.safetensors"))
+    save(scene.open("model"), str(scene.root / "in" / "model2"))
+    assert (scene.root / "in" / "model2" / "config.json").is_file()
+
+
+WRONG = {
+    "a file for a directory": ("model", "place/out.safetensors", SettingError, "names a file"),
+    "a directory for a file": ("file", "place/out", SettingError, "does not end in .safetensors"),
+    "no such folder": ("file", "none/out.safetensors", StorageError, "folder to write to does not"),
+    "a file as the folder": ("model", "in/x.safetensors/out", StorageError, "does not exist"),
+}
+
+
+@pytest.mark.parametrize(("kind", "out", "error", "reason"), WRONG.values(), ids=WRONG.keys())
+def test_must_refuse_destinations(
+    scene: Scene, kind: str, out: str, error: type, reason: str
+) -> None:
+    must_refuse(scene, scene.open(kind), scene.root / out, error, reason)
+
+
+SIZES = {
+    "a file in shards": ("file", {"max_shard_size": 100}, "single file cannot be sharded"),
+    "shards of nothing": ("model", {"max_shard_size": 0}, "expected at least 1 byte"),
+    "no memory": ("model", {"max_memory": 1000}, "a memory limit of 1,000 bytes; one worker needs"),
+}
+
+
+@pytest.mark.parametrize(("kind", "options", "reason"), SIZES.values(), ids=SIZES.keys())
+def test_must_refuse_sizes(scene: Scene, kind: str, options: dict[str, Any], reason: str) -> None:
+    must_refuse(scene, scene.open(kind), scene.out(kind), SettingError, reason, **options)
+
+
+@KINDS
+def test_must_refuse_without_room(scene: Scene, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    room = SimpleNamespace(f_bavail=16, f_frsize=4096)
+    monkeypatch.setattr(os, "statvfs", lambda _path: room)
+    told = must_refuse(
+        scene, scene.open(kind), scene.out(kind), StorageError, "65,536 free; make room first"
+    )
+    hostile.check_told(told, file=scene.out(kind))
+
+
+def test_must_refuse_a_folder_that_is_not_writable(
+    scene: Scene, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "access", lambda _path, _mode: False)
+    must_refuse(scene, scene.open("file"), scene.out("file"), StorageError, "is not writable")
+
+
+# --- overwriting ------------------------------------------------------------------------------
+
+
+@KINDS
+@pytest.mark.parametrize("renameat2", [True, False], ids=["exchange", "no exchange"])
+def test_overwrite_replaces_all(
+    scene: Scene, monkeypatch: pytest.MonkeyPatch, kind: str, renameat2: bool
+) -> None:
+    if not renameat2:
+        monkeypatch.setattr(output, "_renameat2", lambda *_: False)
+    save(scene.open(kind), str(scene.out(kind)))
+    (scene.root / "other").mkdir()
+    save(other(kind), str(scene.root / "other" / scene.out(kind).name))
+    save(other(kind), str(scene.out(kind)), overwrite=True)
+    assert hostile.contents(scene.place) == hostile.contents(scene.root / "other")
+
+
+def test_overwrite_replaces_an_empty_directory(scene: Scene) -> None:
+    scene.out("model").mkdir()
+    save(other("model"), str(scene.out("model")), overwrite=True)
+    assert set(open_checkpoint(scene.out("model"))) == {"c", "d"}
+
+
+@KINDS
+def test_a_reader_sees_the_old_or_the_new(scene: Scene, kind: str) -> None:
+    names = [f"w{i}" for i in range(20)]
+    checkpoints = [
+        from_arrays(hostile.arrays(name), is_directory=kind == "model") for name in names
+    ]
+    save(checkpoints[0], str(scene.out(kind)))
+    path = scene.out(kind) / "model.safetensors" if kind == "model" else scene.out(kind)
+    seen: list[bytes | None] = []
+    done = threading.Event()
+
+    def watch() -> None:
+        while not done.is_set():
+            seen.append(path.read_bytes() if path.exists() else None)
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    try:
+        for checkpoint in checkpoints[1:]:
+            save(checkpoint, str(scene.out(kind)), overwrite=True, hashes=False)
+    finally:
+        done.set()
+        watcher.join()
+    assert set(seen) <= {weights(name) for name in names}
+    assert len(set(seen)) > 2
+
+
+PRECIOUS: dict[str, Callable[[Path], Any]] = {
+    "thesis.tex": lambda p: p.write_bytes(b"precious"),
+    "notes.md": lambda p: p.write_bytes(b"precious"),
+    "train.py": lambda p: p.write_bytes(b"precious"),
+    "data.csv": lambda p: p.write_bytes(b"precious"),
+    "results.json": lambda p: p.write_bytes(b"precious"),
+    "notes.txt": lambda p: p.write_bytes(b"precious"),
+    ".git": Path.mkdir,
+    "config.json": Path.mkdir,
+    "\x1b[31m": Path.mkdir,
+    "model.safetensors": lambda p: p.symlink_to("nowhere"),
+}
+
+
+@pytest.mark.parametrize("name", PRECIOUS)
+def test_overwrite_must_refuse_folders_of_other_things(scene: Scene, name: str) -> None:
+    scene.out("model").mkdir()
+    PRECIOUS[name](scene.out("model") / name)
+    told = must_refuse(
+        scene,
+        other("model"),
+        scene.out("model"),
+        PolicyError,
+        "--overwrite would delete .*, which is not part of a model; remove the directory",
+        overwrite=True,
+    )
+    hostile.check_told(told, file=scene.out("model"))
+
+
+@KINDS
+@pytest.mark.parametrize("make", IN_THE_WAY.values(), ids=IN_THE_WAY.keys())
+def test_overwrite_must_refuse_other_kinds(
+    scene: Scene, request: pytest.FixtureRequest, kind: str, make: Any
+) -> None:
+    make(scene.out(kind))
+    if (kind, make) in (("file", IN_THE_WAY["file"]), ("model", IN_THE_WAY["directory"])):
+        save(other(kind), str(scene.out(kind)), overwrite=True)
+        assert set(open_checkpoint(scene.out(kind))) == {"c", "d"}
+        return
+    must_refuse(
+        scene,
+        other(kind),
+        scene.out(kind),
+        PolicyError,
+        "--overwrite replaces only a (directory|regular file) here",
+        overwrite=True,
+    )

@@ -1,0 +1,159 @@
+"""Links in model directories and hub caches, and hub ids found in a cache."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from tests import hostile
+from tests.hostile import COMMIT, INDEX, SHARDS, weights
+from weightsurgery.errors import FormatError, PolicyError, StorageError
+from weightsurgery.formats import open_checkpoint, save
+
+ONE = {"model.safetensors": weights("a"), "config.json": {"model_type": "bert"}}
+# --- links and hub caches ---------------------------------------------------------------------
+
+FILES = {**ONE, "tokenizer.json": {"model": {}}}
+
+
+def test_the_hub_caches_links_are_followed(tmp_path: Path) -> None:
+    snapshot = hostile.hub_cache(tmp_path, "org/name", FILES)
+    assert (snapshot / "model.safetensors").is_symlink()
+    for place in (snapshot, f"{snapshot}/", os.path.relpath(snapshot)):
+        found = open_checkpoint(place)
+        assert hostile.stored(found) == hostile.stored_by_library(weights("a"))
+        assert [side.name for side in found.side_files] == ["config.json", "tokenizer.json"]
+        assert found.hub_id == ""
+
+
+def test_a_link_to_a_model_directory_is_followed(tmp_path: Path) -> None:
+    snapshot = hostile.hub_cache(tmp_path, "org/name", FILES)
+    (tmp_path / "link").symlink_to(snapshot)
+    assert set(open_checkpoint(tmp_path / "link")) == {"a"}
+
+
+def cache_with_targets(root: Path) -> Path:
+    """A cached repository beside everything that a link might lead to."""
+    snapshot = hostile.hub_cache(root, "org/name", FILES)
+    home = snapshot.parent.parent
+    hostile.hub_cache(root, "org/other", FILES)
+    hostile.folder(home, {"secret": weights("a")})
+    hostile.folder(snapshot, {"plain": weights("a")})
+    hostile.folder(home / "blobs" / "deep", {"secret": weights("a")})
+    hostile.folder(home / "snapshots" / "other", {"secret": weights("a")})
+    (home / "blobs" / "out").symlink_to("../secret")
+    (home / "blobs" / "in").symlink_to(f"{0:064x}")
+    return snapshot
+
+
+def relink(link: Path, target: str) -> None:
+    link.unlink()
+    link.symlink_to(target)
+
+
+OUT = {
+    "the repository's root": "../../secret",
+    "a folder in blobs": "../../blobs/deep/secret",
+    "out again over blobs": "../../blobs/out",
+    "out again by dots": "../../blobs/../secret",
+    "another snapshot": "../other/secret",
+    "another repository": f"../../../models--org--other/blobs/{0:064x}",
+    "the same directory": "plain",
+    "an absolute path": "/etc/hosts",
+}
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json"])
+@pytest.mark.parametrize("target", OUT.values(), ids=OUT.keys())
+def test_must_refuse_links_in_a_cache_to(tmp_path: Path, name: str, target: str) -> None:
+    snapshot = cache_with_targets(tmp_path)
+    relink(snapshot / name, target)
+    assert (snapshot / name).is_file()
+    with pytest.raises(PolicyError, match=r"link that leads out .*; put the file") as told:
+        open_checkpoint(snapshot)
+    hostile.check_told(told.value, file=snapshot / name)
+
+
+@pytest.mark.parametrize("target", ["/dev/zero", "model.safetensors", "nowhere"])
+def test_must_refuse_links_to_nothing(tmp_path: Path, target: str) -> None:
+    snapshot = cache_with_targets(tmp_path)
+    relink(snapshot / "model.safetensors", target)
+    with hostile.deadline(), pytest.raises(PolicyError, match="link that leads out"):
+        open_checkpoint(snapshot)
+
+
+def test_must_refuse_a_missing_blob(tmp_path: Path) -> None:
+    snapshot = cache_with_targets(tmp_path)
+    relink(snapshot / "model.safetensors", "../../blobs/gone")
+    with pytest.raises(StorageError, match="cannot open: No such file") as told:
+        open_checkpoint(snapshot)
+    hostile.check_told(told.value, file=snapshot / "model.safetensors")
+
+
+def test_a_link_over_a_link_within_blobs_is_followed(tmp_path: Path) -> None:
+    snapshot = cache_with_targets(tmp_path)
+    relink(snapshot / "model.safetensors", "../../blobs/in")
+    assert set(open_checkpoint(snapshot)) == {"a"}
+
+
+@pytest.mark.parametrize("name", ["config.json", SHARDS[1], INDEX, "vocab.txt"])
+@pytest.mark.parametrize("place", ["elsewhere", "deep/model/same", "deep/blobs/0", "blobs/0"])
+def test_must_refuse_links_in_a_plain_directory(tmp_path: Path, name: str, place: str) -> None:
+    model = hostile.sharded(tmp_path / "deep" / "model", {"vocab.txt": b"a"})
+    hostile.folder((tmp_path / place).parent, {Path(place).name: (model / name).read_bytes()})
+    relink(model / name, os.path.relpath(tmp_path / place, model))
+    with pytest.raises(PolicyError, match="symbolic link that leads out") as told:
+        open_checkpoint(model)
+    hostile.check_told(told.value, file=model / name)
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty hub cache, and no network."""
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path / "hub"
+
+
+@pytest.mark.parametrize("revision", ["", "@main", f"@{COMMIT}"], ids=["", "branch", "commit"])
+def test_a_hub_id_is_found_in_the_cache(cache: Path, revision: str) -> None:
+    hostile.hub_cache(cache, "org/name", FILES)
+    found = open_checkpoint(f"org/name{revision}")
+    assert hostile.stored(found) == hostile.stored_by_library(weights("a"))
+    assert found.hub_id == f"org/name@{COMMIT}"
+    assert found.label == f"org/name{revision}"
+    record = save(found, str(cache.parent / "out"))
+    assert record["inputs"][0]["name"] == f"org/name@{COMMIT}"
+    assert "base_model:\n- org/name\n" in (cache.parent / "out" / "README.md").read_text()
+
+
+def test_a_local_path_comes_before_a_hub_id(cache: Path) -> None:
+    hostile.hub_cache(cache, "org/name", FILES)
+    hostile.folder(cache.parent / "org" / "name", {"model.safetensors": weights("local")})
+    found = open_checkpoint("org/name")
+    assert (set(found), found.hub_id) == ({"local"}, "")
+
+
+def test_a_cache_without_the_weights_is_not_enough(cache: Path) -> None:
+    snapshot = hostile.hub_cache(cache, "org/name", {"config.json": {}})
+    with pytest.raises(FormatError, match=r"no model\.safetensors and no") as told:
+        open_checkpoint("org/name")
+    hostile.check_told(told.value, file=snapshot)
+
+
+BAD_IDS = ["org/na--me", "org/..", "org/name.", f"org/{'x' * 99}", "-/-"]
+
+
+@pytest.mark.parametrize("name", ["org/gone", "org/name@v1", f"org/gone@{COMMIT}", *BAD_IDS])
+def test_a_hub_id_that_is_not_there(cache: Path, name: str) -> None:
+    hostile.hub_cache(cache, "org/name", FILES)
+    with pytest.raises(StorageError, match="neither a local path nor a hub repository") as told:
+        open_checkpoint(name)
+    assert str(told.value).startswith(f"'{name}' is neither")
+    assert str(told.value).isprintable()
+    assert told.value.exit_code == 6
