@@ -11,7 +11,7 @@ import os
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Executor, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
@@ -244,10 +244,12 @@ def fold(
 
     total = sum(_bytes_read(*item) for item in items)
     done, state = 0, init
-    for (pair, start, stop), result in engine.run(work, items):
-        state = combine(state, pair, start, result)
-        done += _bytes_read(pair, start, stop)
-        engine.report(what, done, total)
+    # Closed by name: left to the garbage collector, its threads could be joined at any place.
+    with closing(engine.run(work, items)) as results:
+        for (pair, start, stop), result in results:
+            state = combine(state, pair, start, result)
+            done += _bytes_read(pair, start, stop)
+            engine.report(what, done, total)
     return state
 
 

@@ -44,6 +44,7 @@ def open_directory(directory: str, *, label: str, weights: str | None = None) ->
     layout: dict[str, str] = {}
     metadata: dict[str, str] = {}
     files: list[FileRef] = []
+    warnings: list[str] = []
     listed, total = None, None
     if chosen.endswith(".index.json"):
         index, listed, total = _read_index(directory, chosen)
@@ -55,12 +56,12 @@ def open_directory(directory: str, *, label: str, weights: str | None = None) ->
             _check_shard(file, found, listed, shard)
         tensors |= found
         layout |= dict.fromkeys(found, shard)
+        warnings += _conflicts(shard, shard_metadata, metadata)
         metadata |= shard_metadata
         files.append(file.ref())
     actual = sum(view.nbytes for view in tensors.values())
-    warnings: tuple[str, ...] = ()
     if total is not None and total != actual:
-        warnings = (f"{chosen}: total_size is {shown(total)}, the tensors take {actual:,} bytes",)
+        warnings += [f"{chosen}: total_size is {shown(total)}, the tensors take {actual:,} bytes"]
     side_files, left_out = _side_files(directory, entries, {f.name for f in files} | {chosen})
     return Checkpoint(
         tensors,
@@ -71,7 +72,7 @@ def open_directory(directory: str, *, label: str, weights: str | None = None) ->
         files=tuple(files),
         side_files=side_files,
         left_out=left_out,
-        warnings=warnings,
+        warnings=tuple(warnings),
         config=config,
     )
 
@@ -109,6 +110,15 @@ def _choose(directory: str, entries: list[str], config: dict[str, Any]) -> str:
             hint=f"choose one with --weights {answers[0]}",
         )
     return answers[0]
+
+
+def _conflicts(shard: str, new: dict[str, str], known: dict[str, str]) -> list[str]:
+    """Warnings for header metadata that an earlier shard gives otherwise; the last one counts."""
+    return [
+        f"{shown(shard)}: its header metadata has another '{shown(key)}' than the shards before"
+        for key in sorted(new.keys() & known.keys())
+        if new[key] != known[key]
+    ]
 
 
 def _open_shard(directory: str, shard: str, chosen: str) -> InputFile:

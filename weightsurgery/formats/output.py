@@ -274,7 +274,11 @@ def _move(source: str, target: str, *, overwrite: bool) -> None:
     if exists and os.path.isdir(target):  # a file system without renameat2
         aside = f"{source}-old"
         os.rename(target, aside)
-        os.rename(source, target)
+        try:
+            os.rename(source, target)
+        except BaseException:
+            os.rename(aside, target)
+            raise
         os.rename(aside, source)
     else:
         os.replace(source, target)

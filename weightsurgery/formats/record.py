@@ -55,7 +55,7 @@ def make_record(
         "eligible_dimensions": eligible,
         "effective_share": changed / eligible if eligible else None,
         "alignment": checkpoint.notes.get("alignment"),
-        "left_out": [{"file": name, "reason": reason} for name, reason in left_out],
+        "left_out": [{"file": _text(name), "reason": reason} for name, reason in left_out],
         "warnings": list(warnings),
     }
 
@@ -82,7 +82,12 @@ def recipe(checkpoint: Checkpoint, ids: Mapping[int, int]) -> dict[str, Any]:
 
 def public_name(checkpoint: Checkpoint) -> str:
     """What to call an input in files that others will read: a hub id, or the last path part."""
-    return checkpoint.hub_id or shown(os.path.basename(os.path.abspath(checkpoint.label)))
+    return checkpoint.hub_id or _text(os.path.basename(os.path.abspath(checkpoint.label)))
+
+
+def _text(name: str) -> str:
+    """A file name as text that does not depend on the locale."""
+    return shown(os.fsencode(name).decode("utf-8", "backslashreplace"))
 
 
 def describe_input(source: Checkpoint, hashes: Mapping[str, str]) -> dict[str, Any]:
@@ -90,7 +95,7 @@ def describe_input(source: Checkpoint, hashes: Mapping[str, str]) -> dict[str, A
     return {
         "name": public_name(source),
         "files": [
-            {"name": file.name, "size": file.size, "sha256": hashes.get(file.path)}
+            {"name": _text(file.name), "size": file.size, "sha256": hashes.get(file.path)}
             for file in (*source.files, *source.side_files)
         ],
     }

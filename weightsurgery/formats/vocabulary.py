@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from weightsurgery.checkpoint import Checkpoint, FileRef
-from weightsurgery.formats.strict_json import parse, parse_object
+from weightsurgery.formats.strict_json import parse_object
 
 MAX_BYTES = 100_000_000
 
@@ -48,8 +48,7 @@ def _tokenizer_json(side: FileRef) -> dict[int, str]:
 
 
 def _vocab_json(side: FileRef) -> dict[int, str]:
-    vocabulary = parse(side.content(), file=side.path, what="vocabulary")
-    return _by_id(vocabulary) if isinstance(vocabulary, dict) else {}
+    return _by_id(parse_object(side.content(), file=side.path, what="vocabulary"))
 
 
 def _vocab_txt(side: FileRef) -> dict[int, str]:

@@ -1,0 +1,127 @@
+"""The benchmarks: which commands take turns, and the bars that their figures are held to."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from . import commands, mergekit
+from .measure import Command, Result, take_turns
+from .report import Bar, Row, faster, within
+
+LEAST_HELP_REPEATS = 10
+ABSENT = Result(error="not installed")
+
+# Prints which of the modules on its command line `wsurg --help` has imported.
+LIST_IMPORTED = """\
+import contextlib, io, runpy, sys
+heavy, sys.argv = sys.argv[1:], ["wsurg", "--help"]
+with contextlib.suppress(SystemExit), contextlib.redirect_stdout(io.StringIO()):
+    runpy.run_module("weightsurgery", run_name="__main__")
+print(*[name for name in heavy if name in sys.modules])
+"""
+HEAVY = ("torch", "transformers", "numba", "numpy")
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Where to work, how often to run each command, how large the models are, the rival."""
+
+    work: Path
+    repeats: int
+    layers: int
+    mergekit: Path | None
+
+
+def diff(setting: Setting) -> list[Row]:
+    """`wsurg diff` against reading the bytes and against torch."""
+    models = commands.pair(setting.work, "tinyllama", layers=setting.layers)
+    floor, naive = commands.rival("pread_pass", models), commands.rival("naive_diff", models)
+    turns = [floor, naive, commands.wsurg_diff(models)]
+    results = take_turns(turns, setting.repeats, warm=floor)
+    ours = results["diff"]
+    peak = None if ours.error else ours.peak_bytes / 1e6
+    return [
+        within("diff", ours, "pread pass", results["pread_pass"], 5),
+        faster("diff", ours, "naive diff (torch)", results["naive_diff"], 8),
+        Row("diff, peak memory", ours, peak, Bar("at most", 400, " MB")),
+    ]
+
+
+def mix(setting: Setting) -> list[Row]:
+    """`wsurg mix`, without and with hashes, against mergekit and against a plain copy."""
+    work = setting.work
+    models = commands.pair(work, "tinyllama", layers=setting.layers)
+    turns = [
+        commands.copy_and_sync(models[0], work),
+        commands.wsurg_mix(models, work, "--no-hash", label="mix --no-hash"),
+        commands.wsurg_mix(models, work),
+    ]
+    if setting.mergekit:
+        turns.append(mergekit.merge(setting.mergekit, *models, work))
+    floor = commands.rival("pread_pass", models)
+    results = take_turns(turns, setting.repeats, warm=floor)
+    merged, bare, hashed = results.get("mergekit", ABSENT), results["mix --no-hash"], results["mix"]
+    return [
+        faster("mix --no-hash", bare, "mergekit linear", merged, 6),
+        within("mix --no-hash", bare, "cp + sync", results["cp + sync"], 2),
+        faster("mix", hashed, "mergekit linear", merged, 3.5),
+    ]
+
+
+def memory(setting: Setting) -> list[Row]:
+    """Peak memory of `wsurg diff` and `wsurg mix` on a model and on one eight times larger."""
+    turns: list[Command] = []
+    for size in ("small", "large"):
+        models = commands.pair(setting.work, size, "sparse")
+        turns.append(commands.wsurg_diff(models, f"diff {size}"))
+        turns.append(commands.wsurg_mix(models, setting.work, label=f"mix {size}"))
+    results = take_turns(turns, setting.repeats)
+    return [
+        growth(name, results[f"{name} small"], results[f"{name} large"]) for name in ("diff", "mix")
+    ]
+
+
+def growth(name: str, small: Result, large: Result) -> Row:
+    """Return the row that keeps the peak on the large model near that on the small one."""
+    value = None if small.error or large.error else 100 * (large.peak_bytes / small.peak_bytes - 1)
+    rival = f"1/8 the bytes, {small.peak_bytes / 1e6:.0f} MB"
+    return Row(f"{name}, peak growth", large, value, Bar("at most", 10, " %"), rival, small)
+
+
+def help_text(setting: Setting) -> list[Row]:
+    """`wsurg --help` against an empty Python and mergekit's --help, and what it imports."""
+    turns = [
+        Command("pass", (sys.executable, "-c", "pass")),
+        Command("help", (*commands.WSURG, "--help")),
+    ]
+    results = take_turns(turns, max(setting.repeats, LEAST_HELP_REPEATS))
+    if setting.mergekit:
+        turns = [Command("mergekit", (str(setting.mergekit), "--help"))]
+        results |= take_turns(turns, setting.repeats)
+    ours, empty = results["help"], results["pass"]
+    bar = Bar("at most", max(0.25, 8 * (empty.best or 0.0)), " s")
+    ratio = faster("--help", ours, "mergekit --help", results.get("mergekit", ABSENT), 1)
+    return [Row("--help", ours, ours.best, bar, "python -c pass", empty), ratio, imports()]
+
+
+def imports() -> Row:
+    """Return the row that allows `wsurg --help` none of the heavy modules."""
+    bar = Bar("at most", 0, " modules")
+    command = [sys.executable, "-c", LIST_IMPORTED, *HEAVY]
+    listed = subprocess.run(command, check=False, capture_output=True, text=True)
+    if listed.returncode:
+        return Row("--help, imports", Result(error=listed.stderr), None, bar)
+    found = listed.stdout.split()
+    return Row(f"--help, imports {' '.join(found) or 'nothing heavy'}", Result(), len(found), bar)
+
+
+BENCHES: dict[str, Callable[[Setting], list[Row]]] = {
+    "help": help_text,
+    "diff": diff,
+    "mix": mix,
+    "memory": memory,
+}
