@@ -35,9 +35,30 @@ _LOW, _HIGH = 1e-30, 1e30  # sums of squares that float32 holds without loss
 _BASE_NAN, _BASE_INF, _TUNED_NAN, _TUNED_INF, _SKIPPED = range(8, 13)
 
 
+@jit
+def _peak(bits: Lanes) -> int:
+    # On bits: non-negative numbers order like their bit patterns, and integers run in lanes.
+    largest = bits[0]
+    for i in range(bits.size):
+        largest = max(largest, bits[i])
+    return largest
+
+
+@jit
+def _is_safe(total: Lanes, bits: Lanes) -> bool:
+    """Whether a sum of squares is exact enough; nothing is lost in a sum of zeros alone."""
+    return _LOW < total < _HIGH or (total == 0 and _peak(bits) == 0)
+
+
 @jit_with(fastmath={"reassoc", "contract", "nsz"})  # sums in vector lanes; NaN stays NaN
 def _add_chunk(
-    base: Lanes, tuned: Lanes, old: Lanes, new: Lanes, magnitude: Lanes, totals: Lanes
+    base: Lanes,
+    tuned: Lanes,
+    old: Lanes,
+    new: Lanes,
+    magnitude: Lanes,
+    bits: Lanes,
+    totals: Lanes,
 ) -> float:
     """Everything of one chunk in one loop, in the blocks' own precision."""
     zero, one = magnitude.dtype.type(0), magnitude.dtype.type(1)
@@ -54,9 +75,7 @@ def _add_chunk(
         flips += one if ((b < zero) & (t > zero)) | ((b > zero) & (t < zero)) else zero
         changed += one if old[i] != new[i] else zero  # bits: NaN equals itself, 0.0 is not -0.0
     totals[_CHANGED] += changed
-    if not (_LOW < base2 < _HIGH and _LOW < tuned2 < _HIGH):
-        return np.nan
-    if not (drift2 == zero or _LOW < drift2 < _HIGH):
+    if not (_is_safe(base2, old) and _is_safe(tuned2, new) and _is_safe(drift2, bits)):
         return np.nan
     totals[0] += total
     totals[_DRIFT2] += drift2
@@ -91,15 +110,6 @@ def _add_chunk_carefully(base: Lanes, tuned: Lanes, magnitude: Lanes, totals: La
         totals[5] += (b < 0.0 and t > 0.0) or (b > 0.0 and t < 0.0)
     totals[_DRIFT2] += drift2
     return drift2
-
-
-@jit
-def _peak(bits: Lanes) -> int:
-    # On bits: non-negative numbers order like their bit patterns, and integers run in lanes.
-    largest = bits[0]
-    for i in range(bits.size):
-        largest = max(largest, bits[i])
-    return largest
 
 
 def _bin(bits):  # type: ignore[no-untyped-def]
@@ -170,7 +180,13 @@ def _drift_statistics(
             stop = min(start + CHUNK, (row + 1) * width)
             part, size = slice(start, stop), stop - start
             drift2 = _add_chunk(
-                base[part], tuned[part], old[part], new[part], magnitude[:size], totals
+                base[part],
+                tuned[part],
+                old[part],
+                new[part],
+                magnitude[:size],
+                bits[:size],
+                totals,
             )
             if np.isnan(drift2):
                 drift2 = _add_chunk_carefully(base[part], tuned[part], magnitude[:size], totals)

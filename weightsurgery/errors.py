@@ -14,9 +14,11 @@ SurgeryError                1   (base class; never raised itself)
 
 from __future__ import annotations
 
+import codecs
 import os
 
 _LONGEST_NAME = 200
+codecs.lookup("unicode_escape")  # imported now, not while a hostile file is open
 
 
 def shown(text: object) -> str:

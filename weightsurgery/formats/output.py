@@ -24,17 +24,24 @@ from weightsurgery.errors import BusyError, PolicyError, StorageError, SurgeryEr
 from weightsurgery.formats.layout import CARD, RECORD, SIDE_FILES, WEIGHTS, fits
 
 _NOREPLACE, _EXCHANGE = 1, 2
+_WRITE_OUT = 32 << 20  # bytes after which the system is told to begin writing to the disk
+_SYNC_FILE_RANGE_WRITE = 2
 _AT_FDCWD = -100
 
 
 class OutputFile:
-    """A new file in the temporary directory: written front to back, then made durable."""
+    """A new file in the temporary directory, written front to back.
+
+    The system is told to begin writing to the disk every now and then, so that making all durable
+    at the end does not have to wait for everything.
+    """
 
     def __init__(self, path: str) -> None:
         self.path = path
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
         with _told("cannot create", path):
             self._fd = os.open(path, flags, 0o666)
+        self._size = self._begun = 0
 
     def write(self, data: Any) -> None:
         """Append bytes.
@@ -45,15 +52,24 @@ class OutputFile:
         view = memoryview(data).cast("B") if len(data) else memoryview(b"")
         with _told("cannot write", self.path):
             while len(view):
-                view = view[os.write(self._fd, view) :]
+                written = os.write(self._fd, view)
+                view, self._size = view[written:], self._size + written
+        if self._size - self._begun >= _WRITE_OUT:
+            _begin_write_out(self._fd, self._begun, self._size - self._begun)
+            self._begun = self._size
+
+    def sync(self) -> None:
+        """Make the bytes durable.
+
+        Raises:
+            StorageError: The system reports an error.
+        """
+        with _told("cannot write", self.path):
+            os.fsync(self._fd)
 
     def close(self) -> None:
-        """Make the bytes durable and close."""
-        try:
-            with _told("cannot write", self.path):
-                os.fsync(self._fd)
-        finally:
-            os.close(self._fd)
+        """Close; what was not made durable may be lost."""
+        os.close(self._fd)
 
 
 class Output:
@@ -82,6 +98,7 @@ class Output:
         short = hashlib.blake2b(os.fsencode(os.path.basename(self.out)), digest_size=6).hexdigest()
         self.temporary = os.path.join(self.parent, f".wsurg-{short}")
         self._locks: list[int] = []
+        self._files: list[OutputFile] = []
 
     def __enter__(self) -> Output:
         try:
@@ -95,6 +112,8 @@ class Output:
         return self
 
     def __exit__(self, *_: object) -> None:
+        while self._files:
+            self._files.pop().close()
         # What is still there was not committed, or is what a commit replaced; unless, since the
         # commit, another run has begun there.
         if any(_is_at(lock, self.temporary) for lock in self._locks):
@@ -103,16 +122,13 @@ class Output:
             os.close(self._locks.pop())
 
     def create(self, name: str) -> OutputFile:
-        """A new file of the output."""
-        return OutputFile(os.path.join(self.temporary, name))
+        """A new file of the output; `commit` makes it durable."""
+        self._files.append(OutputFile(os.path.join(self.temporary, name)))
+        return self._files[-1]
 
     def write(self, name: str, data: bytes) -> None:
         """A small file of the output, whole."""
-        file = self.create(name)
-        try:
-            file.write(data)
-        finally:
-            file.close()
+        self.create(name).write(data)
 
     def commit(self) -> None:
         """Move the output to its place: all of it, or nothing.
@@ -121,6 +137,8 @@ class Output:
             PolicyError: Something appeared at the destination meanwhile.
             StorageError: The system reports an error.
         """
+        for file in self._files:
+            file.sync()
         with _signals_held(), _told("cannot put in place", self.out):
             _fsync_directory(self.temporary)
             if self.is_directory:
@@ -282,6 +300,13 @@ def _move(source: str, target: str, *, overwrite: bool) -> None:
         os.rename(aside, source)
     else:
         os.replace(source, target)
+
+
+def _begin_write_out(fd: int, offset: int, count: int) -> None:
+    """Ask the system to begin writing a range to the disk; only a hint, where there is the call."""
+    call = getattr(ctypes.CDLL(None), "sync_file_range", None)
+    if call is not None:
+        call(fd, ctypes.c_longlong(offset), ctypes.c_longlong(count), _SYNC_FILE_RANGE_WRITE)
 
 
 def _renameat2(source: str, target: str, flags: int) -> bool:

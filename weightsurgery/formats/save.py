@@ -112,16 +112,20 @@ class _Digest:
 
     def update(self, data: Any) -> None:
         if self._pool is not None:
-            self._pending.append(self._pool.submit(self._digest.update, data))
+            self._pending.append(self._pool.submit(self._add, data))
             if len(self._pending) > _HASH_DEPTH:
                 self._pending.popleft().result()
 
-    def finish(self) -> str | None:
-        """The digest of what was given since the last call."""
-        while self._pending:
-            self._pending.popleft().result()
+    def finish(self) -> Future[str] | None:
+        """The digest of what was given since the last call, once it is there."""
+        return None if self._pool is None else self._pool.submit(self._take)
+
+    def _add(self, data: Any) -> None:
+        self._digest.update(data)  # looked up here, in the thread: `_take` replaces it there
+
+    def _take(self) -> str:
         digest, self._digest = self._digest, hashlib.sha256()
-        return digest.hexdigest() if self._pool is not None else None
+        return digest.hexdigest()
 
 
 def _write_shards(
@@ -144,23 +148,22 @@ def _write_shards(
         blocks = stack.enter_context(closing(engine.run(_compute, items)))
         for shard in plan.shards:
             file = output.create(shard.name)
-            try:
-                file.write(shard.header)
-                file_digest.update(shard.header)
-                for view in shard.views:
-                    changed = 0
-                    for _ in view.blocks():
-                        _, (data, different) = next(blocks)
-                        file.write(data)
-                        file_digest.update(data)
-                        tensor_digest.update(data)
-                        changed += different
-                        done += len(data)
-                        engine.report("writing", done, plan.nbytes)
-                    tensors[view.name] = _entry(view, shard, changed, tensor_digest.finish())
-            finally:
-                file.close()
+            file.write(shard.header)
+            file_digest.update(shard.header)
+            for view in shard.views:
+                changed = 0
+                for _ in view.blocks():
+                    _, (data, different) = next(blocks)
+                    file.write(data)
+                    file_digest.update(data)
+                    tensor_digest.update(data)
+                    changed += different
+                    done += len(data)
+                    engine.report("writing", done, plan.nbytes)
+                tensors[view.name] = _entry(view, shard, changed, tensor_digest.finish())
             outputs[shard.name] = {"size": shard.nbytes, "sha256": file_digest.finish()}
+    for entry in (*tensors.values(), *outputs.values()):
+        entry["sha256"] = entry["sha256"].result() if hashes else None
     return tensors, outputs
 
 
@@ -171,7 +174,9 @@ def _compute(item: tuple[TensorView, int, int]) -> tuple[memoryview, int]:
     return result.view("u1").data, count_different(stored, result) if same_type else result.size
 
 
-def _entry(view: TensorView, shard: Shard, changed: int, sha256: str | None) -> dict[str, Any]:
+def _entry(
+    view: TensorView, shard: Shard, changed: int, sha256: Future[str] | None
+) -> dict[str, Any]:
     return {
         "file": shard.name,
         "dtype": view.dtype.name,
