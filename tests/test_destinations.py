@@ -253,3 +253,8 @@ def test_overwrite_must_refuse_other_kinds(
         "--overwrite replaces only a (directory|regular file) here",
         overwrite=True,
     )
+
+
+def test_a_name_that_is_not_utf8_is_refused(scene: Scene) -> None:
+    out = os.fsdecode(os.fsencode(scene.place) + b"/o\xff.safetensors")
+    must_refuse(scene, scene.open("file"), out, SettingError, "not UTF-8")

@@ -24,6 +24,7 @@ from weightsurgery.kernels import (
 
 BIN_SHIFT = 18  # bins of |drift|: its float32 bits >> 18, so 8 exponent and 5 mantissa bits
 BINS = 1 << (31 - BIN_SHIFT)
+_ROOM = 512  # elements
 
 # Where each total lies in the array that `drift_statistics` returns.
 TOTALS = (
@@ -235,8 +236,10 @@ def drift_statistics(
     rows = np.zeros(base.size // width if width else 0)
     columns = np.zeros(width if by_column else 0)
     values, places = np.zeros(top), np.full(top, -1, np.int64)
-    magnitude = np.empty(CHUNK + 1, real)  # the last place serves to read a peak's bits
-    bits = magnitude.view(f"u{magnitude.itemsize}")
+    # Room on both sides: the compiled loop compares addresses, and sums in lanes or not where
+    # arrays lie close together, which would make the last bits a matter of chance.
+    magnitude = np.empty(_ROOM + CHUNK + 1 + _ROOM, real)[_ROOM:-_ROOM]
+    bits = magnitude.view(f"u{magnitude.itemsize}")  # its last place serves to read a peak
     _drift_statistics(
         *(base, tuned, old, new, magnitude, bits, width),
         *(totals, bins, rows, columns, values, places),

@@ -180,6 +180,10 @@ def fit_workers(
 
 
 def _check_kind(checkpoint: Checkpoint, out: str, max_shard_size: int | None) -> None:
+    try:
+        out.encode()
+    except UnicodeEncodeError:  # the record could not name it
+        raise SettingError(f"the output's name is not UTF-8: {shown(out)}") from None
     if checkpoint.is_directory and out.endswith(".safetensors"):
         raise SettingError(
             f"'{out}' names a file, but the input is a model directory",
