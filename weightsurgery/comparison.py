@@ -189,6 +189,9 @@ class _Collector:
             self._keep("tokens", pair, np.sqrt(energies), first_row + rows)
 
     def _keep(self, what: str, pair: Pair, values: Block, places: Block) -> None:
+        best = self.best[what]
+        if not values.size or (len(best) == self.top and (not best or values[0] <= -best[-1][0])):
+            return  # values fall, and of equal ones the first tensor's stay: nothing new gets in
         new = [(-float(v), pair.name, int(i)) for v, i in zip(values, places, strict=True) if v > 0]
         self.best[what] = heapq.nsmallest(self.top, [*self.best[what], *new])
 

@@ -36,7 +36,7 @@ _LOW, _HIGH = 1e-30, 1e30  # sums of squares that float32 holds without loss
 _BASE_NAN, _BASE_INF, _TUNED_NAN, _TUNED_INF, _SKIPPED = range(8, 13)
 
 
-@jit
+@jit_with(forceinline=True)
 def _peak(bits: Lanes) -> int:
     # On bits: non-negative numbers order like their bit patterns, and integers run in lanes.
     largest = bits[0]
@@ -45,13 +45,15 @@ def _peak(bits: Lanes) -> int:
     return largest
 
 
-@jit
+@jit_with(forceinline=True)
 def _is_safe(total: Lanes, bits: Lanes) -> bool:
     """Whether a sum of squares is exact enough; nothing is lost in a sum of zeros alone."""
     return _LOW < total < _HIGH or (total == 0 and _peak(bits) == 0)
 
 
-@jit_with(fastmath={"reassoc", "contract", "nsz"})  # sums in vector lanes; NaN stays NaN
+@jit_with(
+    forceinline=True, fastmath={"reassoc", "contract", "nsz"}
+)  # sums in vector lanes; NaN stays NaN
 def _add_chunk(
     base: Lanes,
     tuned: Lanes,
@@ -127,7 +129,7 @@ def _bin_compiled(bits):  # type: ignore[no-untyped-def]
     )
 
 
-@jit
+@jit_with(forceinline=True)
 def _add_bins(bits: Lanes, bins0: Lanes, bins1: Lanes, bins2: Lanes, bins3: Lanes) -> None:
     # Four counters in turn: the next increment need not wait for the store of the last.
     whole = bits.size // 4 * 4
@@ -154,7 +156,7 @@ def _keep_largest(magnitude: Lanes, first: int, values: Lanes, places: Lanes) ->
             places[j] = first + i
 
 
-@jit
+@jit_with(forceinline=True)
 def _add_columns(magnitude: Lanes, columns: Lanes) -> None:
     for i in range(magnitude.size):
         columns[i] += np.float64(magnitude[i]) * np.float64(magnitude[i])
@@ -171,6 +173,7 @@ def _drift_statistics(
     width: int,
     totals: Lanes,
     bins: Lanes,
+    histogram: Lanes,
     rows: Lanes,
     columns: Lanes,
     values: Lanes,
@@ -192,10 +195,10 @@ def _drift_statistics(
             if np.isnan(drift2):
                 drift2 = _add_chunk_carefully(base[part], tuned[part], magnitude[:size], totals)
             rows[row] += drift2
-            if _peak(bits[:size]) == 0:  # nothing moved in this chunk
+            bits[CHUNK] = _peak(bits[:size])
+            if bits[CHUNK] == 0:  # nothing moved in this chunk
                 bins[0, 0] += np.uint32(size)
                 continue
-            bits[CHUNK] = _peak(bits[:size])
             largest = magnitude[CHUNK]
             totals[_LARGEST] = max(totals[_LARGEST], largest)
             _add_bins(bits[:size], bins[0], bins[1], bins[2], bins[3])
@@ -203,6 +206,10 @@ def _drift_statistics(
                 _keep_largest(magnitude[:size], start, values, places)
             if columns.size:
                 _add_columns(magnitude[:size], columns[start - row * width : stop - row * width])
+    for i in range(histogram.size):
+        for counter in range(bins.shape[0]):
+            histogram[i] += np.int64(bins[counter, i])
+    histogram[0] -= np.int64(totals[_SKIPPED])  # they were counted as zero
 
 
 def drift_statistics(
@@ -232,7 +239,7 @@ def drift_statistics(
     real = np.float64 if base.dtype == np.float64 else np.float32
     totals = np.zeros(len(TOTALS))
     # 16 more, or equal bins of the four counters share their address bits and wait on each other.
-    bins = np.zeros((4, BINS + 16), np.uint32)
+    bins, histogram = np.zeros((4, BINS + 16), np.uint32), np.zeros(BINS, np.int64)
     rows = np.zeros(base.size // width if width else 0)
     columns = np.zeros(width if by_column else 0)
     values, places = np.zeros(top), np.full(top, -1, np.int64)
@@ -242,8 +249,6 @@ def drift_statistics(
     bits = magnitude.view(f"u{magnitude.itemsize}")  # its last place serves to read a peak
     _drift_statistics(
         *(base, tuned, old, new, magnitude, bits, width),
-        *(totals, bins, rows, columns, values, places),
+        *(totals, bins, histogram, rows, columns, values, places),
     )
-    histogram = bins[:, :BINS].sum(0, dtype=np.int64)
-    histogram[0] -= int(totals[_SKIPPED])  # they were counted as zero
     return totals, histogram, rows, columns, values, places

@@ -65,6 +65,7 @@ class Statistics:
         cosine = total["dot"] / norms if norms else None
         if cosine is not None and abs(cosine) > 1:  # by rounding; a comparison leaves NaN alone
             cosine = math.copysign(1.0, cosine)
+        below = np.cumsum(self.bins)
         counts = ("changed", "sign_flips", "base_nan", "base_inf", "tuned_nan", "tuned_inf")
         found = {
             "count": self.count,
@@ -75,16 +76,16 @@ class Statistics:
             "mean": mean,
             "std": variance**0.5 if not variance < 0 else 0.0,
             "cosine": cosine,
-            **{f"q{q * 100:g}": self._quantile(q, finite) for q in QUANTILES},
+            **{f"q{q * 100:g}": self._quantile(q, finite, below) for q in QUANTILES},
             **{name: int(total[name]) for name in (*counts, "skipped")},
             "bit_equal": total["changed"] == 0,
         }
         return {key: finite_or_none(value) for key, value in found.items()}
 
-    def _quantile(self, share: float, finite: int) -> float:
+    def _quantile(self, share: float, finite: int, below: Block) -> float:
         """The smallest |drift| that at least `share` of the elements do not exceed."""
         rank = max(1, int(np.ceil(share * finite)))
-        place = int(np.searchsorted(np.cumsum(self.bins), rank))
+        place = int(np.searchsorted(below, rank))
         if place == 0 or not finite:
             return 0.0  # the first bin: zero, or below 4e-40
         if place >= _INFINITE:
