@@ -90,7 +90,9 @@ class FileRef:
         path: Where it lies.
         size: Bytes.
         content: Reads the whole file, for the small ones.
-        sha256: Reads the whole file, until the event is set; gives the digest in hexadecimal.
+        begin_hash: From now on what is read is hashed, so that `sha256` has little left to do;
+            gives a function that ends it.
+        sha256: Reads the rest of the file, until the event is set; gives the digest in hexadecimal.
         check_unchanged: Raises ChangedError if the file is no longer the one that was opened.
     """
 
@@ -98,6 +100,7 @@ class FileRef:
     path: str
     size: int
     content: Callable[[], bytes] = field(repr=False)
+    begin_hash: Callable[[], Callable[[], None]] = field(repr=False)
     sha256: Callable[[threading.Event | None], str] = field(repr=False)
     check_unchanged: Callable[[], None] = field(repr=False)
 

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import stat
 import threading
 import weakref
-from concurrent.futures import CancelledError
+from collections.abc import Callable
 from typing import Any
-
-import numpy as np
 
 from weightsurgery.checkpoint import FileRef
 from weightsurgery.errors import ChangedError, FormatError, PolicyError, StorageError
+from weightsurgery.formats.running_hash import RunningHash
 
-_CHUNK = 1 << 20
 _FLAGS = os.O_RDONLY | os.O_CLOEXEC | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
 
 
@@ -46,14 +43,20 @@ class InputFile:
             raise FormatError("expected a regular file, found something else", file=path)
         self._identity = _identity(found)
         self.size = found.st_size
+        self._hash: RunningHash | None = None
 
     def read_into(self, buffer: Any, offset: int) -> None:
-        """Fill a writable buffer with the bytes at `offset`.
+        """Fill a writable buffer with the bytes at `offset`; nobody may change them afterwards.
 
         Raises:
             ChangedError: The file ends before the buffer is full: it was truncated meanwhile.
             StorageError: The system reports a read error.
         """
+        self._fill(buffer, offset)
+        if self._hash is not None:
+            self._hash.offer(offset, buffer)
+
+    def _fill(self, buffer: Any, offset: int) -> None:
         view = memoryview(buffer)
         while view.nbytes:
             try:
@@ -80,20 +83,31 @@ class InputFile:
             raise FormatError(f"{self.size:,} bytes; expected at most {limit:,}", file=self.path)
         return self.read_bytes(0, self.size)
 
+    def begin_hash(self) -> Callable[[], None]:
+        """Hash what is read from now on, so that `sha256` has little left to do.
+
+        Returns:
+            What ends it, for a caller who did not get as far as `sha256`.
+        """
+        self._hash = RunningHash(self.size, self._read_apart)
+        return self._end_hash
+
+    def _end_hash(self) -> None:
+        self._hash = None
+
     def sha256(self, stop: threading.Event | None = None) -> str:
         """SHA-256 of the whole file, in hexadecimal.
 
         Raises:
             CancelledError: `stop` was set before the end.
         """
-        digest, buffer = hashlib.sha256(), np.empty(_CHUNK, np.uint8)
-        for offset in range(0, self.size, _CHUNK):
-            if stop is not None and stop.is_set():
-                raise CancelledError
-            part = buffer[: min(_CHUNK, self.size - offset)]
-            self.read_into(part.data, offset)
-            digest.update(part.data)
-        return digest.hexdigest()
+        running, self._hash = self._hash, None
+        return (running or RunningHash(self.size, self._read_apart)).finish(stop)
+
+    def _read_apart(self, offset: int, count: int) -> bytes:
+        data = bytearray(count)
+        self._fill(data, offset)
+        return bytes(data)
 
     def check_unchanged(self) -> None:
         """Compare device, inode, size and modification time with those at opening.
@@ -118,7 +132,10 @@ class InputFile:
     def ref(self) -> FileRef:
         """What checkpoints and records keep of this file."""
         name = os.path.basename(self.path)
-        return FileRef(name, self.path, self.size, self._content, self.sha256, self.check_unchanged)
+        return FileRef(
+            *(name, self.path, self.size, self._content),
+            *(self.begin_hash, self.sha256, self.check_unchanged),
+        )
 
     def _content(self) -> bytes:
         data = self.read_bytes(0, self.size)

@@ -6,9 +6,9 @@ import hashlib
 import os
 import threading
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, closing
 from dataclasses import replace
 from typing import Any
 
@@ -77,29 +77,26 @@ def save(
         overwrite=overwrite,
         inputs=input_paths(checkpoint),
     )
-    with output, _input_hashes(checkpoint, hashes) as input_hashes:
+    with output, ExitStack() as stack:
+        for file in checkpoint.input_files() if hashes else ():
+            stack.callback(file.begin_hash())
         tensors, outputs = _write_shards(output, plan, engine, hashes)
-        taken = input_hashes() if hashes else None
+        taken = _input_hashes(checkpoint) if hashes else None
         record = _write_rest(output, checkpoint, plan, tensors, outputs, taken)
         checkpoint.check_unchanged()
         output.commit()
     return record
 
 
-@contextmanager
-def _input_hashes(checkpoint: Checkpoint, wanted: bool) -> Iterator[Any]:
-    """Hash the input files in threads of their own while the blocks are worked on."""
+def _input_hashes(checkpoint: Checkpoint) -> dict[str, str]:
+    """Finish the hashes of the input files; little is left of those that were read whole."""
     stop = threading.Event()
-    with ThreadPoolExecutor(2) as pool:
-        futures = {
-            file.path: pool.submit(file.sha256, stop) for file in checkpoint.input_files() if wanted
-        }
+    with ThreadPoolExecutor() as pool:
+        futures = {f.path: pool.submit(f.sha256, stop) for f in checkpoint.input_files()}
         try:
-            yield lambda: {path: future.result() for path, future in futures.items()}
+            return {path: future.result() for path, future in futures.items()}
         finally:
-            stop.set()
-            for future in futures.values():
-                future.cancel()
+            stop.set()  # after an error or Ctrl-C the others need not go on
 
 
 class _Digest:
