@@ -43,11 +43,10 @@ def diff(setting: Setting) -> list[Row]:
     turns = [floor, naive, commands.wsurg_diff(models)]
     results = take_turns(turns, setting.repeats, warm=floor)
     ours = results["diff"]
-    peak = None if ours.error else ours.peak_bytes / 1e6
     return [
         within("diff", ours, "pread pass", results["pread_pass"], 5),
         faster("diff", ours, "naive diff (torch)", results["naive_diff"], 8),
-        Row("diff, peak memory", ours, peak, Bar("at most", 400, " MB")),
+        peak_memory("diff", ours),
     ]
 
 
@@ -69,7 +68,14 @@ def mix(setting: Setting) -> list[Row]:
         faster("mix --no-hash", bare, "mergekit linear", merged, 6),
         within("mix --no-hash", bare, "cp + sync", results["cp + sync"], 2),
         faster("mix", hashed, "mergekit linear", merged, 3.5),
+        peak_memory("mix", hashed),
     ]
+
+
+def peak_memory(name: str, ours: Result) -> Row:
+    """The row that holds a command's peak resident memory to 400 MB."""
+    peak = None if ours.error else ours.peak_bytes / 1e6
+    return Row(f"{name}, peak memory", ours, peak, Bar("at most", 400, " MB"))
 
 
 def memory(setting: Setting) -> list[Row]:
