@@ -106,6 +106,56 @@ def test_a_failing_move_leaves_nothing(scene: Scene, kind: str, old: bool) -> No
 
 
 @KINDS
+def test_a_failing_write_out_leaves_nothing(
+    scene: Scene, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    # One byte a window: every write fills one, and from the fifth on the oldest is waited for.
+    monkeypatch.setattr(output, "_WINDOW", 1)
+    really, checkpoint, number = output._sync_range, scene.open(kind), 0
+    before = hostile.contents(scene.root)
+    while True:
+        number += 1
+        call, calls = failing(really, number, errno.EIO, short=False)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(output, "_sync_range", call)
+            with suppress(StorageError):
+                save(checkpoint, str(scene.out(kind)), hashes=False)
+        if len(calls) < number:
+            break
+        assert hostile.contents(scene.root) == before
+    assert number > 3
+    assert hostile.stored(open_checkpoint(scene.out(kind))) == hostile.stored(checkpoint)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the call is Linux's")
+def test_an_error_of_the_write_out_is_told() -> None:
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        output._sync_range(-1, 0, 1, output._WRITE)
+    reading, writing = os.pipe()
+    output._sync_range(writing, 0, 1, output._WRITE)  # a file without ranges: only a hint is lost
+    os.close(reading)
+    os.close(writing)
+
+
+def test_what_is_on_the_disk_is_waited_for_and_dropped_in_order(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[tuple[Any, ...]] = []
+    monkeypatch.setattr(output, "_WINDOW", 10)
+    monkeypatch.setattr(output, "_sync_range", lambda _fd, *call: calls.append(call))
+    monkeypatch.setattr(os, "posix_fadvise", lambda _fd, *call: calls.append(("drop", *call[:2])))
+    file = output.OutputFile(str(tmp_path / "x"))
+    for size in (4, 8, 10, 3, 10, 30, 1):
+        file.write(bytes([size]) * size)
+    file.close()
+    begin, wait = output._WRITE, output._WAIT_BEFORE | output._WRITE | output._WAIT_AFTER
+    assert calls == [
+        *[(0, 12, begin), (12, 22, begin), (22, 35, begin), (35, 65, begin)],
+        *[(0, 12, wait), ("drop", 0, 12)],
+    ]
+
+
+@KINDS
 def test_all_is_durable_before_it_appears(
     scene: Scene, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:

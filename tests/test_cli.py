@@ -483,14 +483,17 @@ print([m for m in {modules!r} if m in sys.modules], file=sys.stderr)
 """
 
 
+HEAVY = ["torch", "transformers", "scipy.linalg"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "modules"),
     [
         (["--help"], ["torch", "transformers", "numba", "numpy", "rich"]),
-        (["inspect", "base.safetensors"], ["torch", "transformers"]),
-        (["diff", *PAIR], ["torch", "transformers"]),
-        (["mix", *PAIR, "-o", "out.safetensors"], ["torch", "transformers"]),
-        (["interpolate", *PAIR, "-o", "out.safetensors"], ["torch", "transformers"]),
+        (["inspect", "base.safetensors"], HEAVY),
+        (["diff", *PAIR], HEAVY),
+        (["mix", *PAIR, "-o", "out.safetensors"], HEAVY),
+        (["interpolate", *PAIR, "-o", "out.safetensors"], HEAVY),
     ],
     ids=["help", "inspect", "diff", "mix", "interpolate"],
 )
@@ -498,6 +501,15 @@ def test_nothing_heavy_is_imported(arguments: list[str], modules: list[str], fol
     code = FORBIDDEN.format(arguments=arguments, modules=modules)
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stderr.strip().endswith("[]")
+
+
+def test_scipy_is_whole_after_numba_was_imported_without_it() -> None:
+    code = (
+        "from weightsurgery.cli.startup import import_numba; import_numba(); import_numba(); "
+        "import sys, scipy.linalg; import_numba(); print(sys.modules['scipy.linalg'].det([[2.]]))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["2.0"]
 
 
 def test_importing_the_package_is_light() -> None:

@@ -16,6 +16,7 @@ from typing import Any, NoReturn
 
 import click
 
+from weightsurgery.cli import startup
 from weightsurgery.errors import StorageError, SurgeryError, shown
 from weightsurgery.version import __version__
 
@@ -36,6 +37,8 @@ class Commands(click.Group):
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         """Import one command."""
+        if cmd_name in _OWN or cmd_name in operator_summaries():
+            startup.import_numba()
         if cmd_name in _OWN:
             command: click.Command = importlib.import_module(
                 f"weightsurgery.cli.{cmd_name}_command"
@@ -116,6 +119,7 @@ def cli(ctx: click.Context, config: str | None) -> None:
 
 def main(arguments: list[str] | None = None) -> NoReturn:
     """Run `wsurg`, turn every error into one line on stderr, and exit with its code."""
+    startup.spare_garbage_collection()
     signal.signal(signal.SIGTERM, _terminated)
     _accept_all_text()
     try:
