@@ -37,7 +37,9 @@ Settings:
 
 def make_card(checkpoint: Checkpoint, record: Mapping[str, Any]) -> bytes:
     """A README.md in the hub's format: front matter, recipe, hashes."""
-    from huggingface_hub import ModelCard, ModelCardData
+    from huggingface_hub.repocard_data import (
+        ModelCardData,
+    )  # the package itself loads a network stack
 
     sources = checkpoint.sources()
     operator = checkpoint.step.operator if checkpoint.step else "copy"
@@ -63,4 +65,4 @@ def make_card(checkpoint: Checkpoint, record: Mapping[str, Any]) -> bytes:
             for name, entry in record["outputs"].items()
         ),
     )
-    return (str(ModelCard(f"---\n{data.to_yaml()}\n---\n{body}")) + "\n").encode()
+    return f"---\n{data.to_yaml()}\n---\n{body}\n".encode()
