@@ -62,10 +62,11 @@ class Statistics:
         base2, tuned2 = total["base2"], total["tuned2"]
         norms = base2**0.5 * tuned2**0.5  # not the root of the product: that overflows sooner
         variance = mean_square - mean * mean
-        cosine = total["dot"] / norms if norms else None
+        # The dot product by the law of cosines: of near models it is what a sum would round away.
+        cosine = (base2 / 2 + tuned2 / 2 - total["drift2"] / 2) / norms if norms else None
         if cosine is not None and abs(cosine) > 1:  # by rounding; a comparison leaves NaN alone
             cosine = math.copysign(1.0, cosine)
-        below = np.cumsum(self.bins)
+        quantiles = self._quantiles(finite)
         counts = ("changed", "sign_flips", "base_nan", "base_inf", "tuned_nan", "tuned_inf")
         found = {
             "count": self.count,
@@ -76,20 +77,20 @@ class Statistics:
             "mean": mean,
             "std": variance**0.5 if not variance < 0 else 0.0,
             "cosine": cosine,
-            **{f"q{q * 100:g}": self._quantile(q, finite, below) for q in QUANTILES},
+            **{f"q{q * 100:g}": value for q, value in zip(QUANTILES, quantiles, strict=True)},
             **{name: int(total[name]) for name in (*counts, "skipped")},
             "bit_equal": total["changed"] == 0,
         }
         return {key: finite_or_none(value) for key, value in found.items()}
 
-    def _quantile(self, share: float, finite: int, below: Block) -> float:
-        """The smallest |drift| that at least `share` of the elements do not exceed."""
-        rank = max(1, int(np.ceil(share * finite)))
-        place = int(np.searchsorted(below, rank))
-        if place == 0 or not finite:
-            return 0.0  # the first bin: zero, or below 4e-40
-        if place >= _INFINITE:
-            return float(self.totals[_LARGEST])  # F64 beyond float32: no finer than this
-        edges = np.array([place, place + 1], np.uint32) << np.uint32(BIN_SHIFT)
-        middle = float(edges.view(np.float32).astype(np.float64).mean())
-        return min(middle, float(self.totals[_LARGEST]))
+    def _quantiles(self, finite: int) -> list[float]:
+        """For each share the smallest |drift| that at least so many elements do not exceed."""
+        ranks = [max(1, math.ceil(share * finite)) for share in QUANTILES]
+        places = np.searchsorted(np.cumsum(self.bins), ranks).astype(np.uint32)
+        bins = np.minimum(places, _INFINITE)
+        edges = (np.array([bins, bins + 1], np.uint32) << np.uint32(BIN_SHIFT)).view(np.float32)
+        largest = float(self.totals[_LARGEST])
+        middles = np.minimum(edges.astype(np.float64).mean(0), largest)
+        # The first bin is zero, or below 4e-40; what is F64 beyond float32 is told no finer.
+        known = np.where(places >= _INFINITE, largest, np.where(places == 0, 0.0, middles))
+        return [float(value) if finite else 0.0 for value in known]

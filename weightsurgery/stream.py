@@ -254,5 +254,7 @@ def fold(
 
 
 def _bytes_read(pair: Pair, start: int, stop: int) -> int:
-    views = {id(view): view for view in (pair.tuned, pair.base) if view is not None}.values()
-    return sum(view.dtype.nbytes(stop - start) for view in views)
+    count = pair.tuned.dtype.nbytes(stop - start)
+    if pair.base is None or pair.base is pair.tuned:
+        return count
+    return count + pair.base.dtype.nbytes(stop - start)
