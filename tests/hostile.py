@@ -123,7 +123,7 @@ def check_told(error: SurgeryError, *, file: str | Path, tensor: str | None = No
     """The error is one printable line that names the file and the tensor."""
     message = str(error)
     assert message.isprintable()
-    assert message.startswith(f"{shown(file)}: ")
+    assert message.startswith(f"{shown(file) or repr('')}: ")
     assert error.tensor == tensor
     assert tensor is None or f": tensor '{shown(tensor)}': " in message
 

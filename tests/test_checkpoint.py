@@ -10,11 +10,13 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.numpy import save_file
 
 from tests import cases
 from weightsurgery import checkpoint as module
 from weightsurgery.checkpoint import TensorView, from_arrays
 from weightsurgery.dtypes import DTYPES, dtype_of
+from weightsurgery.formats import open_checkpoint
 from weightsurgery.operators.mix import mix
 
 
@@ -147,3 +149,13 @@ def test_a_file_of_every_dtype_is_copied_bit_for_bit(
     path = cases.write_file(tmp_path / "in.safetensors", arrays)
     save(open_checkpoint(path), str(tmp_path / "out.safetensors"))
     assert cases.stored_in(tmp_path / "out.safetensors") == cases.stored(arrays)
+
+
+@pytest.mark.parametrize(("start", "stop"), [(0, 7), (-1, 2), (7, 8), (4, 2), (0, 10**9)])
+def test_only_a_tensors_own_elements_are_read(tmp_path: Path, start: int, stop: int) -> None:
+    path = tmp_path / "x.safetensors"
+    save_file({"a": np.zeros(6, np.float32), "b": np.ones(6, np.float32)}, path)
+    view = open_checkpoint(path)["a"]
+    with pytest.raises(IndexError, match=f"elements {start} to {stop} of 'a', which has 6"):
+        view.read(start, stop)
+    assert view.read(6, 6).size == 0

@@ -446,6 +446,26 @@ def test_a_named_pipe_is_no_settings_file(folder: Path, capsys: pytest.CaptureFi
     assert "pipe: expected a regular file" in capsys.readouterr().err
 
 
+def test_what_a_settings_file_supplies_is_told(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("wsurg.toml").write_text(SETTINGS)
+    assert run("mix", "--ratio", "0.3") == 0
+    assert capsys.readouterr().err == (
+        'from wsurg.toml: base = "base.safetensors", tuned = "tuned.safetensors", seed = 5, '
+        'ratio-for = ["layers.1.*=0"], out = "out.safetensors"\n'
+    )
+    assert run("inspect", PAIR[0]) == 0
+    assert capsys.readouterr().err == ""
+
+
+def test_inputs_come_from_one_place(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("wsurg.toml").write_text(SETTINGS)
+    assert run("diff", "tuned.safetensors") == 2
+    assert "give BASE TUNED on the command line, or all in wsurg.toml" in capsys.readouterr().err
+    assert run("diff", *PAIR) == 0
+
+
 def test_config_option_names_another_file(folder: Path) -> None:
     Path("other.toml").write_text(SETTINGS)
     assert run("--config", "other.toml", "mix") == 0
@@ -518,6 +538,27 @@ def test_importing_the_package_is_light() -> None:
     assert done.stdout.split() == ["False", "mix"]
 
 
+def test_without_a_command_there_is_help(folder: Path) -> None:
+    done = subprocess.run(WSURG, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "\nCommands:\n  diff " in done.stderr
+    assert "error:" not in done.stderr
+
+
+def test_a_locale_of_bare_ascii_will_do(folder: Path) -> None:
+    plain = {"LC_ALL": "POSIX", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONIOENCODING"} | plain
+    done = subprocess.run([*WSURG, "diff", *PAIR], capture_output=True, env=environment, check=True)
+    assert b"max |?|" in done.stdout
+
+
+def test_where_the_drift_went_is_told(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("diff", *PAIR, "--drift", "drift.safetensors", "--json") == 0
+    told = capsys.readouterr()
+    assert told.err == "the drift is in drift.safetensors, its record beside it\n"
+    assert json.loads(told.out)["schema"] == "wsurg.diff/1"
+
+
 @pytest.mark.parametrize("encoding", ["latin-1", "ascii", "utf-8"])
 def test_any_encoding_of_stdout_will_do(encoding: str, folder: Path) -> None:
     save_file({"wärme.δ": np.ones((2, 2), np.float32)}, "greek.safetensors")
@@ -587,6 +628,9 @@ def test_a_signal_leaves_nothing(number: signal.Signals, code: int, folder: Path
             assert process.poll() is None, "finished before the signal"
         process.send_signal(number)
         assert process.wait(30) == code
+        words = b"interrupted" if number == signal.SIGINT else b"terminated"
+        assert process.stderr is not None
+        assert process.stderr.read() == b"error: %s; nothing is left half-written\n" % words
     assert sorted(os.listdir()) == before
 
 

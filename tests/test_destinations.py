@@ -35,8 +35,10 @@ def scene(tmp_path: Path) -> Scene:
 @pytest.mark.parametrize("make", IN_THE_WAY.values(), ids=IN_THE_WAY.keys())
 def test_must_refuse_what_exists(scene: Scene, kind: str, make: Any) -> None:
     make(scene.out(kind))
+    fits = (kind, make) in (("file", IN_THE_WAY["file"]), ("model", IN_THE_WAY["directory"]))
+    reason = "; --overwrite .* replaces it" if fits else ", and is not .*; choose another"
     told = must_refuse(
-        scene, scene.open(kind), scene.out(kind), PolicyError, "exists already; pass --overwrite"
+        scene, scene.open(kind), scene.out(kind), PolicyError, f"exists already{reason}"
     )
     hostile.check_told(told, file=scene.out(kind))
 
@@ -78,7 +80,7 @@ def test_must_refuse_overlap(scene: Scene, kind: str, out: str, overwrite: bool)
         scene.open(kind),
         path,
         PolicyError,
-        "the output would overlap the input .*; choose another -o",
+        "the output would overlap the input .*; choose another output",
         overwrite=overwrite,
     )
     hostile.check_told(told, file=os.path.abspath(path))
@@ -130,7 +132,12 @@ def test_must_refuse_destinations(
 SIZES = {
     "a file in shards": ("file", {"max_shard_size": 100}, "single file cannot be sharded"),
     "shards of nothing": ("model", {"max_shard_size": 0}, "expected at least 1 byte"),
-    "no memory": ("model", {"max_memory": 1000}, "a memory limit of 1,000 bytes; one worker needs"),
+    "no size": ("model", {"max_shard_size": "5 parsecs"}, "'5 parsecs' is not a size"),
+    "no memory": (
+        "model",
+        {"max_memory": 1000},
+        "1,000 bytes is too small; one worker needs",
+    ),
 }
 
 
@@ -229,7 +236,7 @@ def test_overwrite_must_refuse_folders_of_other_things(scene: Scene, name: str) 
         other("model"),
         scene.out("model"),
         PolicyError,
-        "--overwrite would delete .*, which is not part of a model; remove the directory",
+        "exists already, and holds .*, which is not part of a model; choose another output",
         overwrite=True,
     )
     hostile.check_told(told, file=scene.out("model"))
@@ -250,7 +257,7 @@ def test_overwrite_must_refuse_other_kinds(
         other(kind),
         scene.out(kind),
         PolicyError,
-        "--overwrite replaces only a (directory|regular file) here",
+        "exists already, and is not a (directory|regular file); only such is ever",
         overwrite=True,
     )
 

@@ -292,3 +292,18 @@ def test_models_without_floating_tensors_are_compared_too() -> None:
     report = diff(from_arrays(codes), from_arrays({"w": codes["w"] + (codes["w"] > 5)}))
     assert report.other == [{"tensor": "w", "changed": 2}]
     assert report.model["count"] == 0
+
+
+def test_models_of_other_shapes_throughout_are_refused() -> None:
+    base, tuned = (from_arrays({"w": np.ones(n, np.float32)}) for n in (4, 5))
+    with pytest.raises(MismatchError, match="no tensor of BASE and TUNED can be compared"):
+        diff(base, tuned)
+
+
+def test_the_cosine_of_near_models_is_not_rounded_away(rng: np.random.Generator) -> None:
+    b = rng.standard_normal(1 << 18).astype(np.float32)
+    t = (b + 1e-4 * rng.standard_normal(b.size)).astype(np.float32)
+    found = diff(from_arrays({"w": b}), from_arrays({"w": t})).model["cosine"]
+    x, y = b.astype(np.float64), t.astype(np.float64)
+    true = 1 - (x @ y) / np.sqrt((x @ x) * (y @ y))
+    assert 1 - found == pytest.approx(true, rel=1e-3)

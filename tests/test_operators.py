@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,10 @@ import pytest
 
 from tests import cases, reference
 from weightsurgery.checkpoint import from_arrays
-from weightsurgery.errors import NonFiniteError
+from weightsurgery.comparison import diff, drift
+from weightsurgery.errors import NonFiniteError, SettingError
+from weightsurgery.formats import save
+from weightsurgery.inspection import inspect
 from weightsurgery.operators.interpolate import interpolate
 from weightsurgery.operators.mix import mix
 
@@ -224,3 +228,47 @@ class TestNonFinite:
 def test_opposite_infinities_give_nan_without_a_warning() -> None:
     arrays = with_one(np.array([np.inf], F32), np.array([-np.inf], F32))
     assert np.isnan(run(interpolate, *arrays, allow_nonfinite=True)["w"]).all()
+
+
+# --- settings of other types ------------------------------------------------------------------
+
+WRONG: dict[str, tuple[dict[str, Any], str]] = {
+    "text for a number": ({"ratio": "half"}, "ratio is 'half'; expected a number"),
+    "bool for a number": ({"ratio": True}, "ratio is True; expected a number"),
+    "fraction for an integer": ({"seed": 1.5}, "seed is 1.5; expected an integer"),
+    "number for a bool": ({"keep_mismatched": 1}, "keep_mismatched is 1; expected True or False"),
+    "number for a list": ({"include": 3}, "include is 3; expected a list"),
+    "number for a glob": ({"include": (3,)}, "include is 3; expected a string"),
+    "no pair": ({"ratio_for": (("a", 1, 2),)}, r"ratio_for is \('a', 1, 2\); expected a list"),
+    "no such choice": ({"select": "best"}, "select is 'best'; expected random or drift"),
+}
+
+
+@pytest.mark.parametrize(("settings", "reason"), WRONG.values(), ids=WRONG.keys())
+def test_settings_of_another_type_are_refused(settings: dict[str, Any], reason: str) -> None:
+    model = from_arrays({"w": np.ones(4, np.float32)})
+    with pytest.raises(SettingError, match=reason):
+        mix(model, model, **settings)
+
+
+def test_one_glob_and_a_map_of_rules_will_do() -> None:
+    base, tuned = (from_arrays({n: np.full(4, v, np.float32) for n in "ab"}) for v in (0, 1))
+    out = mix(base, tuned, ratio=1, include="a", ratio_for={"a": np.float32(0.0)})
+    assert out["a"].read(0, 4).tolist() == [1, 1, 1, 1]
+    assert out.step is not None
+    assert out.step.settings["include"] == ("a",)
+    assert out.step.settings["ratio_for"] == (("a", 0.0),)
+
+
+def test_a_path_is_no_checkpoint(tmp_path: Path) -> None:
+    model: Any = from_arrays({"w": np.ones(4, np.float32)})
+    calls: list[Callable[[], Any]] = [
+        lambda: mix("base", model),  # type: ignore[arg-type]
+        lambda: diff(model, "tuned"),  # type: ignore[arg-type]
+        lambda: drift("base", model),  # type: ignore[arg-type]
+        lambda: inspect("base"),  # type: ignore[arg-type]
+        lambda: save("base", tmp_path / "out"),  # type: ignore[arg-type]
+    ]
+    for call in calls:
+        with pytest.raises(TypeError, match=r"expected a Checkpoint, got str; open_checkpoint"):
+            call()

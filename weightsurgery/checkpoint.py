@@ -57,7 +57,15 @@ class TensorView:
         return math.prod(self.shape[1:]) if len(self.shape) > 1 else self.size
 
     def read(self, start: int, stop: int) -> Block:
-        """Elements [start, stop) in row-major order, in the stored dtype."""
+        """Elements [start, stop) in row-major order, in the stored dtype.
+
+        Raises:
+            IndexError: The tensor has no such elements.
+        """
+        if not 0 <= start <= stop <= self.size:
+            raise IndexError(
+                f"elements {start} to {stop} of '{self.name}', which has {self.size:,}"
+            )
         return self.read_both(start, stop)[1]
 
     def blocks(self) -> Iterator[tuple[int, int]]:
@@ -219,6 +227,19 @@ class Checkpoint(Mapping[str, TensorView]):
             layout={names.get(n, n): shard for n, shard in self.layout.items()},
         )
         return renamed.made_by(Step("rename", {"names": dict(names)}, {"checkpoint": self}))
+
+
+def require_checkpoints(*given: object) -> None:
+    """Refuse anything else, a path above all.
+
+    Raises:
+        TypeError: One is not a checkpoint.
+    """
+    for one in given:
+        if not isinstance(one, Checkpoint):
+            raise TypeError(
+                f"expected a Checkpoint, got {type(one).__name__}; open_checkpoint(path) gives one"
+            )
 
 
 def from_arrays(arrays: Mapping[str, Any], *, label: str = "memory", **fields: Any) -> Checkpoint:

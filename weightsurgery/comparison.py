@@ -14,10 +14,10 @@ import numpy as np
 
 from weightsurgery.alignment import Alignment, Pair, align
 from weightsurgery.anatomy import find_embedding, kind_of, layer_of, natural_key
-from weightsurgery.checkpoint import BLOCK, Checkpoint, Step
+from weightsurgery.checkpoint import BLOCK, Checkpoint, Step, require_checkpoints
 from weightsurgery.drift_kernel import drift_statistics
 from weightsurgery.dtypes import DTYPES, DType
-from weightsurgery.errors import FormatError, PolicyError, SettingError, shown
+from weightsurgery.errors import FormatError, MismatchError, PolicyError, SettingError, shown
 from weightsurgery.formats.vocabulary import read_vocabulary
 from weightsurgery.kernels import Block, count_different, same_float
 from weightsurgery.quantised import require_unquantised
@@ -81,15 +81,22 @@ def diff(
 
     Raises:
         SettingError: `top` is negative.
-        MismatchError: No tensor of the two belongs together.
+        MismatchError: No tensor of the two belongs together, or none has the same shape.
         ChangedError: An input changed meanwhile.
     """
+    require_checkpoints(base, tuned)
     if top < 0:
         raise SettingError(f"top is {top}; expected 0 or more")
     engine = engine or Engine()
     alignment = align(base, tuned, mismatched="keep")
     equal = _equal_copies(alignment, engine)
     pairs = [p for p in map(_comparable, alignment.pairs) if p is not None and p.name not in equal]
+    if not pairs:
+        raise MismatchError(
+            "no tensor of BASE and TUNED can be compared: their shapes differ",
+            file=tuned.label,
+            hint="are these the same architecture?",
+        )
     collector = _Collector(alignment, top, equal)
     fold(partial(_compare, top), _combine, collector, pairs, engine=engine, what="comparing")
     report = collector.report()
@@ -334,6 +341,7 @@ def drift(base: Checkpoint, tuned: Checkpoint, *, allow_nonfinite: bool = False)
         MismatchError: No tensor of the two belongs together.
         PolicyError: A model is quantised.
     """
+    require_checkpoints(base, tuned)
     require_unquantised(base, tuned)
 
     def dtype(pair: Pair) -> DType:

@@ -58,7 +58,7 @@ def _signs_differ(x, y):  # type: ignore[no-untyped-def]  # numba wants both sig
 
 
 @overload(_signs_differ)
-def _signs_differ_compiled(x, y):  # type: ignore[no-untyped-def]
+def _signs_differ_compiled(x, y):  # type: ignore[no-untyped-def]  # noqa: ARG001
     # Signed and of the width of the numbers: other ways to ask do not run in lanes, or slower.
     if x == numba.types.uint16:
         return lambda x, y: np.int32((np.uint32(x) ^ np.uint32(y)) << np.uint32(16)) < 0

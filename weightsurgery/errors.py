@@ -59,7 +59,7 @@ class SurgeryError(Exception):
         self.file = None if file is None else os.fspath(file)
         self.tensor = tensor
         self.hint = hint
-        where = "" if self.file is None else f"{shown(self.file)}: "
+        where = "" if self.file is None else f"{shown(self.file) or repr('')}: "
         where += "" if tensor is None else f"tensor '{shown(tensor)}': "
         super().__init__(where + reason + (f"; {hint}" if hint else ""))
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from weightsurgery.alignment import Pair
 from weightsurgery.anatomy import kind_of, layer_of, natural_key
-from weightsurgery.checkpoint import Checkpoint, TensorView
+from weightsurgery.checkpoint import Checkpoint, TensorView, require_checkpoints
 from weightsurgery.drift_kernel import TOTALS, drift_statistics
 from weightsurgery.kernels import Block
 from weightsurgery.statistics import finite_or_none
@@ -30,6 +30,7 @@ def inspect(
         The description in a versioned schema: `tensors` in reading order, `modules` and `kinds`
         with parameters and bytes, `dtypes`, totals, metadata, files.
     """
+    require_checkpoints(checkpoint)
     measured = _measure(checkpoint, engine or Engine()) if values else {}
     tensors = [
         {

@@ -6,10 +6,10 @@ import functools
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
-from weightsurgery.checkpoint import Checkpoint, Step
-from weightsurgery.errors import SettingError
+from weightsurgery.checkpoint import Checkpoint, Step, require_checkpoints
+from weightsurgery.errors import SettingError, shown
 from weightsurgery.stream import Engine
 
 
@@ -105,9 +105,11 @@ def operator(function: Callable[..., Checkpoint]) -> Callable[..., Checkpoint]:
     ) -> Checkpoint:
         run = {"engine": engine or Engine()} if "engine" in parameters else {}
         given = {
-            name: _plain(value) if name in settings else value for name, value in given.items()
+            name: _checked(name, settings[name][0], _plain(value)) if name in settings else value
+            for name, value in given.items()
         }
         bound = signature.bind(*checkpoints, **given, **run).arguments
+        require_checkpoints(*(bound[name] for name in inputs))
         result = function(*checkpoints, **given, **run)
         full = {n: given.get(n, default) for n, (_, _, default) in settings.items()}
         return result.made_by(Step(name, full, {n: bound[n] for n in inputs}))
@@ -118,9 +120,39 @@ def operator(function: Callable[..., Checkpoint]) -> Callable[..., Checkpoint]:
 
 def _plain(value: Any) -> Any:
     """A setting as plain Python, which a record can hold: numpy's numbers, lists, paths."""
+    if isinstance(value, Mapping):
+        value = tuple(value.items())
     if isinstance(value, (list, tuple)):
         return tuple(map(_plain, value))
     return value.item() if hasattr(value, "item") else value
+
+
+_EXPECTED = {bool: "True or False", int: "an integer", float: "a number", str: "a string"}
+
+
+def _checked(name: str, kind: Any, value: Any) -> Any:
+    """A setting of its declared type; one string stands for a tuple with one.
+
+    Raises:
+        SettingError: It is of another type.
+    """
+    if get_origin(kind) is Literal:
+        if value not in get_args(kind):
+            raise SettingError(
+                f"{name} is '{shown(value)}'; expected {' or '.join(map(str, get_args(kind)))}"
+            )
+    elif get_origin(kind) is tuple:
+        value = (value,) if isinstance(value, str) else value
+        inner, *rest = get_args(kind)
+        if not isinstance(value, tuple) or (rest != [...] and len(value) != len(get_args(kind))):
+            raise SettingError(f"{name} is {shown(repr(value))}; expected a list")
+        kinds = [inner] * len(value) if rest == [...] else get_args(kind)
+        return tuple(_checked(name, k, v) for k, v in zip(kinds, value, strict=True))
+    elif kind in _EXPECTED:
+        fits = isinstance(value, (int, float) if kind is float else kind)
+        if not fits or (isinstance(value, bool) and kind is not bool):
+            raise SettingError(f"{name} is {shown(repr(value))}; expected {_EXPECTED[kind]}")
+    return value
 
 
 def _declared(hint: Any) -> tuple[Any, Setting]:

@@ -89,7 +89,7 @@ def operator_summaries() -> dict[str, str]:
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
     epilog="Exit codes: 0 done, 1 our bug, 2 usage, 3 malformed input, 4 inputs that do not fit "
     "each other, 5 refused by policy, 6 disk or system, 7 output busy, 10 a gate failed, "
-    "130 interrupted.",
+    "130 interrupted, 143 terminated.",
 )
 @click.version_option(__version__, prog_name="wsurg")
 @click.option(
@@ -135,10 +135,15 @@ def main(arguments: list[str] | None = None) -> NoReturn:
         _exit(str(error), error.exit_code)
     except click.exceptions.Exit as error:
         sys.exit(error.exit_code)
+    except click.exceptions.NoArgsIsHelpError as error:
+        error.show()
+        sys.exit(error.exit_code)
     except click.ClickException as error:
         _exit(_one_line(error), error.exit_code)
     except (KeyboardInterrupt, click.Abort):
         _exit("interrupted; nothing is left half-written", INTERRUPTED)
+    except _TerminatedError:
+        _exit("terminated; nothing is left half-written", TERMINATED)
     except OSError as error:  # of the files, formats/ tells; what is left is stdout on a full disk
         _drop_output()
         _exit(f"the system said: {error.strerror or error}", StorageError.exit_code)
@@ -151,7 +156,7 @@ def main(arguments: list[str] | None = None) -> NoReturn:
 def _accept_all_text() -> None:
     """Where stdout's encoding lacks a character, show a question mark, not a traceback."""
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
+        if isinstance(stream, io.TextIOWrapper) and stream.errors in ("strict", "surrogateescape"):
             stream.reconfigure(errors="replace")
 
 
@@ -160,9 +165,12 @@ def _drop_output() -> None:
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
+class _TerminatedError(BaseException):
+    """SIGTERM came: an exception, so that temporary files are removed on the way out."""
+
+
 def _terminated(_number: int, _frame: FrameType | None) -> None:
-    # As an exception, so that temporary files are removed on the way out.
-    raise SystemExit(TERMINATED)
+    raise _TerminatedError
 
 
 def _exit(message: str, code: int) -> NoReturn:

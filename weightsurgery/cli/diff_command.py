@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import shutil
-import sys
 from typing import Any
 
 import click
 
 from weightsurgery.cli import options
 from weightsurgery.comparison import DiffReport, diff, drift
-from weightsurgery.errors import SurgeryError
+from weightsurgery.errors import SurgeryError, shown
 from weightsurgery.formats import save
 from weightsurgery.formats.plan import make_plan
 from weightsurgery.gates import check_gates, parse_gate
@@ -51,6 +49,8 @@ def _diff(
                 save(delta, drift_out, overwrite=overwrite, hashes=hashes, engine=engine)
             except SurgeryError as error:
                 failure = error  # raised when the report, which is whole, has been shown
+    if delta is not None and failure is None:
+        click.echo(f"the drift is in {shown(drift_out)}, its record beside it", err=True)
     options.warn(report.warnings)
     try:
         _show(report, show_all=show_all, as_csv=as_csv, as_json=as_json)
@@ -79,11 +79,10 @@ def _show(report: DiffReport, *, show_all: bool, as_csv: bool, as_json: bool) ->
     elif as_csv:
         click.echo(comparison_csv(report), nl=False)
     else:
-        width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
-        show(comparison_tables(report, limit=0 if show_all else _LISTED, width=width))
+        show(comparison_tables(report, limit=0 if show_all else _LISTED))
 
 
-command = click.Command(
+command = options.Command(
     "diff",
     callback=_diff,
     help=f"""Show what moved between BASE and TUNED.

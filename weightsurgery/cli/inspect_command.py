@@ -29,7 +29,7 @@ def _inspect(
         show(description_tables(description))
 
 
-command = click.Command(
+command = options.Command(
     "inspect",
     callback=_inspect,
     help="""Show what a checkpoint holds.

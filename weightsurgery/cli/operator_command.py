@@ -36,7 +36,7 @@ def make_command(name: str) -> click.Command:
     def callback(**given: Any) -> None:
         _run(operator, given)
 
-    return click.Command(name, callback=callback, params=parameters, help=_help(operator))
+    return options.Command(name, callback=callback, params=parameters, help=_help(operator))
 
 
 def _run(operator: Operator, given: dict[str, Any]) -> None:
@@ -132,9 +132,15 @@ def _rule(context: click.Context, name: str, text: str) -> tuple[str, float]:
 
 def _help(operator: Operator) -> str:
     """The docstring up to its sections, and an example."""
-    text = (inspect.getdoc(operator.function) or "").partition("\nArgs:")[0].replace("`", "'")
-    inputs = " ".join(f"{name}/" for name in operator.inputs)
-    return f"{text}\n\n\b\nExample:\n  wsurg {operator.name} {inputs} -o out/"
+    text = (inspect.getdoc(operator.function) or "").partition("\nArgs:")[0]
+    for name in operator.settings:
+        text = text.replace(f"`{name}`", "--" + name.replace("_", "-"))
+    text = text.replace("`", "'")
+    words = [f"{name}/" for name in operator.inputs]
+    for name, (kind, _, default) in operator.settings.items():
+        if kind is float:  # what an operator is mostly about: a ratio, a weight
+            words += ["--" + name.replace("_", "-"), f"{default:g}"]
+    return f"{text}\n\n\b\nExample:\n  wsurg {operator.name} {' '.join(words)} -o out/"
 
 
 assert weightsurgery.operators  # noqa: S101  imported for what it registers

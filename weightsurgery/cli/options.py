@@ -14,12 +14,38 @@ import click
 
 from weightsurgery.alignment import match_names
 from weightsurgery.checkpoint import Checkpoint
-from weightsurgery.errors import SettingError
+from weightsurgery.errors import SettingError, shown
 from weightsurgery.formats import open_checkpoint
 from weightsurgery.formats.files import InputFile
 from weightsurgery.formats.plan import fit_workers, parse_size
 from weightsurgery.formats.strict_json import parse_object
 from weightsurgery.stream import Engine
+
+
+class Command(click.Command):
+    """A command that tells what it takes from a settings file."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run it; refuse inputs of which some are from the file, for which is which is a guess."""
+        sources = {p: ctx.get_parameter_source(p.name or "") for p in self.params}
+        inputs = [p for p in self.params if isinstance(p, click.Argument)]
+        path = ctx.find_root().obj
+        if len({sources[p] for p in inputs}) > 1:
+            names = " ".join(p.make_metavar(ctx) for p in inputs)
+            raise click.UsageError(f"give {names} on the command line, or all in {path}", ctx)
+        taken = [
+            f"{(p.opts[0] if isinstance(p, click.Argument) else max(p.opts, key=len)).lstrip('-')}"
+            f" = {shown(_toml(ctx.params[p.name or '']))}"
+            for p in self.params
+            if sources[p] is click.core.ParameterSource.DEFAULT_MAP
+        ]
+        if taken:
+            click.echo(f"from {path}: {', '.join(taken)}", err=True)
+        return super().invoke(ctx)
+
+
+def _toml(value: Any) -> str:
+    return json.dumps(value, default=str, ensure_ascii=False)
 
 
 class Size(click.ParamType):  # type: ignore[type-arg]

@@ -105,8 +105,9 @@ def _keys(command: click.Command | None) -> dict[str, _Key]:
     """What a key may be called, and what it then stands for."""
     keys: dict[str, _Key] = {}
     for parameter in command.params if command else []:
-        for spelled in (parameter.name or "", *parameter.opts):
-            keys[_plain(spelled.lstrip("-"))] = _Key(parameter)
+        for spelled in parameter.opts:
+            if spelled.startswith("--") or isinstance(parameter, click.Argument):
+                keys[_plain(spelled.lstrip("-"))] = _Key(parameter)
         for spelled in parameter.secondary_opts:
             keys[_plain(spelled.lstrip("-"))] = _Key(parameter, inverted=True)
     return keys

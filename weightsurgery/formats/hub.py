@@ -19,8 +19,11 @@ def is_hub_id(text: str) -> bool:
     Example:
         >>> is_hub_id("org/name@v1"), is_hub_id("./folder/name"), is_hub_id("name")
         (True, False, False)
+        >>> is_hub_id("folder/x.safetensors")
+        False
     """
-    return _ID.fullmatch(text) is not None and not text.startswith((".", "/"))
+    is_path = text.startswith((".", "/")) or text.endswith(".safetensors")
+    return _ID.fullmatch(text) is not None and not is_path
 
 
 def snapshots(text: str) -> Iterator[str]:

@@ -213,9 +213,11 @@ def check_destination(
     for place in places:
         if not os.path.lexists(place):
             continue
-        if not overwrite:
-            raise PolicyError("exists already", file=place, hint="pass --overwrite to replace it")
         _check_replaceable(place, is_directory=is_directory)
+        if not overwrite:
+            raise PolicyError(
+                "exists already", file=place, hint="--overwrite (overwrite=True) replaces it"
+            )
 
 
 def _check_apart(target: str, inputs: Sequence[str]) -> None:
@@ -228,7 +230,7 @@ def _check_apart(target: str, inputs: Sequence[str]) -> None:
             raise PolicyError(
                 f"the output would overlap the input {shown(path)}",
                 file=target,
-                hint="choose another -o",
+                hint="choose another output",
             )
 
 
@@ -241,14 +243,18 @@ def _check_replaceable(place: str, *, is_directory: bool) -> None:
     mode = os.lstat(place).st_mode
     if not (stat.S_ISDIR(mode) if is_directory else stat.S_ISREG(mode)):
         wanted = "a directory" if is_directory else "a regular file"
-        raise PolicyError(f"--overwrite replaces only {wanted} here", file=place)
+        raise PolicyError(
+            f"exists already, and is not {wanted}; only such is ever replaced here",
+            file=place,
+            hint="choose another output",
+        )
     for name in os.listdir(place) if is_directory else []:
         known = fits(name, (*WEIGHTS, *SIDE_FILES, CARD, RECORD, ".gitattributes"))
         if not known or not os.path.isfile(os.path.join(place, name)):
             raise PolicyError(
-                f"--overwrite would delete '{shown(name)}', which is not part of a model",
+                f"exists already, and holds '{shown(name)}', which is not part of a model",
                 file=place,
-                hint="remove the directory yourself, or choose another -o",
+                hint="choose another output, or remove the directory yourself",
             )
 
 

@@ -16,7 +16,7 @@ from weightsurgery.formats.safetensors import file_order, header_bytes
 from weightsurgery.stream import Engine
 
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?", re.IGNORECASE)
-INTERPRETER = 200 << 20  # bytes that Python, numpy and numba take before any weights
+INTERPRETER = 128 << 20  # bytes that Python, numpy and numba take before any weights
 _SLACK = 16 << 20  # bytes for index, card and record
 
 
@@ -105,8 +105,8 @@ def make_plan(
     out: str,
     *,
     overwrite: bool = False,
-    max_shard_size: int | None = None,
-    max_memory: int | None = None,
+    max_shard_size: int | str | None = None,
+    max_memory: int | str | None = None,
     engine: Engine,
 ) -> Plan:
     """Decide on files and check destination, disk space and memory; nothing is read or written.
@@ -116,7 +116,9 @@ def make_plan(
         PolicyError: The destination exists or touches an input.
         StorageError: There is no room for it.
     """
-    _check_kind(checkpoint, out, max_shard_size)
+    limit = None if max_shard_size is None else parse_size(max_shard_size)
+    memory_limit = None if max_memory is None else parse_size(max_memory)
+    _check_kind(checkpoint, out, limit)
     check_destination(
         out,
         is_directory=checkpoint.is_directory,
@@ -124,11 +126,11 @@ def make_plan(
         inputs=input_paths(checkpoint),
     )
     metadata = {**checkpoint.metadata, "format": checkpoint.metadata.get("format", "pt")}
-    groups = _groups(checkpoint, out, max_shard_size)
+    groups = _groups(checkpoint, out, limit)
     shards = tuple(
         Shard(name, tuple(views), header_bytes(views, metadata)) for name, views in groups
     )
-    workers, memory = fit_workers(checkpoint.sources(), engine.width, max_memory)
+    workers, memory = fit_workers(checkpoint.sources(), engine.width, memory_limit)
     statistics = os.statvfs(os.path.dirname(os.path.abspath(out)))
     free = statistics.f_bavail * statistics.f_frsize
     plan = Plan(out, checkpoint.is_directory, shards, free, memory, workers)
@@ -174,7 +176,9 @@ def fit_workers(
             workers -= 1
         if need(workers) > max_memory:
             raise SettingError(
-                f"a memory limit of {max_memory:,} bytes; one worker needs {need(1):,}"
+                f"a memory limit of {max_memory:,} bytes is too small; one worker needs "
+                f"{need(1):,}",
+                hint="raise the limit",
             )
     return workers, need(workers)
 

@@ -100,7 +100,9 @@ def _read_header(file: InputFile) -> tuple[dict[str, Any], int]:
     length = int.from_bytes(file.read_bytes(0, 8), "little")
     if length > MAX_HEADER:
         raise FormatError(
-            f"header of {length:,} bytes; the limit is {MAX_HEADER:,}", file=file.path
+            f"not a safetensors file, or damaged: its first 8 bytes tell of a header of {length:,} "
+            f"bytes; the limit is {MAX_HEADER:,}",
+            file=file.path,
         )
     if 8 + length > file.size:
         raise FormatError(

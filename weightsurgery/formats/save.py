@@ -12,7 +12,7 @@ from contextlib import ExitStack, closing
 from dataclasses import replace
 from typing import Any
 
-from weightsurgery.checkpoint import Checkpoint, TensorView
+from weightsurgery.checkpoint import Checkpoint, TensorView, require_checkpoints
 from weightsurgery.errors import shown
 from weightsurgery.formats.card import make_card
 from weightsurgery.formats.layout import CARD, INDEX
@@ -32,8 +32,8 @@ def save(
     out: str | os.PathLike[str],
     *,
     overwrite: bool = False,
-    max_shard_size: int | None = None,
-    max_memory: int | None = None,
+    max_shard_size: int | str | None = None,
+    max_memory: int | str | None = None,
     hashes: bool = True,
     engine: Engine | None = None,
 ) -> dict[str, Any]:
@@ -46,8 +46,9 @@ def save(
         checkpoint: What to write; lazy edits are computed here, block by block.
         out: Destination, a directory or a name ending in .safetensors.
         overwrite: Replace what is there.
-        max_shard_size: Bytes of tensors in a file at most (a larger tensor has a file of its own).
-        max_memory: Bytes; fewer workers are used to stay under it.
+        max_shard_size: Bytes of tensors in a file at most (a larger tensor has a file of its
+            own), or a size such as "5GB".
+        max_memory: Bytes, or a size such as "1GB"; fewer workers are used to stay under it.
         hashes: Take the SHA-256 of every input and output file and tensor.
         engine: Workers and progress.
 
@@ -61,6 +62,7 @@ def save(
         SettingError: A size or the kind of `out` does not fit.
         NonFiniteError: A computed value is NaN or infinite.
     """
+    require_checkpoints(checkpoint)
     out, engine = os.fspath(out), engine or Engine()
     plan = make_plan(
         checkpoint,

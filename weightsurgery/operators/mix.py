@@ -90,12 +90,7 @@ def mix(
     paired = align(base, tuned, mismatched="keep" if keep_mismatched else "refuse")
     paired = paired.only(include, exclude)
     pools = _pools(paired, ratio, ratio_for)
-    if select == "random":
-        edit = _reset_random(pools, seed)
-    elif select == "drift":
-        edit = _reset_small_drifts(pools, engine)
-    else:
-        raise SettingError(f"select is '{shown(select)}'; expected random or drift")
+    edit = _reset_random(pools, seed) if select == "random" else _reset_small_drifts(pools, engine)
     return map_tensors(edit, paired)
 
 

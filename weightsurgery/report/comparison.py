@@ -16,35 +16,28 @@ _COLUMNS: tuple[str, ...] = (
     *(">rel. L2", ">L2", ">changed", ">max |δ|", ">mean δ", ">std δ", ">cosine", ">flips"),
     *(">q50 |δ|", ">q90", ">q99", ">q99.9"),
 )
-_FEWEST = 3  # statistics beside a name, however narrow the terminal
-_CELL = 13  # characters a statistic takes, with the space around it
+_FEWEST = 2  # statistics beside a name, however narrow the terminal
 
 
-def comparison_tables(report: DiffReport, *, limit: int, width: int | None) -> list[Table]:
+def comparison_tables(report: DiffReport, *, limit: int) -> list[Table]:
     """A report as tables, the summary last, where a terminal shows it.
 
     Args:
         report: From `diff`.
         limit: Tensors listed at most; 0 lists all.
-        width: Characters in a line; as many statistics are shown as fit. None shows all.
     """
     shown_tensors = report.tensors[: limit or None]
     hidden = len(report.tensors) - len(shown_tensors)
-    columns = _COLUMNS
-    if width is not None:
-        longest = max((len(shown(e["tensor"])) for e in shown_tensors), default=0)
-        columns = _COLUMNS[: max(_FEWEST, (width - longest - 4) // _CELL)]
+    more = f"{hidden} tensors of smaller drift are not shown; --all shows them" if hidden else ""
 
-    def table(title: str, head: str, entries: Sequence[Mapping[str, Any]], key: str) -> Table:
-        rows = [[shown(e[key]) or "(none)", *_cells(e, len(columns))] for e in entries]
-        return Table(title, (head, *columns), rows)
+    def table(
+        title: str, head: str, entries: Sequence[Mapping[str, Any]], key: str, note: str = ""
+    ) -> Table:
+        rows = [[shown(e[key]) or "(none)", *_cells(e)] for e in entries]
+        return Table(title, (head, *_COLUMNS), rows, note, len(_COLUMNS) - _FEWEST)
 
-    tensors = table("Tensors, largest relative drift first", "tensor", shown_tensors, "tensor")
-    if hidden:
-        more = f"{hidden} tensors of smaller drift are not shown; --all shows them"
-        tensors = Table(tensors.title, tensors.columns, tensors.rows, more)
     return [
-        tensors,
+        table("Tensors, largest relative drift first", "tensor", shown_tensors, "tensor", more),
         *_top_tables(report),
         table("By layer", "layer", report.layers, "layer"),
         table("By kind of module", "kind", report.kinds, "kind"),
@@ -54,12 +47,11 @@ def comparison_tables(report: DiffReport, *, limit: int, width: int | None) -> l
     ]
 
 
-def _cells(entry: Mapping[str, Any], count: int) -> list[str]:
+def _cells(entry: Mapping[str, Any]) -> list[str]:
     before, after = ("max_abs", "mean", "std"), ("sign_flips", "q50", "q90", "q99", "q99.9")
     cells = [number(entry["relative_l2"]), number(entry["l2"]), share(entry["changed_share"])]
     cells += [number(entry[name]) for name in before]
-    cells += [_cosine(entry["cosine"]), *(number(entry[name]) for name in after)]
-    return cells[:count]
+    return [*cells, _cosine(entry["cosine"]), *(number(entry[name]) for name in after)]
 
 
 def _cosine(value: float | None) -> str:
@@ -68,6 +60,7 @@ def _cosine(value: float | None) -> str:
 
 def _top_tables(report: DiffReport) -> list[Table]:
     top = report.top
+    known = any(e["token"] is not None for e in top["tokens"])
     return [
         Table(
             "Dimensions of largest drift",
@@ -91,6 +84,7 @@ def _top_tables(report: DiffReport) -> list[Table]:
             "Word-embedding rows of largest drift",
             ("token", ">id", ">L2"),
             [[_token(e["token"]), str(e["row"]), number(e["l2"])] for e in top["tokens"]],
+            "" if known else "No tokenizer lies beside TUNED, which would give the tokens.",
         ),
     ]
 
@@ -99,7 +93,7 @@ _OLD_AND_NEW = ("base", "tuned", "drift")
 
 
 def _token(token: str | None) -> str:
-    return "(no tokenizer beside TUNED)" if token is None else repr(shown(token))
+    return "-" if token is None else repr(shown(token))
 
 
 def alignment_tables(
@@ -122,7 +116,7 @@ def alignment_tables(
         if e["changed"]
     ]
     return [
-        Table("Names paired by a prefix", ("prefix", "on the names of"), found),
+        Table("Names paired by a prefix", ("prefix", "only in names of"), found),
         Table("Kept from TUNED", ("tensor", "reason"), names(alignment["kept_from_tuned"])),
         Table("Paired in part", ("tensor", "which"), names(partly)),
         Table(

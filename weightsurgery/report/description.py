@@ -29,6 +29,7 @@ def description_tables(description: Mapping[str, Any]) -> list[Table]:
                 ]
                 for e in tensors
             ],
+            optional=len(measured),
         ),
         _groups("By module", "module", description["modules"], description["bytes"]),
         _groups("By kind of module", "kind", description["kinds"], description["bytes"]),

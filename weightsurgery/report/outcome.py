@@ -31,8 +31,9 @@ def outcome_tables(out: str, record: Mapping[str, Any]) -> list[Table]:
     written = sum(entry["size"] for entry in record["outputs"].values())
     settings = record["recipe"].get("settings", {})
     rows = [["output", f"{shown(out)}, {size(written)} in {len(record['outputs'])} files"]]
-    if "ratio" in settings:
-        rows.append(["asked", f"ratio {settings['ratio']:g} (reserve {1 - settings['ratio']:g})"])
+    asked = [text for name, value in settings.items() if (text := _setting(name, value))]
+    if asked:
+        rows.append(["asked", ", ".join(asked)])
     rows.append(["tensors", _statuses(record)])
     if record["effective_share"] is not None:
         changed, eligible = record["changed_dimensions"], record["eligible_dimensions"]
@@ -48,6 +49,20 @@ def outcome_tables(out: str, record: Mapping[str, Any]) -> list[Table]:
         Table("Warnings", ("",), warnings),
         Table(f"wsurg {record['recipe'].get('operator', 'copy')}", ("", ""), rows),
     ]
+
+
+def _setting(name: str, value: Any) -> str:
+    """A setting that is on, as words; "" for one that is off or empty."""
+    words = name.replace("_", "-")
+    if name == "ratio":
+        return f"ratio {value:g} (reserve {1 - value:g})"
+    if value is None or value is False or value in ("", (), []):
+        return ""
+    if value is True:
+        return words
+    several = value if isinstance(value, (tuple, list)) else [value]
+    texts = ("=".join(map(str, v)) if isinstance(v, (tuple, list)) else str(v) for v in several)
+    return f"{words} {shown(' '.join(texts))}"
 
 
 def _statuses(record: Mapping[str, Any]) -> str:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from weightsurgery.errors import shown
@@ -19,12 +20,20 @@ class Table:
         columns: Headings; one that begins with ">" is aligned to the right.
         rows: Cells, already formatted.
         note: Shown below, "" for nothing.
+        optional: How many of the last columns a narrow terminal may leave out, and say so.
     """
 
     title: str
     columns: tuple[str, ...]
     rows: Sequence[Sequence[str]]
     note: str = ""
+    optional: int = 0
+
+    @property
+    def widths(self) -> list[int]:
+        """Characters that each column needs."""
+        heads = [column.removeprefix(">") for column in self.columns]
+        return [max(map(len, cells)) for cells in zip(heads, *self.rows, strict=True)]
 
 
 def show(tables: Sequence[Table]) -> None:
@@ -37,8 +46,7 @@ def show(tables: Sequence[Table]) -> None:
 
 
 def _plain(table: Table) -> str:
-    heads = [column.removeprefix(">") for column in table.columns]
-    widths = [max(map(len, cells)) for cells in zip(heads, *table.rows, strict=True)]
+    heads, widths = [column.removeprefix(">") for column in table.columns], table.widths
     right = [column.startswith(">") for column in table.columns]
 
     def line(cells: Sequence[str]) -> str:
@@ -58,10 +66,9 @@ def _show_rich(tables: Sequence[Table]) -> None:
     from rich.text import Text
 
     console = Console()
-    for table in tables:
+    for table in (fit(table, console.width) for table in tables):
+        console.print(Text(table.title, style="bold"))
         drawn = RichTable(
-            title=Text(table.title, style="bold"),
-            title_justify="left",
             box=box.SIMPLE_HEAD if any(table.columns) else None,
             show_header=any(table.columns),
         )
@@ -82,6 +89,45 @@ def _show_rich(tables: Sequence[Table]) -> None:
             console.print()
 
 
+_GAP = 3  # characters that rich puts beside a column, and one more at the end
+
+
+def fit(table: Table, width: int) -> Table:
+    """A table as a terminal of that many characters can show it.
+
+    Optional columns go first, the last before the others; then names are broken at their dots.
+    """
+    widths = table.widths
+    kept = len(widths)
+    least = max(1, kept - table.optional)
+    while kept > least and sum(widths[:kept]) + _GAP * kept + 1 > width:
+        kept -= 1
+    hidden = [column.removeprefix(">") for column in table.columns[kept:]]
+    room = max(_NARROWEST, width - sum(widths[1:kept]) - _GAP * kept - 1)
+    notes = [table.note] if table.note else []
+    if hidden:
+        notes.append(f"no room for {', '.join(hidden)}; a wider terminal, a pipe or --json has all")
+    return replace(
+        table,
+        columns=table.columns[:kept],
+        rows=[[_broken(first, room), *rest[: kept - 1]] for first, *rest in table.rows],
+        note="\n".join(notes),
+    )
+
+
+_NARROWEST = 12
+
+
+def _broken(name: str, room: int) -> str:
+    """A name in lines of at most so many characters, broken after dots where it has some."""
+    lines = [""]
+    for part in re.findall(r"[^.]*\.|[^.]+", name):
+        if lines[-1] and len(lines[-1]) + len(part) > room:
+            lines.append("")
+        lines[-1] += part
+    return "\n".join(lines)
+
+
 def number(value: float | int | None) -> str:
     """A number in a cell: integers with thousands separators, others to four digits.
 
@@ -98,10 +144,15 @@ def share(value: float | None) -> str:
     """A share as a percentage.
 
     Example:
-        >>> share(0.1664)
-        '16.64 %'
+        >>> share(0.1664), share(0.9999999)
+        ('16.64 %', '> 99.99 %')
     """
-    return "-" if value is None else f"{100 * value:.2f} %"
+    if value is None:
+        return "-"
+    text = f"{100 * value:.2f} %"
+    if text == "100.00 %" and value < 1:
+        return "> 99.99 %"
+    return "< 0.01 %" if text == "0.00 %" and value > 0 else text
 
 
 def size(count: int) -> str:
