@@ -1,0 +1,1 @@
+"""Estimates of the loss's curvature, one number for each dimension."""

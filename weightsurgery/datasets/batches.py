@@ -1,0 +1,141 @@
+"""Examples as batches of token ids, padded to their longest, in the order they are given."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from weightsurgery.datasets.read import (
+    Instruction,
+    Sentence,
+    label_ids,
+    read_instructions,
+    read_sentences,
+)
+from weightsurgery.errors import SettingError
+from weightsurgery.models import CLASSIFICATION, Model
+
+if TYPE_CHECKING:
+    import torch
+
+IGNORED = -100  # the label of a token that the loss leaves out
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """One example as numbers.
+
+    Attributes:
+        ids: Token ids, cut to the model's or the asked length.
+        types: Token type ids, () where the tokenizer gives none.
+        labels: The class, as the only entry; or for a causal model one label for each token,
+            `IGNORED` outside the answer.
+    """
+
+    ids: tuple[int, ...]
+    types: tuple[int, ...]
+    labels: tuple[int, ...]
+
+
+def read_examples(
+    model: Model, data: str | os.PathLike[str], *, max_length: int = 128
+) -> list[Encoded]:
+    """Read a data file of the kind that the model's task needs, and encode it.
+
+    Raises:
+        FormatError: The file or a row of it is bad.
+        MismatchError: A label is none of the model's.
+        SettingError: `max_length` leaves no room.
+    """
+    if model.task == CLASSIFICATION:
+        sentences = read_sentences(data)
+        return encode_sentences(model, sentences, label_ids(sentences, model.labels, file=data),
+                                max_length=max_length)  # fmt: skip
+    return encode_instructions(model, read_instructions(data), max_length=max_length)
+
+
+def encode_sentences(
+    model: Model, sentences: Sequence[Sentence], labels: Sequence[int], *, max_length: int = 128
+) -> list[Encoded]:
+    """Sentences, or pairs of sentences, as the model's tokenizer makes them."""
+    check_length(model, max_length)
+    columns = [list(texts) for texts in zip(*(s.texts for s in sentences), strict=True)]
+    found = model.tokenizer(*columns, truncation=True, max_length=max_length)
+    types = found.get("token_type_ids") or [()] * len(sentences)
+    return [
+        Encoded(tuple(ids), tuple(kinds), (label,))
+        for ids, kinds, label in zip(found["input_ids"], types, labels, strict=True)
+    ]
+
+
+def encode_instructions(
+    model: Model, instructions: Sequence[Instruction], *, max_length: int = 128
+) -> list[Encoded]:
+    """Question and answer as one sequence; the loss covers the answer and the end-of-text token.
+
+    With a chat template the question is set in it, else question, line feed and answer follow
+    each other (our choice). What is too long is cut from the left of the question, then from the
+    end of the answer.
+    """
+    check_length(model, max_length)
+    return [_encode(model.tokenizer, one, max_length) for one in instructions]
+
+
+def _encode(tokenizer: Any, one: Instruction, max_length: int) -> Encoded:
+    if getattr(tokenizer, "chat_template", None):
+        messages = [{"role": role, "content": text} for role, text in one.messages]
+        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        question = tokenizer(text, add_special_tokens=False)["input_ids"]
+    else:
+        question = tokenizer("\n".join(text for _, text in one.messages) + "\n")["input_ids"]
+    answer = tokenizer(one.answer, add_special_tokens=False)["input_ids"]
+    if tokenizer.eos_token_id is not None:
+        answer = [*answer, tokenizer.eos_token_id]
+    answer = answer[: max_length - 1]  # at least one token of the question stays
+    question = question[-(max_length - len(answer)) :]
+    labels = (*[IGNORED] * len(question), *answer)
+    return Encoded((*question, *answer), (), labels)
+
+
+def check_length(model: Model, max_length: int) -> None:
+    """Refuse a length that the model cannot take.
+
+    Raises:
+        SettingError: It is below 2 or beyond the model's positions.
+    """
+    most = getattr(model.module.config, "max_position_embeddings", None) or max_length
+    if not 2 <= max_length <= most:
+        raise SettingError(f"max_length is {max_length}; expected 2 to {most:,} tokens")
+
+
+def batches(
+    model: Model, examples: Sequence[Encoded], size: int
+) -> Iterator[tuple[dict[str, torch.Tensor], torch.Tensor]]:
+    """Inputs and labels of `size` examples at a time, on the model's device.
+
+    Labels have shape (examples,) for a classifier and (examples, tokens) for a causal model.
+    """
+    import torch
+
+    pad = model.tokenizer.pad_token_id
+    pad = model.tokenizer.eos_token_id or 0 if pad is None else pad
+    for start in range(0, len(examples), size):
+        part = examples[start : start + size]
+        longest = max(len(one.ids) for one in part)
+
+        def grid(rows: list[tuple[int, ...]], fill: int, longest: int = longest) -> torch.Tensor:
+            padded = [[*row, *[fill] * (longest - len(row))] for row in rows]
+            return torch.tensor(padded, device=model.device)
+
+        inputs = {
+            "input_ids": grid([one.ids for one in part], pad),
+            "attention_mask": grid([(1,) * len(one.ids) for one in part], 0),
+        }
+        if any(one.types for one in part):
+            inputs["token_type_ids"] = grid([one.types for one in part], 0)
+        if model.task == CLASSIFICATION:
+            yield inputs, torch.tensor([one.labels[0] for one in part], device=model.device)
+        else:
+            yield inputs, grid([one.labels for one in part], IGNORED)

@@ -1,0 +1,241 @@
+"""Data files: TSV, CSV or JSONL, in UTF-8; every bad row is told with file, line and reason.
+
+Classification has a text column `sentence` (or `sentence1` and `sentence2`) and a column `label`.
+Instruction data are JSONL with `question` and `answer`, or `instruction` (and `input`) with
+`output`, or `messages`.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from weightsurgery.errors import FormatError, MismatchError, shown
+from weightsurgery.formats.files import InputFile
+
+MAX_BYTES = 1 << 30  # of a data file
+_SENTENCES = (("sentence",), ("sentence1", "sentence2"))
+_QUESTIONS = (("question", "answer"), ("instruction", "output"))
+
+
+@dataclass(frozen=True)
+class Sentence:
+    """A labelled sentence, or a labelled pair of sentences.
+
+    Attributes:
+        texts: One text, or the two of a pair.
+        label: As the file says it: a number or a name.
+        line: Line in the file, from 1.
+    """
+
+    texts: tuple[str, ...]
+    label: str
+    line: int
+
+
+@dataclass(frozen=True)
+class Instruction:
+    """A question and its answer, for a causal language model.
+
+    Attributes:
+        messages: (role, text) in order, without the answer.
+        answer: What the model should say.
+        line: Line in the file, from 1.
+    """
+
+    messages: tuple[tuple[str, str], ...]
+    answer: str
+    line: int
+
+
+def read_sentences(path: str | os.PathLike[str]) -> list[Sentence]:
+    """Read labelled sentences from a .tsv, .csv or .jsonl file.
+
+    A TSV file has no quoting: a tab ends a field and a line feed ends a row.
+
+    Raises:
+        StorageError: The file cannot be read.
+        FormatError: It is empty, not UTF-8, lacks a column, or a row is bad.
+    """
+    name = os.fspath(path)
+    rows = _rows(name)
+    first = next(rows, None)
+    if first is None:
+        raise FormatError("no rows", file=name, hint="it needs a header and at least one row")
+    columns = next((c for c in _SENTENCES if set(c) <= first[1].keys()), None)
+    if columns is None or "label" not in first[1]:
+        raise FormatError(
+            f"columns {shown(', '.join(map(str, first[1])))}; expected sentence and label, "
+            "or sentence1, sentence2 and label",
+            file=name,
+            hint="name the columns in the first line",
+        )
+    found = []
+    for line, row in _chain(first, rows):
+        texts = tuple(_text(name, line, row, column) for column in columns)
+        label = row.get("label")
+        if isinstance(label, bool) or not isinstance(label, str | int) or not str(label).strip():
+            raise _bad(name, line, f"label {shown(repr(label))}; expected a number or a name")
+        found.append(Sentence(texts, str(label).strip(), line))
+    return found
+
+
+def read_instructions(path: str | os.PathLike[str]) -> list[Instruction]:
+    """Read question and answer pairs from a .jsonl file.
+
+    Raises:
+        StorageError: The file cannot be read.
+        FormatError: It is empty, not UTF-8, not JSON, or a row is bad.
+    """
+    name = os.fspath(path)
+    found = [_instruction(name, line, row) for line, row in _rows(name)]
+    if not found:
+        raise FormatError("no rows", file=name)
+    return found
+
+
+def holds_instructions(path: str | os.PathLike[str]) -> bool:
+    """Whether the first row of a file is a question and answer rather than a labelled sentence."""
+    name = os.fspath(path)
+    first = next(_rows(name), None) if name.endswith(".jsonl") else None
+    return first is not None and "label" not in first[1]
+
+
+def label_ids(
+    sentences: Sequence[Sentence], names: Mapping[int, str], *, file: str | os.PathLike[str]
+) -> list[int]:
+    """The model's number of every sentence's label.
+
+    Args:
+        sentences: From `read_sentences`.
+        names: The model's labels, number to name (`id2label` of its configuration).
+        file: For messages.
+
+    Raises:
+        MismatchError: The model has no such label.
+    """
+    numbers = {**{str(i): i for i in names}, **{name: i for i, name in names.items()}}
+    found = []
+    for sentence in sentences:
+        if sentence.label not in numbers:
+            known = ", ".join(f"{i} ({name})" for i, name in sorted(names.items()))
+            raise MismatchError(
+                f"line {sentence.line}: label '{shown(sentence.label)}'; the model has "
+                f"{shown(known)}",
+                file=file,
+            )
+        found.append(numbers[sentence.label])
+    return found
+
+
+# --- rows -------------------------------------------------------------------------------------
+
+
+def _chain(
+    first: tuple[int, dict[str, Any]], rest: Iterator[tuple[int, dict[str, Any]]]
+) -> Iterator[tuple[int, dict[str, Any]]]:
+    yield first
+    yield from rest
+
+
+def _rows(name: str) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(line, column to value) of every row."""
+    kind = os.path.splitext(name)[1].lower()
+    readers = {".tsv": _tsv, ".csv": _csv, ".jsonl": _jsonl, ".json": _jsonl}
+    if kind not in readers:
+        raise FormatError(
+            f"'{shown(kind)}' is no kind of data file; expected .tsv, .csv or .jsonl", file=name
+        )
+    return readers[kind](name, _decoded(name))
+
+
+def _decoded(name: str) -> str:
+    data = InputFile(name).read_all(MAX_BYTES)
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise _bad(name, line, "not UTF-8", "save the file as UTF-8") from None
+
+
+def _tsv(name: str, text: str) -> Iterator[tuple[int, dict[str, Any]]]:
+    # At line feeds alone: str.splitlines would cut texts at characters such as U+0085.
+    lines = [line.removesuffix("\r") for line in text.removesuffix("\n").split("\n")]
+    header = lines[0].split("\t")
+    for number, line in enumerate(lines[1:], 2):
+        fields = line.split("\t")
+        if len(fields) != len(header):
+            raise _bad(name, number, f"{len(fields)} fields; the header has {len(header)}")
+        yield number, dict(zip(header, fields, strict=True))
+
+
+def _csv(name: str, text: str) -> Iterator[tuple[int, dict[str, Any]]]:
+    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
+    try:
+        header = next(reader, [])
+        for fields in reader:
+            if len(fields) != len(header):
+                reason = f"{len(fields)} fields; the header has {len(header)}"
+                raise _bad(name, reader.line_num, reason)
+            yield reader.line_num, dict(zip(header, fields, strict=True))
+    except csv.Error as error:
+        raise _bad(name, reader.line_num, f"not CSV: {error}") from None
+
+
+def _jsonl(name: str, text: str) -> Iterator[tuple[int, dict[str, Any]]]:
+    for number, line in enumerate(text.split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise _bad(name, number, f"not JSON: {shown(error)}") from None
+        if not isinstance(row, dict):
+            raise _bad(name, number, "not a JSON object")
+        yield number, row
+
+
+def _instruction(name: str, line: int, row: Mapping[str, Any]) -> Instruction:
+    if "messages" in row:
+        return _conversation(name, line, row["messages"])
+    columns = next((c for c in _QUESTIONS if set(c) <= row.keys()), None)
+    if columns is None:
+        raise _bad(
+            name,
+            line,
+            f"fields {shown(', '.join(row))}; expected question and answer, instruction and "
+            "output, or messages",
+        )
+    question, answer = (_text(name, line, row, column) for column in columns)
+    extra = row.get("input")
+    if isinstance(extra, str) and extra.strip():
+        question = f"{question}\n{extra}"
+    return Instruction((("user", question),), answer, line)
+
+
+def _conversation(name: str, line: int, messages: Any) -> Instruction:
+    fits = isinstance(messages, list) and all(
+        isinstance(m, dict) and all(isinstance(m.get(k), str) for k in ("role", "content"))
+        for m in messages
+    )
+    if not fits or not messages or messages[-1]["role"] != "assistant":
+        reason = "messages; expected a list of role and content that ends with the assistant's"
+        raise _bad(name, line, reason)
+    *before, last = [(m["role"], m["content"]) for m in messages]
+    return Instruction(tuple(before), last[1], line)
+
+
+def _text(name: str, line: int, row: Mapping[str, Any], column: str) -> str:
+    text = row.get(column)
+    if not isinstance(text, str) or not text.strip():
+        raise _bad(name, line, f"{column} is {shown(repr(text))}; expected text")
+    return text
+
+
+def _bad(name: str, line: int, reason: str, hint: str = "") -> FormatError:
+    return FormatError(f"line {line}: {reason}", file=name, hint=hint)

@@ -1,0 +1,209 @@
+"""Models in torch: opened from a checkpoint's directory for gradients, training and evaluation.
+
+The one place where transformers builds a model. Code beside the weights is never run.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from weightsurgery.checkpoint import Checkpoint
+from weightsurgery.errors import MismatchError, PolicyError, SettingError, shown
+from weightsurgery.formats import open_checkpoint
+
+if TYPE_CHECKING:
+    import torch
+
+CLASSIFICATION, CAUSAL = "classification", "causal"
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model ready to compute: float32, in evaluation mode, on one device.
+
+    Attributes:
+        module: The transformers model.
+        tokenizer: Its tokenizer.
+        checkpoint: What it was loaded from.
+        task: "classification" or "causal".
+        names: Every trainable parameter's name on disk, to the parameter. A tensor that several
+            names stand for (tied weights) is here once, under its first name on disk.
+        path: The directory.
+    """
+
+    module: Any
+    tokenizer: Any
+    checkpoint: Checkpoint
+    task: str
+    names: Mapping[str, torch.nn.Parameter]
+    path: str
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model computes."""
+        found: torch.device = next(iter(self.module.parameters())).device
+        return found
+
+    @property
+    def labels(self) -> dict[int, str]:
+        """Number to name of a classifier's labels."""
+        return {int(i): str(name) for i, name in self.module.config.id2label.items()}
+
+
+def pick_device(device: str) -> torch.device:
+    """`auto` is the first accelerator there is, else the processor.
+
+    Raises:
+        SettingError: torch knows no such device, or it is not there.
+    """
+    import torch
+
+    if device == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        return torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).partition("\n")[0]
+        raise SettingError(
+            f"device '{shown(device)}' is not to be had: {shown(reason)}", hint="say cpu or auto"
+        ) from None
+
+
+def load_model(path: str | os.PathLike[str], *, task: str = "auto", device: str = "auto") -> Model:
+    """Load a model directory in float32 with its tokenizer.
+
+    The weights go through the strict reader's checks first. Weights that the directory lacks are
+    an error: a head of random numbers would give random answers.
+
+    Args:
+        path: A model directory.
+        task: "classification", "causal", or "auto" to go by the configuration's architecture.
+        device: Where to compute; "auto" takes an accelerator if there is one.
+
+    Raises:
+        SettingError: The path is a single file, or the device is not to be had.
+        MismatchError: There is no tokenizer, the architecture is of another task, or weights are
+            missing.
+        PolicyError: The model needs code of its own.
+        FormatError: A file of the directory is malformed.
+    """
+    import torch
+    import transformers
+
+    text = os.fspath(path)
+    checkpoint = open_checkpoint(text)
+    if not checkpoint.is_directory:
+        raise SettingError(
+            "a single file; expected a model directory with config.json and tokenizer", file=text
+        )
+    folder = os.path.dirname(checkpoint.files[0].path)
+    task = _task(checkpoint) if task == "auto" else task
+    kinds = {
+        CLASSIFICATION: transformers.AutoModelForSequenceClassification,
+        CAUSAL: transformers.AutoModelForCausalLM,
+    }
+    target = pick_device(device)
+    with Quiet():
+        tokenizer = _load_tokenizer(folder, text)
+        try:
+            module, info = kinds[task].from_pretrained(
+                folder,
+                dtype=torch.float32,
+                use_safetensors=True,
+                trust_remote_code=False,
+                local_files_only=True,
+                output_loading_info=True,
+            )
+        except (ValueError, OSError) as error:
+            reason = shown(str(error).partition("\n")[0])
+            if "trust_remote_code" in str(error):
+                raise PolicyError("needs code that lies beside the weights", file=text) from None
+            raise MismatchError(f"transformers cannot load it: {reason}", file=text) from None
+    missing = sorted(info["missing_keys"])
+    if missing:
+        raise MismatchError(
+            f"lacks {len(missing)} of the weights that a {type(module).__name__} has",
+            file=text,
+            tensor=missing[0],
+            hint="give a model that was trained for this task",
+        )
+    module.to(target).eval()
+    return Model(module, tokenizer, checkpoint, task, _disk_names(module, checkpoint), text)
+
+
+def _task(checkpoint: Checkpoint) -> str:
+    architectures = checkpoint.config.get("architectures") or [""]
+    name = str(architectures[0]) if isinstance(architectures, list) else ""
+    if name.endswith("ForSequenceClassification"):
+        return CLASSIFICATION
+    if name.endswith(("ForCausalLM", "LMHeadModel")):
+        return CAUSAL
+    raise MismatchError(
+        f"config.json names the architecture '{shown(name)}'; expected a sequence classifier or a "
+        "causal language model",
+        file=checkpoint.label,
+    )
+
+
+def _load_tokenizer(folder: str, label: str) -> Any:
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(
+            folder, trust_remote_code=False, local_files_only=True, use_fast=True
+        )
+    except (ValueError, OSError, KeyError, TypeError) as error:
+        raise MismatchError(
+            f"no tokenizer that can be loaded: {shown(str(error).partition(chr(10))[0])}",
+            file=label,
+            hint="put tokenizer.json and tokenizer_config.json beside the weights",
+        ) from None
+
+
+def _disk_names(module: Any, checkpoint: Checkpoint) -> dict[str, Any]:
+    """Name on disk to parameter; a tied parameter once."""
+    found: dict[str, Any] = {}
+    seen: dict[int, str] = {}
+    prefix = f"{module.base_model_prefix}."
+    for name, parameter in module.named_parameters(remove_duplicate=False):
+        if not parameter.requires_grad:
+            continue
+        spellings = (name, name.removeprefix(prefix), f"{prefix}{name}")
+        stored = next((s for s in spellings if s in checkpoint), None)
+        if stored is None or id(parameter) in seen:
+            continue
+        if checkpoint[stored].shape != tuple(parameter.shape):
+            continue
+        seen[id(parameter)] = stored
+        found[stored] = parameter
+    lost = [n for n, p in module.named_parameters() if p.requires_grad and id(p) not in seen]
+    if lost:
+        raise MismatchError(
+            "transformers has a parameter that no tensor on disk stands for as it is",
+            file=checkpoint.label,
+            tensor=lost[0],
+            hint="save the model again with this version of transformers",
+        )
+    return found
+
+
+class Quiet:
+    """transformers without its progress bars and advice, whose words are not ours."""
+
+    def __enter__(self) -> None:
+        from transformers.utils import logging
+
+        self._logging: Any = logging
+        self._before = logging.get_verbosity(), logging.is_progress_bar_enabled()
+        self._logging.set_verbosity_error()
+        self._logging.disable_progress_bar()
+
+    def __exit__(self, *_: object) -> None:
+        self._logging.set_verbosity(self._before[0])
+        if self._before[1]:
+            self._logging.enable_progress_bar()

@@ -1,0 +1,1 @@
+"""Training: the second step of the methods, on a handful of clean examples."""
