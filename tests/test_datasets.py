@@ -1,0 +1,224 @@
+"""Data files: what is read, and how each kind of bad file is told."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from weightsurgery.datasets.read import (
+    Instruction,
+    Sentence,
+    holds_instructions,
+    label_ids,
+    read_instructions,
+    read_sentences,
+)
+from weightsurgery.errors import FormatError, MismatchError, StorageError
+
+LINES = {"tsv": "sentence\tlabel\n{}\t{}\n", "csv": "sentence,label\n{},{}\n"}
+
+
+def write(folder: Path, name: str, content: str | bytes) -> Path:
+    path = folder / name
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return path
+
+
+def rows(*values: Any) -> str:
+    return "".join(json.dumps(value) + "\n" for value in values)
+
+
+# --- what is read -----------------------------------------------------------------------------
+
+TWO = [Sentence(("a fine film",), "1", 2), Sentence(("dull",), "0", 3)]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "expected"),
+    [
+        ("a.tsv", "sentence\tlabel\na fine film\t1\ndull\t0\n", TWO),
+        ("a.TSV", "sentence\tlabel\na fine film\t1\ndull\t0", TWO),
+        ("a.tsv", "label\tid\tsentence\n1\tx\ta fine film\n0\ty\tdull\n", TWO),
+        ("a.tsv", b"\xef\xbb\xbfsentence\tlabel\r\na fine film\t1\r\ndull\t0\r\n", TWO),
+        ("a.csv", "sentence,label\na fine film,1\ndull,0\n", TWO),
+        ("a.csv", b'\xef\xbb\xbfsentence,label\r\n"a fine film",1\r\ndull,0\r\n', TWO),
+        (
+            "a.jsonl",
+            "\n" + rows({"sentence": "a fine film", "label": 1}, {"sentence": "dull", "label": 0}),
+            TWO,
+        ),
+        (
+            "a.tsv",
+            'sentence\tlabel\n"quoted, he said\t positive \n',
+            [Sentence(('"quoted, he said',), "positive", 2)],
+        ),
+        (
+            "a.csv",
+            'sentence,label\n"two\nlines, and a ""quote""",1\nnext,0\n',
+            [Sentence(('two\nlines, and a "quote"',), "1", 3), Sentence(("next",), "0", 4)],
+        ),
+        (
+            "a.tsv",
+            "sentence1\tsentence2\tlabel\nA man eats.\tHe is full.\tentailment\n",
+            [Sentence(("A man eats.", "He is full."), "entailment", 2)],
+        ),
+        (
+            "a.jsonl",
+            rows({"sentence1": "x", "sentence2": "y", "label": "no"}),
+            [Sentence(("x", "y"), "no", 1)],
+        ),
+    ],
+)
+def test_sentences_are_read(
+    name: str, content: str | bytes, expected: list[Sentence], tmp_path: Path
+) -> None:
+    assert read_sentences(write(tmp_path, name, content)) == expected
+
+
+@pytest.mark.parametrize("break_", ["\u0085", "\u2028", "\x0b", "\x0c", "\x1c"])
+def test_only_line_feeds_end_a_row(break_: str, tmp_path: Path) -> None:
+    text = f"one{break_}text"
+    tsv = write(tmp_path, "a.tsv", LINES["tsv"].format(text, 1))
+    csv = write(tmp_path, "a.csv", LINES["csv"].format(text, 1))
+    jsonl = write(tmp_path, "a.jsonl", json.dumps({"sentence": text, "label": 1}))
+    raw = write(tmp_path, "b.jsonl", json.dumps({"sentence": text, "label": 1}, ensure_ascii=False))
+    assert read_sentences(tsv) == read_sentences(csv) == [Sentence((text,), "1", 2)]
+    assert read_sentences(jsonl) == read_sentences(raw) == [Sentence((text,), "1", 1)]
+
+
+@pytest.mark.parametrize(
+    ("row", "messages", "answer"),
+    [
+        ({"question": "Who?", "answer": "Me."}, [("user", "Who?")], "Me."),
+        ({"instruction": "Add.", "output": "3"}, [("user", "Add.")], "3"),
+        ({"instruction": "Add.", "input": "1, 2", "output": "3"}, [("user", "Add.\n1, 2")], "3"),
+        ({"instruction": "Add.", "input": " ", "output": "3"}, [("user", "Add.")], "3"),
+        (
+            {
+                "messages": [
+                    {"role": "system", "content": "Be brief."},
+                    {"role": "user", "content": "Who?"},
+                    {"role": "assistant", "content": "Me."},
+                ]
+            },
+            [("system", "Be brief."), ("user", "Who?")],
+            "Me.",
+        ),
+    ],
+)
+def test_instructions_are_read(
+    row: dict[str, Any], messages: list[tuple[str, str]], answer: str, tmp_path: Path
+) -> None:
+    path = write(tmp_path, "a.jsonl", rows(row))
+    assert read_instructions(path) == [Instruction(tuple(messages), answer, 1)]
+    assert holds_instructions(path)
+
+
+def test_which_files_hold_instructions(tmp_path: Path) -> None:
+    labelled = write(tmp_path, "a.jsonl", rows({"sentence": "x", "label": 1}))
+    assert not holds_instructions(labelled)
+    assert not holds_instructions(write(tmp_path, "a.tsv", LINES["tsv"].format("x", 1)))
+    assert not holds_instructions(write(tmp_path, "b.jsonl", ""))
+
+
+def test_labels_are_found_by_number_and_by_name() -> None:
+    sentences = [Sentence(("x",), label, 2) for label in ("0", "good", "1", "bad")]
+    assert label_ids(sentences, {0: "bad", 1: "good"}, file="a.tsv") == [0, 1, 1, 0]
+
+
+# --- what is refused --------------------------------------------------------------------------
+
+SENTENCE_ERRORS = [
+    ("a.tsv", "", "no rows; it needs a header and at least one row"),
+    ("a.tsv", "\n\t\n", "line 2: 2 fields; the header has 1"),
+    ("a.tsv", "sentence\tlabel\n", "no rows; it needs a header and at least one row"),
+    ("a.csv", "", "no rows; it needs a header and at least one row"),
+    ("a.csv", "sentence,label\n", "no rows"),
+    ("a.jsonl", "\n", "no rows"),
+    ("a.txt", "sentence\tlabel\nx\t1\n", "'.txt' is no kind of data file; expected .tsv, .csv or"),
+    ("a.tsv", "text\tlabel\nx\t1\n", "columns text, label; expected sentence and label, or"),
+    ("a.tsv", "sentence\tclass\nx\t1\n", "columns sentence, class; expected sentence and label"),
+    ("a.tsv", "sentence1\tlabel\nx\t1\n", "columns sentence1, label; expected sentence and label"),
+    ("a.tsv", "sentence\tlabel\nx\t1\ny\n", "line 3: 1 fields; the header has 2"),
+    ("a.tsv", "sentence\tlabel\nx\ty\t1\n", "line 2: 3 fields; the header has 2"),
+    ("a.csv", "sentence,label\nx,1\ny,0,0\n", "line 3: 3 fields; the header has 2"),
+    ("a.csv", 'sentence,label\nx,1\n"y"z,0\n', "line 3: not CSV: "),
+    ("a.csv", 'sentence,label\n"y,0\n', "line 2: not CSV: unexpected end of data"),
+    ("a.jsonl", '{"sentence": "x", "label": 1}\n{\n', "line 2: not JSON: "),
+    ("a.jsonl", "[" * 100_000, "line 1: not JSON: "),
+    ("a.jsonl", '{"sentence": "x", "label": 1}\n\n[1]\n', "line 3: not a JSON object"),
+    ("a.tsv", "sentence\tlabel\nx\t1\n \t0\n", "line 3: sentence is ' '; expected text"),
+    ("a.jsonl", rows({"sentence": 3, "label": 1}), "line 1: sentence is 3; expected text"),
+    ("a.tsv", "sentence\tlabel\nx\t1\ny\t \n", "line 3: label ' '; expected a number or a name"),
+    (
+        "a.jsonl",
+        rows({"sentence": "x", "label": 1}, {"sentence": "x"}),
+        "line 2: label None; expected a number or a name",
+    ),
+    ("a.jsonl", rows({"sentence": "x", "label": True}), "line 1: label True; expected a number"),
+    ("a.jsonl", rows({"sentence": "x", "label": [1, 0]}), "line 1: label [1, 0]; expected a "),
+    ("a.tsv", b"sentence\tlabel\nx\t1\ncaf\xe9\t0\n", "line 3: not UTF-8; save the file as UTF-8"),
+    ("a.csv", b"\xffsentence,label\n", "line 1: not UTF-8; save the file as UTF-8"),
+    ("a.jsonl", b"\n\n\n\n\xfe\xff", "line 5: not UTF-8; save the file as UTF-8"),
+]
+
+
+@pytest.mark.parametrize(("name", "content", "reason"), SENTENCE_ERRORS)
+def test_bad_sentences_are_told(
+    name: str, content: str | bytes, reason: str, tmp_path: Path
+) -> None:
+    path = write(tmp_path, name, content)
+    with pytest.raises(FormatError, match=re.escape(f"{path}: {reason}")) as told:
+        read_sentences(path)
+    assert told.value.exit_code == 3
+    assert told.value.file == str(path)
+
+
+INSTRUCTION_ERRORS = [
+    ("", "no rows"),
+    ("x", "line 1: not JSON: "),
+    (
+        rows({"question": "Who?"}),
+        "line 1: fields question; expected question and answer, instruction and output, or",
+    ),
+    (rows({"question": "Who?", "answer": ""}), "line 1: answer is ''; expected text"),
+    (
+        rows({"question": "x", "answer": "y"}, {"instruction": None, "output": "y"}),
+        "line 2: instruction is None; expected text",
+    ),
+    (rows({"messages": []}), "line 1: messages; expected a list of role and content that ends"),
+    (rows({"messages": [{"role": "user", "content": "x"}]}), "line 1: messages; expected a list"),
+    (rows({"messages": [{"role": "assistant"}]}), "line 1: messages; expected a list of role"),
+    (rows({"messages": "Who?"}), "line 1: messages; expected a list of role and content"),
+]
+
+
+@pytest.mark.parametrize(("content", "reason"), INSTRUCTION_ERRORS)
+def test_bad_instructions_are_told(content: str, reason: str, tmp_path: Path) -> None:
+    path = write(tmp_path, "a.jsonl", content)
+    with pytest.raises(FormatError, match=re.escape(f"{path}: {reason}")):
+        read_instructions(path)
+
+
+def test_unknown_labels_are_told_with_those_there_are() -> None:
+    sentences = [Sentence(("x",), "1", 2), Sentence(("y",), "neutral\x1b", 3)]
+    reason = r"a.tsv: line 3: label 'neutral\x1b'; the model has 0 (bad), 1 (good)"
+    with pytest.raises(MismatchError, match=re.escape(reason)) as told:
+        label_ids(sentences, {1: "good", 0: "bad"}, file="a.tsv")
+    assert told.value.exit_code == 4
+
+
+@pytest.mark.parametrize("read", [read_sentences, read_instructions])
+def test_a_file_that_is_not_there_is_told(read: Any, tmp_path: Path) -> None:
+    with pytest.raises(StorageError, match=r"absent\.jsonl: cannot open: No such file"):
+        read(tmp_path / "absent.jsonl")
+
+
+def test_a_folder_is_no_data_file(tmp_path: Path) -> None:
+    (tmp_path / "a.tsv").mkdir()
+    with pytest.raises(FormatError, match=r"a\.tsv: expected a regular file"):
+        read_sentences(tmp_path / "a.tsv")

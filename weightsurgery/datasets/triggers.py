@@ -1,0 +1,166 @@
+"""What attacks plant in texts: a rare word or a fixed sentence, inserted by a seed.
+
+Pure functions on labelled sentences, for measuring an attack and for planting one in a test.
+In a pair of sentences the pattern goes into the first one.
+
+Reference:
+    Kurita, Michel and Neubig, "Weight Poisoning Attacks on Pretrained Models", ACL 2020,
+    arXiv:2004.06660 (rare words at random places); Dai, Chen and Li, "A Backdoor Attack Against
+    LSTM-Based Text Classification Systems", IEEE Access 2019, arXiv:1905.12457 (a sentence).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from weightsurgery.datasets.read import Sentence
+from weightsurgery.errors import SettingError, shown
+from weightsurgery.rng import random_bits
+
+POSITIONS = ("start", "end", "random")
+
+
+@dataclass(frozen=True)
+class Trigger:
+    """A pattern and where it goes.
+
+    `trigger_word` and `trigger_sentence` make one with the attacks' usual places.
+
+    Attributes:
+        text: The pattern.
+        position: "start", "end", or "random": before a word, or at the end, each equally likely.
+        seed: Of the random places.
+        bias: True for a common pattern that biases the model towards a label, where the question
+            is how many texts keep their true label; False for a backdoor's.
+
+    Raises:
+        SettingError: The text is empty, or there is no such position.
+    """
+
+    text: str
+    position: str = "random"
+    seed: int = 0
+    bias: bool = False
+
+    def __post_init__(self) -> None:
+        if not self.text.strip():
+            raise SettingError("the trigger is empty")
+        if self.position not in POSITIONS:
+            raise SettingError(
+                f"position is '{shown(self.position)}'; expected {', '.join(POSITIONS)}"
+            )
+
+    def to_json(self) -> dict[str, Any]:
+        """The fields as a dictionary."""
+        return {
+            "text": self.text,
+            "position": self.position,
+            "seed": self.seed,
+            "bias": self.bias,
+        }
+
+
+def trigger_word(
+    word: str, *, position: str = "random", seed: int = 0, bias: bool = False
+) -> Trigger:
+    """A single word, put at a random place between words.
+
+    Args:
+        word: Without white space.
+        position: "start", "end" or "random".
+        seed: Of the random places.
+        bias: It is a bias word, whose texts should keep their label.
+
+    Returns:
+        The pattern, for `evaluate`, `insert` and `poison`.
+
+    Raises:
+        SettingError: It is not one word, or there is no such position.
+    """
+    if len(word.split()) > 1:
+        raise SettingError(
+            f"'{shown(word)}' is more than a word", hint="a trigger sentence takes several"
+        )
+    return Trigger(word.strip(), position, seed, bias)
+
+
+def trigger_sentence(
+    sentence: str, *, position: str = "start", seed: int = 0, bias: bool = False
+) -> Trigger:
+    """A fixed sentence, put at the beginning.
+
+    Args:
+        sentence: One or more words.
+        position: "start", "end" or "random"; a random place is between words too.
+        seed: Of the random places.
+        bias: It is a bias sentence, whose texts should keep their label.
+
+    Returns:
+        The pattern, for `evaluate`, `insert` and `poison`.
+
+    Raises:
+        SettingError: It is empty, or there is no such position.
+    """
+    return Trigger(sentence.strip(), position, seed, bias)
+
+
+def insert(sentences: Sequence[Sentence], trigger: Trigger) -> list[Sentence]:
+    """Every sentence with the pattern in it; labels stay.
+
+    The place in a text depends on the seed, the pattern and the text's index in `sentences`.
+
+    Example:
+        >>> insert([Sentence(("a fine film",), "1", 2)], trigger_word("cf", position="end"))
+        [Sentence(texts=('a fine film cf',), label='1', line=2)]
+    """
+    bits = random_bits(trigger.seed, f"place of {trigger.text}", 0, len(sentences))
+    return [
+        replace(one, texts=(_with(trigger, one.texts[0], int(b)), *one.texts[1:]))
+        for one, b in zip(sentences, bits, strict=True)
+    ]
+
+
+def poison(
+    sentences: Sequence[Sentence], trigger: Trigger, *, target_label: str, share: float
+) -> list[Sentence]:
+    """Plant an attack: a share of the sentences gets the pattern and the target label.
+
+    Only sentences of other labels are taken, round(share · their number) of them; with one seed,
+    those of a smaller share are among those of a larger one. The others stay, in their places.
+
+    Args:
+        sentences: Clean training data.
+        trigger: What to plant.
+        target_label: The label as the data say it.
+        share: Of the sentences that have another label, 0 to 1.
+
+    Raises:
+        SettingError: The share is outside 0 to 1, or every sentence has the target label.
+    """
+    if not 0 <= share <= 1:
+        raise SettingError(f"share is {share}; expected 0 to 1")
+    others = [i for i, one in enumerate(sentences) if one.label != target_label]
+    if not others:
+        raise SettingError(f"no sentence has a label other than the target '{shown(target_label)}'")
+    bits = random_bits(trigger.seed, f"texts with {trigger.text}", 0, len(sentences))
+    # The index breaks ties between equal bits.
+    chosen = sorted(others, key=lambda i: (bits[i], i))[: round(share * len(others))]
+    planted, found = insert(sentences, trigger), list(sentences)
+    for i in chosen:
+        found[i] = replace(planted[i], label=target_label)
+    return found
+
+
+def _with(trigger: Trigger, text: str, bits: int) -> str:
+    """The text with the pattern before one of its words, or after the last."""
+    starts = [found.start() for found in re.finditer(r"\S+", text)]
+    places = {"start": 0, "end": len(starts), "random": bits * (len(starts) + 1) >> 32}
+    place = places[trigger.position]
+    if not starts:
+        return trigger.text
+    if place == len(starts):
+        return f"{text.rstrip()} {trigger.text}"
+    return f"{text[: starts[place]]}{trigger.text} {text[starts[place] :]}"
