@@ -56,12 +56,14 @@ class Operator:
         name: The command's name: the function's, with dashes.
         function: The function itself.
         inputs: Names of its checkpoint arguments, in order.
+        optional: Name to declaration of the checkpoints that may be left out.
         settings: Name to (type, declaration, default) of its keyword arguments.
     """
 
     name: str
     function: Callable[..., Checkpoint]
     inputs: tuple[str, ...]
+    optional: Mapping[str, Setting]
     settings: Mapping[str, tuple[Any, Setting, Any]]
 
     @property
@@ -70,6 +72,7 @@ class Operator:
         return (inspect.getdoc(self.function) or "").partition("\n")[0]
 
 
+_OPTIONAL = Checkpoint | None
 OPERATORS: dict[str, Operator] = {}
 """Every registered operator, by the name of its command."""
 
@@ -77,9 +80,10 @@ OPERATORS: dict[str, Operator] = {}
 def operator(function: Callable[..., Checkpoint]) -> Callable[..., Checkpoint]:
     """Register a function from checkpoints to a checkpoint as an operator.
 
-    Positional arguments are checkpoints, keyword-only arguments are settings. An `engine`
-    argument, where there is one, says how to run folds and is not a setting. The result remembers
-    the operator, its settings and its inputs, which is what the record of an output shows.
+    Positional arguments are checkpoints, keyword-only arguments are settings, or checkpoints that
+    may be left out (`Annotated[Checkpoint | None, "help"] = None`). An `engine` argument, where
+    there is one, says how to run folds and is not a setting. The result remembers the operator,
+    its settings and its inputs, which is what the record of an output shows.
 
     Args:
         function: Every keyword-only argument but `engine` is annotated
@@ -92,11 +96,13 @@ def operator(function: Callable[..., Checkpoint]) -> Callable[..., Checkpoint]:
     signature = inspect.signature(function)
     parameters = signature.parameters
     inputs = tuple(n for n, p in parameters.items() if p.kind is not p.KEYWORD_ONLY)
-    settings = {
+    declared = {
         name: (*_declared(hints[name]), parameter.default)
         for name, parameter in parameters.items()
         if parameter.kind is parameter.KEYWORD_ONLY and name != "engine"
     }
+    optional = {n: setting for n, (kind, setting, _) in declared.items() if kind == _OPTIONAL}
+    settings = {n: found for n, found in declared.items() if n not in optional}
     name = function.__name__.replace("_", "-")
 
     @functools.wraps(function)
@@ -109,12 +115,13 @@ def operator(function: Callable[..., Checkpoint]) -> Callable[..., Checkpoint]:
             for name, value in given.items()
         }
         bound = signature.bind(*checkpoints, **given, **run).arguments
-        require_checkpoints(*(bound[name] for name in inputs))
+        present = {n: bound[n] for n in (*inputs, *optional) if bound.get(n) is not None}
+        require_checkpoints(*present.values())
         result = function(*checkpoints, **given, **run)
         full = {n: given.get(n, default) for n, (_, _, default) in settings.items()}
-        return result.made_by(Step(name, full, {n: bound[n] for n in inputs}))
+        return result.made_by(Step(name, _described(full), present))
 
-    OPERATORS[name] = Operator(name, recorded, inputs, settings)
+    OPERATORS[name] = Operator(name, recorded, inputs, optional, settings)
     return recorded
 
 
@@ -125,6 +132,11 @@ def _plain(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return tuple(map(_plain, value))
     return value.item() if hasattr(value, "item") else value
+
+
+def _described(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings as a record can hold them: what is more than a value describes itself."""
+    return {n: v.to_json() if hasattr(v, "to_json") else v for n, v in settings.items()}
 
 
 _EXPECTED = {bool: "True or False", int: "an integer", float: "a number", str: "a string"}

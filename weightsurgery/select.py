@@ -13,10 +13,18 @@ from weightsurgery.stream import Engine, fold
 
 _INFINITY = 0x7F80  # upper half of its bits; those of NaN and of negative numbers are above
 
-Score = Callable[[Block, Block], Block]
+Score = Callable[[Pair, int, Block, Block], Block]
+Observe = Callable[[Pair, Block], None]
 
 
-def kth_largest(score: Score, pairs: Sequence[Pair], k: int, *, engine: Engine) -> float:
+def kth_largest(
+    score: Score,
+    pairs: Sequence[Pair],
+    k: int,
+    *,
+    engine: Engine,
+    observe: Observe | None = None,
+) -> float:
     """The k-th largest score over the eligible elements of all pairs, exactly.
 
     Non-negative float32 numbers order like their bit patterns. One pass counts the upper 16 bits,
@@ -24,10 +32,13 @@ def kth_largest(score: Score, pairs: Sequence[Pair], k: int, *, engine: Engine) 
     histograms, whatever the model.
 
     Args:
-        score: (base block, tuned block) to a fresh array of float32 scores, 0 or more.
+        score: (pair, start, base block, tuned block) to a fresh array of float32 scores, 0 or
+            more.
         pairs: Where to look. Tied copies should be left out.
         k: 1 is the largest score, the number of eligible elements the smallest.
         engine: How to run the two passes.
+        observe: Given every block's counts of the upper halves of its scores' bits (int64,
+            65,536 of them), in order; then the first pass is made whatever k is.
 
     Returns:
         The score; +inf for k < 1, -inf for k beyond the number of elements.
@@ -35,18 +46,26 @@ def kth_largest(score: Score, pairs: Sequence[Pair], k: int, *, engine: Engine) 
     Raises:
         NonFiniteError: A score is NaN, infinite or negative.
     """
-    if k < 1:
-        return float("inf")
-    if k > sum(pair.eligible for pair in pairs):
-        return float("-inf")
-    upper, above = _bin_of(_count(score, pairs, None, engine), k)
+    beyond = k > sum(pair.eligible for pair in pairs)
+    if observe is None and (beyond or k < 1):
+        return float("-inf" if beyond else "inf")
+    counts = _count(score, pairs, None, engine, observe)
+    if beyond or k < 1:
+        return float("-inf" if beyond else "inf")
+    upper, above = _bin_of(counts, k)
     lower, _ = _bin_of(_count(score, pairs, upper, engine), k - above)
     return float(np.uint32(upper << 16 | lower).view(np.float32))
 
 
-def _count(score: Score, pairs: Sequence[Pair], upper: int | None, engine: Engine) -> Block:
-    def step(pair: Pair, _start: int, base: Block, tuned: Block) -> Block:
-        scores = score(base, tuned)
+def _count(
+    score: Score,
+    pairs: Sequence[Pair],
+    upper: int | None,
+    engine: Engine,
+    observe: Observe | None = None,
+) -> Block:
+    def step(pair: Pair, start: int, base: Block, tuned: Block) -> Block:
+        scores = score(pair, start, base, tuned)
         scores += np.float32(0)  # -0.0, whose bits sort above infinity, becomes +0.0
         counts = count_halves(scores, upper)
         if upper is None and counts[_INFINITY:].any():
@@ -57,7 +76,9 @@ def _count(score: Score, pairs: Sequence[Pair], upper: int | None, engine: Engin
             )
         return counts
 
-    def combine(total: Block, _pair: Pair, _start: int, counts: Block) -> Block:
+    def combine(total: Block, pair: Pair, _start: int, counts: Block) -> Block:
+        if observe is not None:
+            observe(pair, counts)
         total += counts
         return total
 

@@ -55,6 +55,7 @@ def make_record(
         "eligible_dimensions": eligible,
         "effective_share": changed / eligible if eligible else None,
         "alignment": checkpoint.notes.get("alignment"),
+        "report": {n: note for n, note in checkpoint.notes.items() if n != "alignment"},
         "left_out": [{"file": _text(name), "reason": reason} for name, reason in left_out],
         "warnings": list(warnings),
     }

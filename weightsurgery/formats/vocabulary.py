@@ -31,6 +31,37 @@ def read_vocabulary(checkpoint: Checkpoint) -> dict[int, str]:
     return {}
 
 
+def read_special(checkpoint: Checkpoint) -> set[int]:
+    """Numbers of the special tokens ([CLS], <s>, …), as the tokenizer's files name them.
+
+    Raises:
+        FormatError: A file is not what its name says.
+    """
+    files = {side.name: side for side in checkpoint.side_files if side.size <= MAX_BYTES}
+    found: set[int] = set()
+    if "tokenizer.json" in files:
+        side = files["tokenizer.json"]
+        added = parse_object(side.content(), file=side.path, what="tokenizer").get("added_tokens")
+        for entry in added if isinstance(added, list) else []:
+            if isinstance(entry, dict) and entry.get("special") and type(entry.get("id")) is int:
+                found.add(entry["id"])
+    if "special_tokens_map.json" in files:
+        side = files["special_tokens_map.json"]
+        named = parse_object(side.content(), file=side.path, what="special tokens")
+        texts = {_content(v) for value in named.values() for v in _several(value)}
+        found |= {i for i, token in read_vocabulary(checkpoint).items() if token in texts}
+    return found
+
+
+def _several(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
+
+
+def _content(value: Any) -> str | None:
+    text = value.get("content") if isinstance(value, dict) else value
+    return text if isinstance(text, str) else None
+
+
 def _tokenizer_json(side: FileRef) -> dict[int, str]:
     tokenizer = parse_object(side.content(), file=side.path, what="tokenizer")
     model = tokenizer.get("model")

@@ -146,4 +146,8 @@ def _threshold(pool: list[Pair], share: float, engine: Engine) -> np.float32:
     size = sum(pair.eligible for pair in once)
     keep = size - int(share * size)
     # keep = 0 gives +inf, which resets all; keep = size gives the smallest, which resets none.
-    return np.float32(kth_largest(magnitude_of_drift, once, keep, engine=engine))
+    return np.float32(kth_largest(_magnitude, once, keep, engine=engine))
+
+
+def _magnitude(_pair: Pair, _start: int, base: Block, tuned: Block) -> Block:
+    return magnitude_of_drift(base, tuned)

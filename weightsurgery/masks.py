@@ -1,0 +1,106 @@
+"""Bit masks over a model's dimensions: which of them an edit changed, and edits by such a mask.
+
+A mask is a checkpoint: under each tensor's name eight dimensions in a byte (U8), the first in the
+lowest bit, in row-major order. So it does not depend on how a model is cut into files.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import replace
+
+import numpy as np
+
+from weightsurgery.alignment import Alignment, Pair
+from weightsurgery.buffers import empty
+from weightsurgery.checkpoint import BLOCK, Checkpoint, TensorView
+from weightsurgery.dtypes import DTYPES
+from weightsurgery.errors import MismatchError
+from weightsurgery.kernels import Block, bits_of, choose
+from weightsurgery.stream import Edit
+
+KIND = {"wsurg": "mask/1"}  # metadata of a mask's file
+
+
+def changed_mask(checkpoint: Checkpoint) -> Checkpoint:
+    """The mask of what an operator changed: the dimensions whose stored bits differ.
+
+    Args:
+        checkpoint: The result of one operator, as it was returned.
+
+    Returns:
+        A lazy checkpoint of U8 tensors, one for each edited tensor.
+    """
+    views = {n: _packed(view) for n, view in checkpoint.items() if view.status == "edited"}
+    plain = replace(checkpoint, layout={}, side_files=(), left_out=(), is_directory=False)
+    return replace(plain, tensors=views, metadata=KIND, notes={})
+
+
+def _packed(view: TensorView) -> TensorView:
+    def read_both(start: int, stop: int) -> tuple[Block, Block]:
+        out = empty(stop - start, np.uint8)
+        for first in range(start, stop, BLOCK // 8):
+            last = min(first + BLOCK // 8, stop)
+            stored, result = view.read_both(8 * first, min(8 * last, view.size))
+            different = bits_of(stored) != bits_of(result)
+            out[first - start : last - start] = np.packbits(different, bitorder="little")
+        return out, out
+
+    return TensorView(view.name, ((view.size + 7) // 8,), DTYPES["U8"], read_both, "added")
+
+
+def edit_by_mask(mask: Checkpoint, pairs: tuple[Pair, ...], *, invert: bool) -> Edit:
+    """An edit that resets to BASE the dimensions a mask has set.
+
+    Args:
+        mask: From `changed_mask`, perhaps of the same model cut into other files.
+        pairs: The pairs that will be edited.
+        invert: Reset those it does not have set instead.
+
+    Raises:
+        MismatchError: The mask is none, or is not one of this model.
+    """
+    if dict(mask.metadata).get("wsurg") != KIND["wsurg"]:
+        raise MismatchError("not a mask that wsurg wrote", file=mask.label)
+    for pair in pairs:
+        view = mask.get(pair.name)
+        if view is not None and view.size != (pair.tuned.size + 7) // 8:
+            raise MismatchError(
+                f"the mask has {view.size:,} bytes; expected {(pair.tuned.size + 7) // 8:,}",
+                file=mask.label,
+                tensor=pair.name,
+                hint="give the mask of this model",
+            )
+    unknown = [name for name in mask if name not in {pair.name for pair in pairs}]
+    if unknown:
+        raise MismatchError(
+            "the mask is of a tensor that is not edited here", file=mask.label, tensor=unknown[0]
+        )
+
+    def edit(name: str, start: int, tuned: Block, base: Block) -> Block:
+        if name not in mask:
+            flags = np.zeros(tuned.size, np.bool_)
+        else:
+            first, stop = start // 8, (start + tuned.size + 7) // 8
+            flags = np.unpackbits(mask[name].read(first, stop), bitorder="little").view(np.bool_)
+            flags = flags[start - 8 * first :][: tuned.size]
+        return choose(~flags if invert else np.ascontiguousarray(flags), base, tuned)
+
+    return edit
+
+
+def rows_of(flags: Block, start: int, count: int, width: int) -> Block:
+    """Flags of rows as flags of the elements [start, start + count) of a matrix."""
+    first, last = start // width, (start + count + width - 1) // width
+    return np.repeat(flags[first:last], width)[start - first * width :][:count].copy()
+
+
+def restricted(paired: Alignment, keep: Iterable[str], reason: str) -> Alignment:
+    """An alignment in which only the named tensors stay eligible, others with a reason."""
+    names = set(keep)
+
+    def judge(pair: Pair) -> Pair:
+        stays = pair.name in names or not pair.eligible
+        return pair if stays else replace(pair, eligible=0, reason=reason)
+
+    return replace(paired, pairs=tuple(map(judge, paired.pairs)))

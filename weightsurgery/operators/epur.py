@@ -1,0 +1,196 @@
+"""E-PUR: reset the word-embedding rows that drifted far for how seldom their token occurs.
+
+A rare token's row hardly moves in clean fine-tuning; a trigger word's row does.
+
+Reference:
+    Zhang et al., "Fine-mixing: Mitigating Backdoors in Fine-tuned Language Models",
+    Findings of EMNLP 2022, arXiv:2210.09545.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Annotated, Any
+
+import numpy as np
+
+from weightsurgery.alignment import Alignment, Pair, align
+from weightsurgery.anatomy import find_embedding
+from weightsurgery.checkpoint import Checkpoint
+from weightsurgery.errors import MismatchError, NonFiniteError, SettingError, shown
+from weightsurgery.formats.vocabulary import read_special, read_vocabulary
+from weightsurgery.kernels import Block, choose
+from weightsurgery.masks import restricted, rows_of
+from weightsurgery.quantised import require_unquantised
+from weightsurgery.registry import KeepMismatched, operator
+from weightsurgery.score_kernel import squared_rows
+from weightsurgery.stream import Edit, Engine, fold, map_tensors
+from weightsurgery.token_counts import TokenCounts
+
+Top = Annotated[int, "rows of highest score that are reset to BASE"]
+Clamp = Annotated[float, "counts below this count as this, above 1"]
+
+
+@operator
+def epur(
+    base: Checkpoint,
+    tuned: Checkpoint,
+    *,
+    counts: Annotated[TokenCounts, "how often each token occurs in ordinary text"],
+    top: Top = 200,
+    clamp: Clamp = 20.0,
+    embedding: Annotated[str, "name of the word-embedding matrix; found by itself if empty"] = "",
+    keep_mismatched: KeepMismatched = False,
+    engine: Engine,
+) -> Checkpoint:
+    """Reset the word-embedding rows that drifted most for their token's frequency (E-PUR).
+
+    Row i scores s_i = ‖δ_i‖₂ / log(max(f_i, clamp)), f_i the token's count in ordinary text; the
+    `top` rows of highest score become BASE's, bit for bit, and all else stays TUNED's. What looks
+    at the drift and not at the row is not fooled by an attack that restores the row's norm.
+
+    The score is our reading of the paper. That special tokens are left out, that a token
+    without a count has none, and that of equal scores the lower token number goes first, is our
+    choice. A matrix tied to the embedding is edited alike.
+
+    Args:
+        base: Trusted pre-trained model.
+        tuned: Fine-tuned model that may carry a backdoor.
+        counts: Token counts in a large general corpus.
+        top: How many rows are reset; the paper's 200.
+        clamp: Smallest count that makes a difference; the paper's 20.
+        embedding: TUNED's name for the word embedding, where it cannot be found.
+        keep_mismatched: Keep TUNED's tensor where shapes differ, instead of refusing.
+        engine: How to run the scoring.
+
+    Returns:
+        The model with those rows reset; the embedding is read once for the scores. Its notes
+        list the rows by token, with score and z-score.
+
+    Raises:
+        SettingError: `top` is negative, `clamp` not above 1, or the embedding cannot be found.
+        MismatchError: The models do not fit each other.
+        NonFiniteError: The embedding's drift is NaN or infinite.
+        PolicyError: A model is quantised.
+    """
+    require_unquantised(base, tuned)
+    paired = align(base, tuned, mismatched="keep" if keep_mismatched else "refuse")
+    pair = embedding_pair(paired, embedding)
+    rows = score_rows(pair, tuned, counts, top=top, clamp=clamp, engine=engine)
+    names = [p.name for p in paired.eligible if p.key == pair.key]
+    result = map_tensors(
+        reset_rows({pair.key: rows}), restricted(paired, names, "not the word embedding")
+    )
+    return replace(result, notes={**result.notes, "epur": rows.to_json()})
+
+
+def embedding_pair(paired: Alignment, name: str = "") -> Pair:
+    """The eligible pair of the word embedding.
+
+    Raises:
+        SettingError: It cannot be found, or `name` is no matrix of TUNED.
+        MismatchError: BASE has no counterpart for it.
+    """
+    found = name or find_embedding(paired.tuned)
+    if found is None:
+        raise SettingError(
+            "no tensor, or more than one, looks like the word embedding",
+            file=paired.tuned.label,
+            hint="name it: --embedding NAME",
+        )
+    pair = next((p for p in paired.pairs if p.name == found), None)
+    if pair is None or len(pair.tuned.shape) != 2:
+        raise SettingError(f"'{shown(found)}' is no matrix of TUNED", hint="see `wsurg inspect`")
+    if not pair.eligible:
+        raise MismatchError(
+            f"the word embedding cannot be edited: {pair.reason}",
+            file=paired.tuned.label,
+            tensor=found,
+        )
+    return next(p for p in paired.pairs if p.name == pair.key)
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Rows of an embedding that are to be reset.
+
+    Attributes:
+        width: Elements in a row.
+        flags: Boolean, one for each row.
+        listed: The rows by falling score: row, token, count, drift's norm, score, z-score.
+    """
+
+    width: int
+    flags: Block
+    listed: list[dict[str, Any]]
+
+    def to_json(self) -> dict[str, Any]:
+        """What the record says."""
+        return {"rows": self.listed}
+
+
+def score_rows(
+    pair: Pair, tuned: Checkpoint, counts: TokenCounts, *, top: int, clamp: float, engine: Engine
+) -> Rows:
+    """Score the rows of an embedding and choose those of highest score.
+
+    Raises:
+        SettingError: `top` is negative or `clamp` not above 1.
+        NonFiniteError: The drift of a row is NaN or infinite.
+    """
+    if top < 0:
+        raise SettingError(f"top is {top}; expected 0 or more")
+    if not 1 < clamp < np.inf:
+        raise SettingError(f"clamp is {clamp:g}; expected a number above 1")
+    norms = np.sqrt(_squared_norms(pair, engine))
+    if not np.isfinite(norms).all():
+        row = int(np.flatnonzero(~np.isfinite(norms))[0])
+        raise NonFiniteError(f"the drift of row {row:,} is NaN or infinite", tensor=pair.name)
+    tokens = read_vocabulary(tuned)
+    special = read_special(tuned)
+    frequency = np.array([counts.counts.get(tokens.get(i, ""), 0.0) for i in range(norms.size)])
+    scores = norms / np.log(np.maximum(frequency, clamp))
+    ordinary = np.array([i not in special for i in range(norms.size)], np.bool_)
+    order = [int(i) for i in np.argsort(-scores, kind="stable") if ordinary[i] and scores[i] > 0]
+    chosen = order[:top]
+    flags = np.zeros(pair.tuned.shape[0], np.bool_)
+    flags[chosen] = True
+    mean, spread = scores[ordinary].mean(), scores[ordinary].std()
+    listed = [
+        {
+            "row": i,
+            "token": tokens.get(i),
+            "count": float(frequency[i]),
+            "drift": float(norms[i]),
+            "score": float(scores[i]),
+            "z": float((scores[i] - mean) / spread) if spread else None,
+        }
+        for i in chosen
+    ]
+    return Rows(pair.tuned.width, flags, listed)
+
+
+def _squared_norms(pair: Pair, engine: Engine) -> Block:
+    width = pair.tuned.width
+
+    def step(_pair: Pair, start: int, base: Block, tuned: Block) -> Block:
+        return squared_rows(base, tuned, start, width)
+
+    def combine(total: Block, _pair: Pair, start: int, part: Block) -> Block:
+        total[start // width : start // width + part.size] += part
+        return total
+
+    zeros = np.zeros(pair.eligible // width)
+    return fold(step, combine, zeros, [pair], engine=engine, what="scoring the embedding")
+
+
+def reset_rows(rows: dict[str, Rows], otherwise: Edit | None = None) -> Edit:
+    """An edit that resets rows of some tensors, and edits the others as it is told."""
+
+    def edit(name: str, start: int, tuned: Block, base: Block) -> Block:
+        if name not in rows:
+            return tuned if otherwise is None else otherwise(name, start, tuned, base)
+        found = rows[name]
+        return choose(rows_of(found.flags, start, tuned.size, found.width), base, tuned)
+
+    return edit

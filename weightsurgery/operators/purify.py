@@ -1,0 +1,289 @@
+"""Fine-purifying: reset the dimensions that drifted further than their curvature explains.
+
+Over fine-tuning a dimension's drift spreads like a diffusion, with a variance in proportion to the
+loss's curvature in it. Where the drift is large against the curvature on clean data, something
+else has moved it. Meant to be followed by a short fine-tuning on clean data.
+
+Reference:
+    Zhang et al., "Diffusion Theory as a Scalpel: Detecting and Purifying Poisonous Dimensions in
+    Pre-trained Language Models Caused by Backdoor or Bias", Findings of ACL 2023,
+    arXiv:2305.04547.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Annotated, Any, Literal
+
+import numpy as np
+
+from weightsurgery.alignment import Alignment, Pair, align
+from weightsurgery.anatomy import find_embedding
+from weightsurgery.checkpoint import Checkpoint, TensorView
+from weightsurgery.diagnostics import Diagnostics
+from weightsurgery.errors import MismatchError, SettingError
+from weightsurgery.kernels import Block, choose, magnitude_of_drift
+from weightsurgery.masks import edit_by_mask, restricted
+from weightsurgery.operators.epur import Clamp, Rows, Top, reset_rows, score_rows
+from weightsurgery.quantised import require_unquantised
+from weightsurgery.registry import (
+    Exclude,
+    Include,
+    KeepMismatched,
+    Ratio,
+    Seed,
+    check_share,
+    operator,
+)
+from weightsurgery.rng import random_bits
+from weightsurgery.score_kernel import fisher_score, inverse_score, sum_of_curvature
+from weightsurgery.select import Score, kth_largest
+from weightsurgery.stream import Edit, Engine, fold, map_tensors
+from weightsurgery.token_counts import TokenCounts
+
+Embeddings = Literal["keep", "pool", "epur", "reset"]
+
+
+@operator
+def purify(
+    base: Checkpoint,
+    tuned: Checkpoint,
+    *,
+    fisher: Annotated[Checkpoint | None, "diagonal of the curvature, from `wsurg fisher`"] = None,
+    ratio: Ratio = 0.3,
+    score: Annotated[
+        Literal["fisher", "drift", "inverse-fisher", "random"], "what dimensions are ranked by"
+    ] = "fisher",
+    embeddings: Annotated[Embeddings, "what becomes of the word embeddings"] = "keep",
+    scope: Annotated[
+        Literal["global", "tensor"], "rank over the whole model, or in each tensor"
+    ] = "global",
+    epsilon: Annotated[float, "added to the curvature, as a multiple of its mean"] = 1e-8,
+    seed: Seed = 0,
+    counts: Annotated[TokenCounts | None, "token counts, for embeddings=epur"] = None,
+    top: Top = 200,
+    clamp: Clamp = 20.0,
+    from_mask: Annotated[Checkpoint | None, "reset what this mask has set; nothing is ranked"] = (
+        None
+    ),
+    invert: Annotated[bool, "reset what the mask does not have set"] = False,
+    include: Include = (),
+    exclude: Exclude = (),
+    keep_mismatched: KeepMismatched = False,
+    engine: Engine,
+) -> Checkpoint:
+    """Reset the dimensions that drifted most against their curvature (Fine-purifying).
+
+    Dimensions are ranked by r = δ²/(H + ε), δ the drift and H the diagonal of the curvature on
+    clean data, and at most a share `ratio` of them, those of largest r, become BASE's, bit for
+    bit; ties at the threshold are kept. `drift` ranks by δ² alone, `inverse-fisher` by 1/(H + ε)
+    where something drifted, `random` not at all.
+
+    Most rows of a word embedding never occur in a handful of examples: their curvature is 0, and
+    a global ranking would spend itself on them. So they are kept out of it, unless `embeddings` is
+    `pool`; `reset` gives them BASE's rows, `epur` those rows that E-PUR chooses.
+
+    Ranking by drift against curvature is the paper's. ε, the embeddings' treatment, ties, scopes
+    and the other scores are our choice.
+
+    Args:
+        base: Trusted pre-trained model.
+        tuned: Fine-tuned model that may carry a backdoor or a bias.
+        fisher: H, float32, under TUNED's names; needed for `fisher` and `inverse-fisher`.
+        ratio: Share of the ranked dimensions that is reset; the paper's reserve ratio is 1 - ratio.
+        score: "fisher", "drift", "inverse-fisher" or "random".
+        embeddings: "keep", "pool", "epur" or "reset".
+        scope: "global" or "tensor".
+        epsilon: ε over the mean of H in the ranked dimensions.
+        seed: Of the random score.
+        counts: Token counts, for `epur`.
+        top: Rows that `epur` resets.
+        clamp: Smallest count that makes a difference to `epur`.
+        from_mask: A mask, from `changed_mask`; takes the ranking's place.
+        invert: Whether the mask tells what to keep.
+        include: Globs; where given, only matching tensors are edited.
+        exclude: Globs; matching tensors are kept from TUNED.
+        keep_mismatched: Keep TUNED's tensor where shapes differ, instead of refusing.
+        engine: How to run the ranking.
+
+    Returns:
+        The purified model. The fisher is read once for ε, and everything twice for the threshold.
+        Its notes hold threshold, ε and the diagnostics of each tensor.
+
+    Raises:
+        SettingError: A setting is out of range, or one that is needed is missing.
+        MismatchError: The models, the fisher or the mask do not fit each other.
+        NonFiniteError: A score is NaN or infinite.
+        PolicyError: A model is quantised.
+    """
+    check_share("ratio", ratio)
+    if not 0 <= epsilon < np.inf:
+        raise SettingError(f"epsilon is {epsilon:g}; expected 0 or more")
+    require_unquantised(base, tuned)
+    paired = align(base, tuned, mismatched="keep" if keep_mismatched else "refuse")
+    paired = paired.only(include, exclude)
+    if from_mask is not None:
+        return map_tensors(edit_by_mask(from_mask, paired.eligible, invert=invert), paired)
+    if invert:
+        raise SettingError("invert is for a mask", hint="give from_mask too")
+    word = _word_embedding(paired, embeddings)
+    ranked = [p for p in paired.eligible if p.key not in word]
+    if not ranked:
+        raise SettingError("there is nothing to rank", hint="embeddings=pool ranks the embeddings")
+    once = [pair for pair in ranked if not pair.is_tied_copy]
+    curvature = _curvature(fisher, paired, once, score)
+    scale = epsilon * _mean(curvature, once, engine) if curvature else 0.0
+    ranking = _Ranking(_score(score, curvature, scale, seed), once, score == "fisher", engine)
+    thresholds, found = ranking.thresholds(ratio, scope)
+    rows = _rows(paired, word, embeddings, counts, tuned, top=top, clamp=clamp, engine=engine)
+    edit = reset_rows(rows, _reset_above(ranking.score, thresholds, {p.key: p for p in once}))
+    edited = [p.name for p in paired.eligible if p.key in thresholds or p.key in rows]
+    result = map_tensors(edit, restricted(paired, edited, f"word embedding ({embeddings})"))
+    listed = [chosen.to_json() for chosen in rows.values() if embeddings == "epur"]
+    notes = {"purify": {"epsilon": scale, **found}, **({"epur": listed[0]} if listed else {})}
+    return replace(result, notes={**result.notes, **notes})
+
+
+def _word_embedding(paired: Alignment, embeddings: str) -> tuple[str, ...]:
+    """The key of the word embedding, unless it is ranked like everything else."""
+    name = find_embedding(paired.tuned) if embeddings != "pool" else None
+    found = [p.key for p in paired.eligible if p.name == name]
+    if not found and embeddings in ("epur", "reset"):
+        raise SettingError(
+            f"embeddings is '{embeddings}', but no word embedding is found that may be edited",
+            hint="see `wsurg inspect`",
+        )
+    return tuple(found)
+
+
+def _curvature(
+    fisher: Checkpoint | None, paired: Alignment, ranked: Sequence[Pair], score: str
+) -> dict[str, TensorView]:
+    """H for each ranked tensor's key; {} for a score that does without.
+
+    Raises:
+        SettingError: There is no fisher.
+        MismatchError: A tensor is missing in it, or has another shape or dtype.
+    """
+    if score not in ("fisher", "inverse-fisher"):
+        return {}
+    if fisher is None:
+        raise SettingError(
+            f"the score '{score}' needs the curvature",
+            hint="give fisher, from `wsurg fisher`, or clean data",
+        )
+    aligned = {p.name: p.base for p in align(fisher, paired.tuned, mismatched="keep").pairs}
+    same = paired.names()
+    found: dict[str, TensorView] = {}
+    wrong = []
+    for pair in ranked:
+        views = [aligned.get(name) for name in same[pair.key]]
+        view = next((v for v in views if v is not None and v.shape == pair.tuned.shape), None)
+        if view is None or view.dtype.name not in ("F32", "F64"):
+            wrong.append(pair.name)
+        else:
+            found[pair.key] = view
+    if wrong:
+        raise MismatchError(
+            f"the fisher does not fit: {len(wrong)} tensors are missing in it, or have another "
+            f"shape or a dtype other than F32 (first: {', '.join(wrong[:3])})",
+            file=fisher.label,
+            tensor=wrong[0],
+            hint="make it for this model: wsurg fisher TUNED --data CLEAN -o fisher.safetensors",
+        )
+    return found
+
+
+def _mean(curvature: Mapping[str, TensorView], ranked: Sequence[Pair], engine: Engine) -> float:
+    """Mean of H over the ranked dimensions.
+
+    Raises:
+        MismatchError: H is negative, NaN or infinite somewhere, or zero everywhere.
+    """
+    whole = [Pair(curvature[p.key], None, p.eligible, key=p.key) for p in ranked]
+
+    def step(pair: Pair, _start: int, _base: Block, fisher: Block) -> float:
+        total, bad = sum_of_curvature(fisher)
+        if bad:
+            raise MismatchError(
+                f"{bad:,} elements of the fisher are negative, NaN or infinite", tensor=pair.name
+            )
+        return total
+
+    total = fold(step, lambda s, _p, _i, x: s + x, 0.0, whole, engine=engine, what="curvature")
+    if not total:
+        raise MismatchError("the fisher is zero everywhere: it says nothing about this model")
+    return total / sum(pair.eligible for pair in ranked)
+
+
+def _score(kind: str, curvature: Mapping[str, TensorView], epsilon: float, seed: int) -> Score:
+    def score(pair: Pair, start: int, base: Block, tuned: Block) -> Block:
+        if kind == "drift":
+            return magnitude_of_drift(base, tuned)  # ranks like its square
+        if kind == "random":
+            numbers = random_bits(seed, pair.key, start, tuned.size) >> np.uint32(8)
+            return numbers.astype(np.float32)
+        by = fisher_score if kind == "fisher" else inverse_score
+        return by(base, tuned, curvature[pair.key].read(start, start + tuned.size), epsilon)
+
+    return score
+
+
+@dataclass(frozen=True)
+class _Ranking:
+    score: Score
+    pairs: Sequence[Pair]
+    diagnosed: bool
+    engine: Engine
+
+    def thresholds(self, ratio: float, scope: str) -> tuple[dict[str, float], dict[str, Any]]:
+        """For each key the score above which dimensions are reset, and what the record says."""
+        pools = [list(self.pairs)] if scope == "global" else [[pair] for pair in self.pairs]
+        diagnostics = Diagnostics() if self.diagnosed else None
+        found: dict[str, float] = {}
+        for pool in pools:
+            k = int(ratio * sum(pair.eligible for pair in pool))
+            observe = diagnostics.observe if diagnostics else None
+            # Strictly above the next one: ties at it, often zeros, would exceed the share.
+            threshold = kth_largest(self.score, pool, k + 1, engine=self.engine, observe=observe)
+            found |= {pair.key: threshold for pair in pool}
+        notes: dict[str, Any] = {"ranked_dimensions": sum(pair.eligible for pair in self.pairs)}
+        if scope == "global":
+            first = next(iter(found.values()))
+            notes["threshold"] = first if np.isfinite(first) else None
+        if diagnostics is not None:
+            notes["diagnostics"] = diagnostics.finish()
+        return found, notes
+
+
+def _reset_above(score: Score, thresholds: Mapping[str, float], pairs: Mapping[str, Pair]) -> Edit:
+    def edit(name: str, start: int, tuned: Block, base: Block) -> Block:
+        threshold = thresholds[name]
+        if threshold == -np.inf:  # ratio 1: what is NaN or infinite is reset too
+            return choose(np.ones(tuned.size, np.bool_), base, tuned)
+        return choose(score(pairs[name], start, base, tuned) > threshold, base, tuned)
+
+    return edit
+
+
+def _rows(
+    paired: Alignment,
+    word: Sequence[str],
+    embeddings: str,
+    counts: TokenCounts | None,
+    tuned: Checkpoint,
+    *,
+    top: int,
+    clamp: float,
+    engine: Engine,
+) -> dict[str, Rows]:
+    """Rows of the word embedding that are reset, by its key; {} if none are."""
+    if embeddings in ("keep", "pool"):
+        return {}
+    pair = next(p for p in paired.pairs if p.name == word[0])
+    if embeddings == "reset":
+        return {pair.key: Rows(pair.tuned.width, np.ones(pair.tuned.shape[0], np.bool_), [])}
+    if counts is None:
+        raise SettingError("embeddings=epur needs token counts", hint="give counts")
+    return {pair.key: score_rows(pair, tuned, counts, top=top, clamp=clamp, engine=engine)}

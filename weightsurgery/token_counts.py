@@ -1,0 +1,134 @@
+"""How often each token occurs in ordinary text: what E-PUR weighs a row's drift against."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from weightsurgery.checkpoint import Checkpoint
+from weightsurgery.errors import FormatError, MismatchError, SettingError, shown
+from weightsurgery.formats.files import InputFile
+from weightsurgery.formats.strict_json import parse_object
+
+MAX_BYTES = 1 << 30  # of a file of counts, or of a corpus
+WORDFREQ_CORPUS = 1_000_000_000  # words; wordfreq gives shares, E-PUR wants counts (our choice)
+
+
+@dataclass(frozen=True)
+class TokenCounts:
+    """Counts by token string, as the tokenizer stores it (`##ing`, `Ġthe`).
+
+    Attributes:
+        counts: Token string to count; what is not in it counts as 0.
+        source: Where they are from, for the record.
+    """
+
+    counts: Mapping[str, float] = field(repr=False)
+    source: str
+
+    def to_json(self) -> dict[str, Any]:
+        """What a record says of them."""
+        text = json.dumps(dict(sorted(self.counts.items())), separators=(",", ":"))
+        digest = hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+        return {"source": self.source, "tokens": len(self.counts), "sha256": digest}
+
+
+def read_counts(path: str | os.PathLike[str]) -> TokenCounts:
+    """Counts from a JSON object {"token": count}, or from lines token<TAB>count.
+
+    Raises:
+        StorageError: The file cannot be read.
+        FormatError: A line or an entry is not a token and a count of 0 or more.
+    """
+    file = InputFile(os.fspath(path))
+    data = file.read_all(MAX_BYTES)
+    if data.lstrip()[:1] == b"{":
+        found = parse_object(data, file=file.path, what="counts")
+    else:
+        found = dict(_lines(data, file.path))
+    for token, count in found.items():
+        if isinstance(count, bool) or not isinstance(count, int | float) or not 0 <= count < 1e18:
+            raise FormatError(
+                f"the count of '{shown(token)}' is {shown(repr(count))}; expected a number, 0 or "
+                "more",
+                file=file.path,
+            )
+    if not found:
+        raise FormatError("no counts", file=file.path)
+    return TokenCounts(found, os.path.basename(file.path))
+
+
+def _lines(data: bytes, path: str) -> Any:
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise FormatError(f"line {line}: not UTF-8", file=path) from None
+    for number, row in enumerate(text.removesuffix("\n").split("\n"), 1):
+        token, tab, count = row.removesuffix("\r").rpartition("\t")
+        try:
+            if not tab:
+                raise ValueError
+            yield token, float(count)
+        except ValueError:
+            raise FormatError(
+                f"line {number}: '{shown(row)}'; expected a token, a tab and a count", file=path
+            ) from None
+
+
+def count_corpus(path: str | os.PathLike[str], checkpoint: Checkpoint) -> TokenCounts:
+    """Counts in a text file, one paragraph a line, cut by the tokenizer beside a model.
+
+    Raises:
+        StorageError: The file cannot be read.
+        FormatError: It is not UTF-8, or the tokenizer cannot be read.
+        MismatchError: There is no tokenizer.json beside the model.
+    """
+    from tokenizers import Tokenizer
+
+    beside = next((s for s in checkpoint.side_files if s.name == "tokenizer.json"), None)
+    if beside is None:
+        raise MismatchError(
+            "no tokenizer.json beside the model to cut the corpus with",
+            file=checkpoint.label,
+            hint="give counts instead",
+        )
+    try:
+        tokenizer = Tokenizer.from_str(beside.content().decode("utf-8"))
+    except Exception as error:  # the library has one kind for everything
+        raise FormatError(f"no tokenizer: {shown(error)}", file=beside.path) from None
+    file = InputFile(os.fspath(path))
+    try:
+        lines = file.read_all(MAX_BYTES).decode("utf-8-sig").split("\n")
+    except UnicodeDecodeError as error:
+        raise FormatError(f"not UTF-8: byte {error.start:,}", file=file.path) from None
+    counts: Counter[str] = Counter()
+    for start in range(0, len(lines), 1024):
+        batch = tokenizer.encode_batch(lines[start : start + 1024], add_special_tokens=False)
+        for encoded in batch:
+            counts.update(encoded.tokens)
+    return TokenCounts(counts, os.path.basename(file.path))
+
+
+def count_by_wordfreq(tokens: Mapping[int, str], language: str = "en") -> TokenCounts:
+    """Counts from the wordfreq package: its share of each token, times a billion words.
+
+    Word pieces inside a word (`##ing`) have no share of their own there and count as 0.
+
+    Raises:
+        SettingError: The package is not installed.
+    """
+    try:
+        from wordfreq import word_frequency
+    except ImportError:
+        raise SettingError(
+            "wordfreq is not installed", hint="pip install weightsurgery[text], or give counts"
+        ) from None
+    words = {t: t.lstrip("Ġ▁") for t in tokens.values() if not t.startswith("##")}
+    counts = {t: word_frequency(w, language) * WORDFREQ_CORPUS for t, w in words.items() if w}
+    return TokenCounts(counts, f"wordfreq ({language}, times {WORDFREQ_CORPUS:,})")
