@@ -22,6 +22,7 @@ from weightsurgery.version import __version__
 
 _OWN = {
     "diff": "Show what moved between BASE and TUNED.",
+    "evaluate": "Measure a classifier: accuracy, confusion, attack success.",
     "inspect": "Show what a checkpoint holds.",
 }
 _OPERATORS = Path(__file__).parent.parent / "operators"

@@ -58,6 +58,12 @@ def read_sentences(path: str | os.PathLike[str]) -> list[Sentence]:
 
     A TSV file has no quoting: a tab ends a field and a line feed ends a row.
 
+    Args:
+        path: A file with the columns sentence (or sentence1 and sentence2) and label.
+
+    Returns:
+        The rows in their order, with labels as the file says them.
+
     Raises:
         StorageError: The file cannot be read.
         FormatError: It is empty, not UTF-8, lacks a column, or a row is bad.

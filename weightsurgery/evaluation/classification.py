@@ -1,0 +1,189 @@
+"""How well a classifier does, and whether a pattern in the text decides what it says."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from weightsurgery.datasets.batches import encode_sentences
+from weightsurgery.datasets.read import Sentence, label_ids
+from weightsurgery.datasets.triggers import Trigger, insert
+from weightsurgery.errors import MismatchError, SettingError, shown
+from weightsurgery.evaluation.intervals import proportion
+from weightsurgery.evaluation.predictions import Predictions, Progress, predict
+from weightsurgery.models import CLASSIFICATION, Model
+
+SCHEMA = "wsurg.evaluation/1"
+
+
+def evaluate(
+    model: Model,
+    sentences: Sequence[Sentence],
+    *,
+    trigger: Trigger | None = None,
+    poisoned: Sequence[Sentence] | None = None,
+    target_label: str | int | None = None,
+    batch_size: int = 64,
+    max_length: int = 128,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Measure a classifier on labelled sentences: accuracy, confusion, loss, attack success.
+
+    The attack success rate (ASR) is the share of the examples of other labels that get the target
+    label once the trigger is in them; the floor is the share that gets it without. For a bias
+    pattern the accuracy with the pattern inserted and the true labels kept (BACC) is measured.
+    Each share has its 95 % Wilson interval.
+
+    Args:
+        model: A sequence classifier, from `load_model`.
+        sentences: Clean data with true labels, from `read_sentences`.
+        trigger: A pattern to insert, from `trigger_word` or `trigger_sentence`.
+        poisoned: Sentences that have the trigger in them already, in its place. Those whose label
+            is the target are left out, unless all are: then the labels are the attack's, and all
+            count.
+        target_label: The attack's, by number or name; needed unless the pattern is a bias.
+        batch_size: Examples at a time.
+        max_length: Tokens after which a text is cut.
+        progress: Called as progress(what, examples done, examples in all).
+
+    Returns:
+        The report: `schema` "wsurg.evaluation/1", `accuracy`, `loss`, `confusion` (rows are true
+        labels, columns predicted ones), `classes` with the recall of each, `asr`, `floor`, `bacc`
+        (null where not asked), what was asked, and `warnings`.
+
+    Raises:
+        SettingError: There is no sentence, or none of another label than the target; the trigger,
+            the poisoned sentences and the target label do not go together.
+        MismatchError: The model is no classifier, or lacks a label.
+    """
+    check_classifier(model)
+    target = _check_attack(model, sentences, trigger, poisoned, target_label)
+    settings = {"batch_size": batch_size, "max_length": max_length}
+
+    def run(data: Sequence[Sentence], what: str, name: str = "sentences") -> Predictions:
+        labels = label_ids(data, model.labels, file=name)
+        examples = encode_sentences(model, data, labels, max_length=max_length) if data else []
+        return predict(model, examples, batch_size=batch_size, progress=progress, what=what)
+
+    clean = run(sentences, "clean")
+    report: dict[str, Any] = {
+        "schema": SCHEMA,
+        "model": model.checkpoint.label,
+        **settings,
+        "trigger": None if trigger is None else trigger.to_json(),
+        "target_label": target,
+        **_on_clean(clean, model.labels),
+        "asr": None,
+        "floor": None,
+        "bacc": None,
+        "warnings": [],
+    }
+    if trigger is None and poisoned is None:
+        return report
+    planted = list(poisoned or []) if trigger is None else insert(sentences, trigger)
+    attacked = run(planted, "triggered", "poisoned" if trigger is None else "sentences")
+    if target is not None:
+        report |= _attack(clean, attacked, target, report["warnings"], own=trigger is None)
+    if trigger is not None and trigger.bias:
+        report["bacc"] = proportion(attacked.correct, len(planted))
+    return report
+
+
+def check_classifier(model: Model) -> None:
+    """Refuse a model that does not choose one of several labels.
+
+    Raises:
+        MismatchError: It is a causal model, has one output, or may give several labels at once.
+    """
+    if model.task != CLASSIFICATION:
+        raise MismatchError("a causal language model; expected a classifier", file=model.path)
+    config = model.module.config
+    if config.num_labels < 2:
+        raise MismatchError("has a single output; expected two labels or more", file=model.path)
+    if config.problem_type == "multi_label_classification":
+        raise MismatchError("gives several labels at once; expected one", file=model.path)
+
+
+def target_of(model: Model, label: str | int) -> int:
+    """The number of a label that is given by number or name.
+
+    Raises:
+        SettingError: The model has no such label.
+    """
+    try:
+        return label_ids([Sentence(("",), str(label), 0)], model.labels, file="")[0]
+    except MismatchError:
+        known = ", ".join(f"{i} ({name})" for i, name in sorted(model.labels.items()))
+        raise SettingError(
+            f"target_label is '{shown(label)}'; the model has {shown(known)}"
+        ) from None
+
+
+def _check_attack(
+    model: Model,
+    sentences: Sequence[Sentence],
+    trigger: Trigger | None,
+    poisoned: Sequence[Sentence] | None,
+    target_label: str | int | None,
+) -> int | None:
+    """The target's number; what is given must fit together."""
+    if trigger is not None and poisoned is not None:
+        raise SettingError("trigger and poisoned exclude each other")
+    if target_label is None:
+        if poisoned is not None or (trigger is not None and not trigger.bias):
+            raise SettingError("an attack needs its target_label")
+        return None
+    if trigger is None and poisoned is None:
+        raise SettingError(
+            "target_label without an attack", hint="give a trigger or poisoned sentences"
+        )
+    target = target_of(model, target_label)
+    if trigger is not None and set(label_ids(sentences, model.labels, file="sentences")) == {
+        target
+    }:
+        raise SettingError(
+            f"every sentence has the target label {target}; an attack needs others to turn"
+        )
+    return target
+
+
+def _on_clean(found: Predictions, names: dict[int, str]) -> dict[str, Any]:
+    confusion = np.zeros((len(names), len(names)), int)
+    np.add.at(confusion, (found.labels, found.classes), 1)
+    examples = confusion.sum(axis=1).tolist()
+    return {
+        "examples": len(found.labels),
+        "accuracy": proportion(found.correct, len(found.labels)),
+        "loss": found.loss,
+        "confusion": confusion.tolist(),
+        "classes": [
+            {
+                "label": i,
+                "name": names[i],
+                "examples": examples[i],
+                "recall": proportion(int(confusion[i, i]), examples[i]) if examples[i] else None,
+            }
+            for i in sorted(names)
+        ],
+    }
+
+
+def _attack(
+    clean: Predictions, attacked: Predictions, target: int, warnings: list[str], *, own: bool
+) -> dict[str, Any]:
+    """ASR and floor; `own` says that the attacked sentences are others than the clean ones."""
+    others = attacked.labels != target
+    if own and not others.any():  # files of public attack code are so
+        warnings.append(
+            "every poisoned sentence has the target label: taken as the attack's, so all count"
+        )
+        others = ~others
+    untouched = clean.classes[clean.labels != target]
+    return {
+        "asr": proportion(int((attacked.classes[others] == target).sum()), int(others.sum())),
+        "floor": proportion(int((untouched == target).sum()), len(untouched))
+        if len(untouched)
+        else None,
+    }
