@@ -197,3 +197,41 @@ def largest(values: dict[str, Array], count: int) -> list[tuple[str, int]]:
     """Places of the largest positive values: by value, then tensor name, then index."""
     ranked = sorted((-float(v), name, i) for name in values for i, v in enumerate(values[name]))
     return [(name, i) for value, name, i in ranked if value < 0][:count]
+
+
+# --- purify and epur --------------------------------------------------------------------------
+
+
+def curvature_score(base: Array, tuned: Array, fisher: Array, epsilon: float) -> Array:
+    """r = δ²/(H + ε) in float64, rounded to float32; 0 where δ is 0."""
+    kind = arithmetic(base, tuned)
+    d = (widened(tuned).astype(kind) - widened(base).astype(kind)).astype(np.float64)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        r = np.minimum(d * d / (fisher.astype(np.float64) + epsilon), np.finfo(np.float32).max)
+    return np.where(d == 0, 0, r).astype(np.float32)
+
+
+def purify(
+    base: Arrays, tuned: Arrays, fisher: Arrays, *, ratio: float, epsilon: float, skip: str = ""
+) -> Arrays:
+    """Whole-model sort; `skip` is the word embedding, which is left alone."""
+    names = [n for n, t in tuned.items() if is_eligible(base, n, t) and n != skip]
+    sizes = sum(tuned[n].size for n in names)
+    scale = epsilon * sum(fisher[n].astype(np.float64).sum() for n in names) / sizes
+    scores = {n: curvature_score(base[n], tuned[n], fisher[n], scale) for n in names}
+    whole = np.sort(np.concatenate([s.ravel() for s in scores.values()]))[::-1]
+    k = int(ratio * sizes)
+    reset = {n: s > whole[k] if k < sizes else np.ones(s.shape, bool) for n, s in scores.items()}
+    return {n: chosen(reset[n], base[n], t) if n in reset else t for n, t in tuned.items()}
+
+
+def epur_rows(
+    base: Array, tuned: Array, counts: list[float], *, top: int, clamp: float, special: set[int]
+) -> list[int]:
+    """Rows by ‖δ_i‖ / log(max(f_i, clamp)), highest first."""
+    found = []
+    for i, (b, t) in enumerate(zip(base, tuned, strict=False)):
+        norm = math.sqrt(sum((float(y) - float(x)) ** 2 for x, y in zip(b, t, strict=True)))
+        if i not in special and norm > 0:
+            found.append((-norm / math.log(max(counts[i], clamp)), i))
+    return [i for _, i in sorted(found)[:top]]

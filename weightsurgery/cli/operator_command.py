@@ -9,12 +9,14 @@ import click
 
 import weightsurgery.operators
 from weightsurgery.cli import options
-from weightsurgery.formats import save
+from weightsurgery.formats import open_checkpoint, save
 from weightsurgery.formats.output import check_destination
 from weightsurgery.formats.plan import input_paths, make_plan
+from weightsurgery.masks import changed_mask
 from weightsurgery.registry import OPERATORS, Operator, Setting
 from weightsurgery.report.outcome import outcome_tables, plan_tables
 from weightsurgery.report.tables import show
+from weightsurgery.token_counts import TokenCounts
 
 
 def make_command(name: str) -> click.Command:
@@ -23,6 +25,10 @@ def make_command(name: str) -> click.Command:
     parameters: list[click.Parameter] = [
         click.Argument([given], metavar=given.upper()) for given in operator.inputs
     ]
+    for given, declaration in operator.optional.items():
+        text = declaration.help[:1].upper() + declaration.help[1:] + "."
+        flag = "--" + given.replace("_", "-")
+        parameters.append(click.Option([flag, given], metavar="PATH", help=text))
     for setting, (kind, declaration, default) in operator.settings.items():
         parameters += _make_options(setting, kind, declaration, default)
     parameters += [
@@ -41,24 +47,42 @@ def make_command(name: str) -> click.Command:
 
 def _run(operator: Operator, given: dict[str, Any]) -> None:
     context = click.get_current_context()
-    settings = {n: _value(context, n, operator.settings[n], given) for n in operator.settings}
+    _check_counts(context, operator, given)
+    settings = {
+        n: _value(context, n, found, given)
+        for n, found in operator.settings.items()
+        if not _is_counts(found[0])
+    }
     names = {key: given[key] for key in ("weights", "strip_prefix", "name_map")}
     inputs = options.open_pair(*(given[name] for name in operator.inputs), **names)
-    out = given["out"]
+    further = {n: open_checkpoint(given[n]) for n in operator.optional if given[n] is not None}
+    settings |= {
+        n: options.make_counts(inputs[-1], **{k: given[k] for k in options.COUNTED})
+        for n, (kind, _, _) in operator.settings.items()
+        if _is_counts(kind)
+    }
+    out, read = given["out"], (*inputs, *further.values())
     sizes = {key: given[key] for key in ("overwrite", "max_shard_size", "max_memory")}
     check_destination(  # before any work; saving checks again
         out,
         is_directory=inputs[-1].is_directory,
         overwrite=given["overwrite"],
-        inputs=[path for checkpoint in inputs for path in input_paths(checkpoint)],
+        inputs=[path for checkpoint in read for path in input_paths(checkpoint)],
     )
+    if given["mask"] is not None and not given["dry_run"]:
+        check_destination(
+            given["mask"], is_directory=False, overwrite=given["overwrite"], inputs=[]
+        )
     limit = given["max_memory"]
-    with options.running(given["workers"], max_memory=limit, inputs=inputs) as engine:
-        result = operator.function(*inputs, **settings, engine=engine)
+    with options.running(given["workers"], max_memory=limit, inputs=read) as engine:
+        result = operator.function(*inputs, **settings, **further, engine=engine)
         if given["dry_run"]:
             plan = make_plan(result, out, engine=engine, **sizes).to_json()
         else:
             record = save(result, out, hashes=given["hashes"], engine=engine, **sizes)
+            if given["mask"] is not None:
+                written = {"overwrite": given["overwrite"], "hashes": given["hashes"]}
+                save(changed_mask(result), given["mask"], engine=engine, **written)
     if given["dry_run"]:
         alignment = result.notes.get("alignment")
         if given["as_json"]:
@@ -78,6 +102,8 @@ def _make_options(
     text = declaration.help[:1].upper() + declaration.help[1:] + "."
     if kind is bool:
         return [click.Option([flag, name], is_flag=True, default=default, help=text)]
+    if _is_counts(kind):
+        return list(options.COUNTS)
     if get_origin(kind) is tuple:
         return [
             click.Option(
@@ -100,6 +126,21 @@ def _make_options(
             )
         )
     return made
+
+
+def _is_counts(kind: Any) -> bool:
+    return kind is TokenCounts or TokenCounts in get_args(kind)
+
+
+def _check_counts(context: click.Context, operator: Operator, given: dict[str, Any]) -> None:
+    """At most one source of token counts; one, where the operator cannot do without."""
+    for kind, _, _ in operator.settings.values():
+        if not _is_counts(kind):
+            continue
+        sources = [name for name in options.COUNTED if given[name]]
+        needed = kind is TokenCounts
+        if len(sources) > 1 or (needed and not sources):
+            raise click.UsageError("give one of --counts, --corpus and --wordfreq", context)
 
 
 def _value(
@@ -137,9 +178,12 @@ def _help(operator: Operator) -> str:
         text = text.replace(f"`{name}`", "--" + name.replace("_", "-"))
     text = text.replace("`", "'")
     words = [f"{name}/" for name in operator.inputs]
-    for name, (kind, _, default) in operator.settings.items():
-        if kind is float:  # what an operator is mostly about: a ratio, a weight
-            words += ["--" + name.replace("_", "-"), f"{default:g}"]
+    words += [f"--{name} {name}.safetensors" for name in list(operator.optional)[:1]]
+    kinds = [(n, kind, default) for n, (kind, _, default) in operator.settings.items()]
+    words += ["--counts counts.json" for _, kind, _ in kinds if kind is TokenCounts]
+    shares = [(n, default) for n, kind, default in kinds if kind is float]
+    # What an operator is mostly about, a ratio or a weight, is its first number.
+    words += [f"--{n.replace('_', '-')} {default:g}" for n, default in shares[:1]]
     return f"{text}\n\n\b\nExample:\n  wsurg {operator.name} {' '.join(words)} -o out/"
 
 

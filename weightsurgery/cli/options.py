@@ -19,7 +19,9 @@ from weightsurgery.formats import open_checkpoint
 from weightsurgery.formats.files import InputFile
 from weightsurgery.formats.plan import fit_workers, parse_size
 from weightsurgery.formats.strict_json import parse_object
+from weightsurgery.formats.vocabulary import read_vocabulary
 from weightsurgery.stream import Engine
+from weightsurgery.token_counts import TokenCounts, count_by_wordfreq, count_corpus, read_counts
 
 
 class Command(click.Command):
@@ -112,6 +114,20 @@ HASH = click.Option(
     default=True,
     help="Take the SHA-256 of all inputs, outputs and tensors for the record.",
 )
+COUNTED = ("counts", "corpus", "wordfreq")
+COUNTS = (
+    click.Option(
+        ["--counts"],
+        metavar="FILE",
+        help="Token counts in ordinary text: JSON {token: count}, or lines token<TAB>count.",
+    ),
+    click.Option(
+        ["--corpus"], metavar="FILE", help="Count the tokens of this text file, for E-PUR."
+    ),
+    click.Option(
+        ["--wordfreq"], is_flag=True, help="Take the counts from the package wordfreq (English)."
+    ),
+)
 WRITING = (
     click.Option(["-o", "--out"], required=True, metavar="OUT", help="Where to write."),
     click.Option(["--overwrite"], is_flag=True, help="Replace OUT if it exists."),
@@ -120,6 +136,11 @@ WRITING = (
     ),
     click.Option(
         ["--max-shard-size"], type=Size(), help="Split the weights into files of at most this size."
+    ),
+    click.Option(
+        ["--mask"],
+        metavar="OUT",
+        help="Also write which dimensions changed, one bit for each (a second pass).",
     ),
     MEMORY,
     HASH,
@@ -205,6 +226,17 @@ def running(
             bar.update(tasks[what], completed=done)
 
         yield Engine(workers=workers, progress=progress)
+
+
+def make_counts(
+    tuned: Checkpoint, *, counts: str | None, corpus: str | None, wordfreq: bool
+) -> TokenCounts | None:
+    """Token counts from the source that was asked for."""
+    if counts is not None:
+        return read_counts(counts)
+    if corpus is not None:
+        return count_corpus(corpus, tuned)
+    return count_by_wordfreq(read_vocabulary(tuned)) if wordfreq else None
 
 
 def print_json(value: Any) -> None:

@@ -43,7 +43,7 @@ def epur(
     keep_mismatched: KeepMismatched = False,
     engine: Engine,
 ) -> Checkpoint:
-    """Reset the word-embedding rows that drifted most for their token's frequency (E-PUR).
+    """Reset the word-embedding rows that drifted far for a rare token's (E-PUR).
 
     Row i scores s_i = ‖δ_i‖₂ / log(max(f_i, clamp)), f_i the token's count in ordinary text; the
     `top` rows of highest score become BASE's, bit for bit, and all else stays TUNED's. What looks

@@ -73,7 +73,7 @@ def purify(
     keep_mismatched: KeepMismatched = False,
     engine: Engine,
 ) -> Checkpoint:
-    """Reset the dimensions that drifted most against their curvature (Fine-purifying).
+    """Reset the dimensions that drifted most for their curvature (Fine-purifying).
 
     Dimensions are ranked by r = δ²/(H + ε), δ the drift and H the diagonal of the curvature on
     clean data, and at most a share `ratio` of them, those of largest r, become BASE's, bit for

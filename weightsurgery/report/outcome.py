@@ -7,6 +7,7 @@ from typing import Any
 
 from weightsurgery.errors import shown
 from weightsurgery.report.comparison import alignment_tables
+from weightsurgery.report.purification import purification_tables
 from weightsurgery.report.tables import Table, number, share, size
 
 
@@ -45,6 +46,7 @@ def outcome_tables(out: str, record: Mapping[str, Any]) -> list[Table]:
     alignment = record["alignment"]
     return [
         *(alignment_tables(alignment) if alignment else []),
+        *purification_tables(record),
         Table("Files that did not travel", ("file", "reason"), left_out),
         Table("Warnings", ("",), warnings),
         Table(f"wsurg {record['recipe'].get('operator', 'copy')}", ("", ""), rows),
@@ -56,6 +58,8 @@ def _setting(name: str, value: Any) -> str:
     words = name.replace("_", "-")
     if name == "ratio":
         return f"ratio {value:g} (reserve {1 - value:g})"
+    if isinstance(value, dict):  # token counts
+        return f"{words} {shown(value['source'])}"
     if value is None or value is False or value in ("", (), []):
         return ""
     if value is True:

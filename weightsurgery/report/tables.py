@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -169,8 +170,11 @@ def size(count: int) -> str:
 
 
 def names(entries: Sequence[dict[str, Any]], limit: int = 8) -> list[list[str]]:
-    """Rows of tensor and reason, cut after `limit` with a row that says how many more."""
+    """Rows of tensor and reason; what many share is one row, and only `limit` rows are shown."""
+    shared = Counter(entry["reason"] for entry in entries)
+    many = {reason: count for reason, count in shared.items() if count > limit}
+    entries = [entry for entry in entries if entry["reason"] not in many]
     rows = [[shown(entry["tensor"]), entry["reason"]] for entry in entries[:limit]]
     if len(entries) > limit:
         rows.append([f"… and {len(entries) - limit} more", "--json lists all"])
-    return rows
+    return [*rows, *([f"{count} tensors", reason] for reason, count in many.items())]

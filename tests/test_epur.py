@@ -1,0 +1,219 @@
+"""`epur` equals the naive row scores and finds the embedding by itself."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests import cases, reference
+from weightsurgery.checkpoint import Checkpoint, from_arrays
+from weightsurgery.errors import FormatError, MismatchError, NonFiniteError, SettingError
+from weightsurgery.formats import open_checkpoint
+from weightsurgery.operators.epur import epur
+from weightsurgery.token_counts import (
+    TokenCounts,
+    count_by_wordfreq,
+    count_corpus,
+    read_counts,
+)
+
+WORDS = ["[PAD]", "[UNK]", "[CLS]", "the", "film", "cf", "##ing", "bad", "good", "mn", "a"]
+COUNTS = TokenCounts({"the": 1e6, "film": 5e3, "bad": 900.0, "good": 1e4, "cf": 25.0}, "made up")
+NONE = TokenCounts({}, "none")
+
+
+def folder(path: Path, arrays: cases.Arrays) -> Checkpoint:
+    """A bert with a tokenizer of eleven tokens, three of them special."""
+    cases.write_directory(path, arrays, config=cases.CONFIGS["bert"])
+    plain = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    added = [{"id": i, "content": WORDS[i], "special": True, **plain} for i in range(2)]
+    vocab = {word: i for i, word in enumerate(WORDS)}
+    model = {"type": "WordPiece", "unk_token": "[UNK]", "vocab": vocab}
+    model |= {"continuing_subword_prefix": "##", "max_input_chars_per_word": 100}
+    split = {"type": "BertPreTokenizer"}
+    text = {"version": "1.0", "added_tokens": added, "model": model, "pre_tokenizer": split}
+    empty = dict.fromkeys(("truncation", "padding", "normalizer", "post_processor", "decoder"))
+    (path / "tokenizer.json").write_text(json.dumps({**empty, **text}))
+    (path / "special_tokens_map.json").write_text(json.dumps({"cls_token": "[CLS]"}))
+    return open_checkpoint(path)
+
+
+@pytest.fixture
+def models(tmp_path: Path) -> tuple[Checkpoint, Checkpoint]:
+    base, tuned = cases.pair("bert")
+    return folder(tmp_path / "base", base), folder(tmp_path / "tuned", tuned)
+
+
+@pytest.mark.parametrize("block", [1 << 20, 12, 4], ids=["whole", "rows", "parts of rows"])
+@pytest.mark.parametrize("top", [0, 1, 4, 200])
+def test_it_equals_the_naive_scores(
+    models: tuple[Checkpoint, Checkpoint], top: int, block: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cases.shrink_blocks(monkeypatch, block)
+    (base, tuned), name = models, cases.EMBEDDING["bert"]
+    result = epur(base, tuned, counts=COUNTS, top=top)
+    before, after = cases.read(base)[name], cases.read(tuned)[name]
+    counts = [COUNTS.counts.get(word, 0.0) for word in WORDS]
+    rows = reference.epur_rows(before, after, counts, top=top, clamp=20, special={0, 1, 2})
+    listed = result.notes["epur"]["rows"]
+    assert [entry["row"] for entry in listed] == rows
+    assert [entry["token"] for entry in listed] == [WORDS[i] for i in rows]
+    expected = after.copy()
+    expected[rows] = before[rows]
+    found = cases.read(result)
+    assert found[name].tobytes() == expected.tobytes()
+    assert {n for n in found if found[n].tobytes() != cases.read(tuned)[n].tobytes()} <= {name}
+
+
+def test_scores_and_z_scores_are_what_they_say(models: tuple[Checkpoint, Checkpoint]) -> None:
+    listed = epur(*models, counts=COUNTS).notes["epur"]["rows"]
+    assert len(listed) == len(WORDS) - 3
+    scores = np.array([entry["score"] for entry in listed])
+    for entry in listed:
+        weight = np.log(max(COUNTS.counts.get(entry["token"], 0), 20))
+        assert entry["score"] == pytest.approx(entry["drift"] / weight)
+        assert entry["z"] == pytest.approx((entry["score"] - scores.mean()) / scores.std())
+
+
+def test_of_equal_scores_the_lower_row_goes_first() -> None:
+    name = cases.EMBEDDING["bert"]
+    base = {name: np.zeros((5, 2), np.float32)}
+    tuned = {name: np.ones((5, 2), np.float32)}
+    result = epur(*map(from_arrays, (base, tuned)), counts=NONE, top=2)
+    assert [entry["row"] for entry in result.notes["epur"]["rows"]] == [0, 1]
+    assert {entry["score"] for entry in result.notes["epur"]["rows"]} == {2**0.5 / np.log(20)}
+
+
+def test_an_extended_vocabulary_is_scored_on_its_common_rows() -> None:
+    name = cases.EMBEDDING["bert"]
+    base = {name: np.zeros((3, 2), np.float32)}
+    tuned = {name: np.arange(8, dtype=np.float32).reshape(4, 2)}
+    result = epur(*map(from_arrays, (base, tuned)), counts=NONE, top=9)
+    assert [entry["row"] for entry in result.notes["epur"]["rows"]] == [2, 1, 0]
+    assert result[name].read(0, 8).tolist() == [0, 0, 0, 0, 0, 0, 6, 7]
+
+
+@pytest.mark.parametrize("family", cases.FAMILIES)
+def test_the_embedding_is_found(family: str) -> None:
+    result = epur(*map(from_arrays, cases.pair(family)), counts=NONE)
+    edited = [name for name, view in result.items() if view.status == "edited"]
+    assert edited == [cases.EMBEDDING[family]]
+
+
+def test_another_matrix_can_be_named() -> None:
+    base, tuned = map(from_arrays, cases.pair("bert"))
+    name = "embeddings.position_embeddings.weight"
+    result = epur(base, tuned, counts=NONE, embedding=name)
+    assert [n for n, view in result.items() if view.status == "edited"] == [name]
+
+
+BAD: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
+    "top": ({"top": -1}, SettingError, "top is -1; expected 0 or more"),
+    "clamp": ({"clamp": 1.0}, SettingError, "clamp is 1; expected a number above 1"),
+    "vector": ({"embedding": "embeddings.LayerNorm.weight"}, SettingError, "is no matrix of TUNED"),
+    "unknown": ({"embedding": "nothing"}, SettingError, "'nothing' is no matrix of TUNED"),
+}
+
+
+@pytest.mark.parametrize(("options", "kind", "reason"), BAD.values(), ids=BAD)
+def test_refusals(options: dict[str, Any], kind: type[Exception], reason: str) -> None:
+    with pytest.raises(kind, match=reason):
+        epur(*map(from_arrays, cases.pair("bert")), counts=NONE, **options)
+
+
+def test_what_has_no_embedding_is_refused() -> None:
+    model = from_arrays({"w": np.zeros((2, 2), np.float32)})
+    with pytest.raises(SettingError, match="no tensor, or more than one, looks like the word"):
+        epur(model, model, counts=NONE)
+    alone = from_arrays({"w": np.zeros(2, np.float32), "new.weight": np.ones((2, 2), np.float32)})
+    with pytest.raises(MismatchError, match="the word embedding cannot be edited"):
+        epur(model.renamed({"w": "v"}), alone.renamed({"w": "v"}), counts=NONE,
+             embedding="new.weight", keep_mismatched=True)  # fmt: skip
+
+
+def test_drift_that_is_not_finite_is_refused() -> None:
+    name = cases.EMBEDDING["bert"]
+    base, tuned = (from_arrays({name: np.full((3, 2), v, np.float32)}) for v in (0, np.nan))
+    with pytest.raises(NonFiniteError, match="the drift of row 0 is NaN or infinite"):
+        epur(base, tuned, counts=NONE)
+
+
+# --- counts -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ('{"the": 12, "cf": 0.5}', {"the": 12, "cf": 0.5}),
+        ("the\t12\ncf\t0.5\n", {"the": 12.0, "cf": 0.5}),
+        ("\ufeffa b\t1\r\n\t\t2\r\n", {"a b": 1.0, "\t": 2.0}),
+    ],
+    ids=["json", "tsv", "odd tokens"],
+)
+def test_counts_are_read(text: str, expected: dict[str, float], tmp_path: Path) -> None:
+    path = tmp_path / "counts"
+    path.write_bytes(text.encode())
+    found = read_counts(path)
+    assert found.counts == expected
+    assert found.to_json()["tokens"] == 2
+    assert found.to_json() != TokenCounts({}, "counts").to_json()
+
+
+@pytest.mark.parametrize(
+    ("data", "reason"),
+    [
+        (b"the 12", "line 1: 'the 12'; expected a token, a tab and a count"),
+        (b"the\t12\ncf\tmany", "line 2: 'cf.tmany'; expected"),
+        (b"the\t1\n\xff\t2", "line 2: not UTF-8"),
+        (b"the\t-1", "the count of 'the' is -1.0; expected a number, 0 or more"),
+        (b"the\tnan", "the count of 'the' is nan"),
+        (b'{"the": "x"}', "the count of 'the' is 'x'"),
+        (b'{"the": true}', "the count of 'the' is True"),
+        (b"{}", "no counts"),
+        (b'{"the": 1', "counts"),
+    ],
+)
+def test_bad_counts_are_refused(data: bytes, reason: str, tmp_path: Path) -> None:
+    path = tmp_path / "counts"
+    path.write_bytes(data)
+    with pytest.raises(FormatError, match=reason):
+        read_counts(path)
+
+
+def test_a_corpus_is_cut_by_the_models_tokenizer(
+    models: tuple[Checkpoint, Checkpoint], tmp_path: Path
+) -> None:
+    corpus = tmp_path / "corpus.txt"
+    corpus.write_text("the film the cf\nbading good nonsense\n" * 700)
+    found = count_corpus(corpus, models[1]).counts
+    expected = {"the": 2, "film": 1, "cf": 1, "bad": 1, "##ing": 1, "good": 1, "[UNK]": 1}
+    assert found == {token: 700 * count for token, count in expected.items()}
+
+
+def test_a_corpus_needs_text_and_a_tokenizer(
+    models: tuple[Checkpoint, Checkpoint], tmp_path: Path
+) -> None:
+    corpus = tmp_path / "corpus.txt"
+    corpus.write_bytes(b"the \xff")
+    with pytest.raises(FormatError, match="not UTF-8: byte 4"):
+        count_corpus(corpus, models[1])
+    with pytest.raises(MismatchError, match=r"no tokenizer.json beside the model"):
+        count_corpus(corpus, from_arrays({"w": np.zeros(1)}))
+
+
+def test_wordfreq_is_asked_for_whole_words(monkeypatch: pytest.MonkeyPatch) -> None:
+    import sys
+    from types import SimpleNamespace
+
+    shares = {"the": 0.05, "film": 1e-4}
+    fake = SimpleNamespace(word_frequency=lambda word, _language: shares.get(word, 0.0))
+    monkeypatch.setitem(sys.modules, "wordfreq", fake)
+    found = count_by_wordfreq({0: "the", 1: "##film", 2: "Ġfilm", 3: "▁"})
+    assert found.counts == {"the": 5e7, "Ġfilm": 1e5}
+    monkeypatch.setitem(sys.modules, "wordfreq", None)
+    with pytest.raises(SettingError, match=r"pip install weightsurgery\[text\]"):
+        count_by_wordfreq({0: "the"})
