@@ -1,0 +1,131 @@
+"""Each example's own loss, under its true label or one drawn from the model's prediction."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from weightsurgery.datasets.batches import IGNORED, Encoded, batches
+from weightsurgery.errors import MismatchError, SettingError
+from weightsurgery.models import CLASSIFICATION, Model
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A few examples, on the model's device.
+
+    Attributes:
+        inputs: What the model takes.
+        labels: Shape (B,) for a classifier, (B, T) for a causal model.
+        draws: Uniform random numbers of the shape of `labels`, on the processor; None for the
+            true labels.
+    """
+
+    inputs: dict[str, torch.Tensor]
+    labels: torch.Tensor
+    draws: torch.Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+
+@dataclass(frozen=True)
+class Objective:
+    """The loss of every single example.
+
+    Attributes:
+        model: The model.
+        sampled: Draw labels from the model's prediction, in place of the examples' own.
+        seed: Of those draws; they do not depend on batches or device.
+    """
+
+    model: Model
+    sampled: bool = False
+    seed: int = 0
+
+    def batches(
+        self, examples: Sequence[Encoded], size: int, order: Sequence[int] | None = None
+    ) -> Iterator[Batch]:
+        """Batches of `size` examples, in the order of `order` or as they are given."""
+        order = range(len(examples)) if order is None else order
+        chosen = [examples[i] for i in order]
+        made = batches(self.model, chosen, size)
+        for start, (inputs, labels) in zip(range(0, len(chosen), size), made, strict=True):
+            draws = self._draws(order[start : start + size], labels) if self.sampled else None
+            yield Batch(inputs, labels, draws)
+
+    def _draws(self, places: Sequence[int], labels: torch.Tensor) -> torch.Tensor:
+        """One stream of numbers for each example, so that batches and padding do not matter."""
+        import torch
+
+        found = torch.zeros(labels.shape, dtype=torch.float64)
+        for row, place in zip(found, places, strict=True):
+            generator = torch.Generator().manual_seed((self.seed * 0x9E3779B1 + place) % 2**63)
+            row.copy_(torch.rand(row.shape, generator=generator, dtype=torch.float64))
+        return found
+
+    def losses(self, batch: Batch) -> torch.Tensor:
+        """Cross-entropy of each example, shape (B,).
+
+        For a causal model it is the mean over the tokens of the answer (our choice: an example
+        counts the same however long its answer is).
+        """
+        import torch
+
+        causal = self.model.task != CLASSIFICATION
+        extra = {"use_cache": False} if causal else {}
+        logits = self.model.module(**batch.inputs, **extra).logits
+        labels, draws = batch.labels, batch.draws
+        if causal:  # the logits at a token are for the next one
+            logits, labels = logits[:, :-1], labels[:, 1:]
+            draws = None if draws is None else draws[:, 1:]
+        if draws is not None:
+            counted = labels != IGNORED
+            labels = labels.clone()
+            labels[counted] = _sample(logits.detach()[counted], draws[counted.cpu()])
+        entropy = torch.nn.functional.cross_entropy(
+            logits.flatten(0, -2), labels.flatten(), ignore_index=IGNORED, reduction="none"
+        )
+        if not causal:
+            return entropy
+        counts = (labels != IGNORED).sum(1)
+        return entropy.view(labels.shape).sum(1) / counts
+
+
+def _sample(logits: torch.Tensor, draws: torch.Tensor) -> torch.Tensor:
+    """The label at which the cumulative probability passes the draw, found on the processor."""
+    import torch
+
+    cumulative = logits.to("cpu", torch.float64).softmax(-1).cumsum(-1)
+    found = torch.searchsorted(cumulative, draws[..., None], right=True)[..., 0]
+    return found.clamp_(max=logits.shape[-1] - 1).to(logits.device)
+
+
+def check_examples(model: Model, examples: Sequence[Encoded]) -> None:
+    """Refuse what has no cross-entropy.
+
+    Raises:
+        SettingError: There are no examples.
+        MismatchError: The model is no single-label classifier, or an example has no token that
+            counts.
+    """
+    if not examples:
+        raise SettingError("no examples; expected at least one")
+    if model.task == CLASSIFICATION:
+        kind = getattr(model.module.config, "problem_type", None)
+        if len(model.labels) < 2 or kind not in (None, "single_label_classification"):
+            raise MismatchError(
+                f"a head with {len(model.labels)} label(s) of type {kind or 'regression'}; "
+                "expected a classifier that tells two or more labels apart",
+                file=model.path,
+            )
+        return
+    for number, one in enumerate(examples, 1):
+        if all(label == IGNORED for label in one.labels[1:]):
+            raise MismatchError(
+                f"example {number} has no answer token that the loss could cover", file=model.path
+            )

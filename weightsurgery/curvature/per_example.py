@@ -1,0 +1,320 @@
+"""Sums over examples of squared per-example gradients, from one backward pass of each batch.
+
+No parameter asks autograd for its gradient. Hooks on the modules see each layer's input and the
+gradient of its output, and `factors` makes of these what autograd would have made one example at
+a time. What no hook covers, or what does not agree with autograd on the first examples, goes a
+slower way: one example at a time, by autograd. So every parameter is covered, and exactly.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+from weightsurgery.curvature.factors import (
+    Call,
+    Factors,
+    Sums,
+    add_powers,
+    factors_of,
+    fits,
+    kind_of_module,
+)
+from weightsurgery.curvature.losses import Batch, Objective
+from weightsurgery.datasets.batches import Encoded
+
+if TYPE_CHECKING:
+    import torch
+
+Progress = Callable[[str, int, int], None]
+HOOKS, LOOP = "hooks", "loop"
+_TOLERANCE = 1e-3  # of a tensor's norm, between hooks and autograd
+_ROUNDING = 1e-5  # a gradient this small beside the numbers it is a sum of is nothing but rounding
+_GROUP = 1 << 26  # elements of the gradients that are compared at a time
+
+
+class Recorder:
+    """Hooks on a model: while it is entered, a backward pass adds to the sums.
+
+    Args:
+        module: The model.
+        sums: For each parameter wanted, by its id.
+        absolute: Sum the sizes of all terms: how large rounding may get.
+    """
+
+    def __init__(self, module: Any, sums: Mapping[int, Sums], *, absolute: bool = False) -> None:
+        self.unfit: set[int] = set()
+        self._sums = sums
+        self._absolute = absolute
+        self._module = module
+        self._handles: list[Any] = []
+        self._count = 0
+        self._uses: dict[int, int] = {}
+        self._waiting: dict[int, list[Factors]] = {}
+        self._paused = False
+        self._memory: torch.Tensor | None = None
+
+    def __enter__(self) -> Recorder:
+        for module in self._module.modules():
+            own = [
+                (name, parameter)
+                for name, parameter in module.named_parameters(recurse=False)
+                if id(parameter) in self._sums
+            ]
+            if own:
+                hook = partial(self._forward, own)
+                self._handles.append(module.register_forward_hook(hook, with_kwargs=True))
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+    def add(self, objective: Objective, batch: Batch) -> None:
+        """Run one batch forward and backward."""
+        self._count = len(batch)
+        self._uses = dict.fromkeys(self._sums, 0)
+        loss = objective.losses(batch).sum()  # each example's own: the sum keeps them apart
+        if loss.requires_grad:
+            loss.backward()
+        for key in list(self._waiting):  # a use that the loss does not depend on never came
+            self._finish(key)
+
+    def _forward(
+        self, own: list[tuple[str, Any]], module: Any, args: Any, kwargs: Any, output: Any
+    ) -> Any:
+        import torch
+
+        if self._paused or not torch.is_grad_enabled():
+            return None
+        inputs = tuple(map(_detached, args))
+        call = Call(module, inputs, {k: _detached(v) for k, v in kwargs.items()})
+        wanted = []
+        for name, parameter in own:
+            if fits(module, name, call, output, self._count):
+                self._uses[id(parameter)] += 1
+                wanted.append((name, id(parameter)))
+            else:
+                self.unfit.add(id(parameter))
+        if not wanted:
+            return None
+        if not output.requires_grad:  # where the graph begins
+            if len(output) != self._count:  # positions: one row that all examples share
+                output = output.expand(self._count, *output.shape[1:])
+            leaf = output.clone().requires_grad_()
+            output = leaf.clone()  # the model may write into what it gets, but not into a leaf
+        output.register_hook(partial(self._backward, wanted, [call]))
+        return output
+
+    def _backward(
+        self, wanted: list[tuple[str, int]], calls: list[Call], gradient: torch.Tensor
+    ) -> None:
+        call = calls.pop()  # what it holds is not needed any more
+        for name, key in wanted:
+            self._paused = True  # a norm is called once more
+            factors = factors_of(call, name, gradient)
+            self._paused = False
+            if self._absolute:
+                factors = factors.absolute()
+            waiting = self._waiting.setdefault(key, [])
+            waiting.append(factors)
+            if len(waiting) == self._uses[key]:
+                self._finish(key)
+
+    def _finish(self, key: int) -> None:
+        add_powers(self._waiting.pop(key), self._sums[key], self._scratch)
+
+    def _scratch(self, size: int) -> torch.Tensor:
+        if self._memory is None or self._memory.numel() < size:
+            reference = next(iter(self._sums.values())).squares
+            self._memory = None  # freed before the larger one is made
+            self._memory = reference.new_empty(size)
+        return self._memory[:size]
+
+
+def _detached(value: Any) -> Any:
+    import torch
+
+    return value.detach() if isinstance(value, torch.Tensor) else value
+
+
+@contextmanager
+def frozen(module: Any) -> Iterator[None]:
+    """A model in evaluation mode that keeps no gradients; everything is put back at the end."""
+    import torch
+
+    training = {inner: inner.training for inner in module.modules()}
+    asked = {parameter: parameter.requires_grad for parameter in module.parameters()}
+    module.eval()
+    module.requires_grad_(False)
+    try:
+        with torch.enable_grad():
+            yield
+    finally:
+        for inner, mode in training.items():
+            inner.training = mode
+        for parameter, wanted in asked.items():
+            parameter.requires_grad_(wanted)
+
+
+@contextmanager
+def asking(parameters: Sequence[Any]) -> Iterator[None]:
+    """Let autograd compute the gradients of some parameters."""
+    for parameter in parameters:
+        parameter.requires_grad_(True)
+    try:
+        yield
+    finally:
+        for parameter in parameters:
+            parameter.requires_grad_(False)
+
+
+def add_squares(
+    objective: Objective,
+    examples: Sequence[Encoded],
+    sums: Mapping[str, Sums],
+    paths: Mapping[str, str],
+    *,
+    batch_size: int,
+    report: Callable[[str, int], None],
+) -> set[str]:
+    """Add every example's squared gradients to the sums, each parameter by its path.
+
+    Args:
+        objective: The loss; its model must be `frozen`.
+        examples: The examples; order and batches change the result by rounding alone.
+        sums: Name to where its powers are added.
+        paths: Name to `HOOKS` or `LOOP`, from `find_paths`.
+        batch_size: Examples in a batch.
+        report: Called as report(path, examples done).
+
+    Returns:
+        Names that the hooks could not cover after all; what was added for them is worth nothing.
+    """
+    names = objective.model.names
+    hooked = {id(names[name]): sums[name] for name in sums if paths[name] == HOOKS}
+    if hooked:
+        done = 0
+        with Recorder(objective.model.module, hooked) as recorder:
+            order = by_length(examples)
+            for batch in objective.batches(examples, batch_size, order):
+                recorder.add(objective, batch)
+                if recorder.unfit:
+                    return {name for name in sums if id(names[name]) in recorder.unfit}
+                done += len(batch)
+                report(HOOKS, done)
+    slow = [name for name in sums if paths[name] == LOOP]
+    for done, batch in enumerate(objective.batches(examples, 1) if slow else (), 1):
+        add_by_autograd(objective, batch, {name: sums[name] for name in slow})
+        report(LOOP, done)
+    return set()
+
+
+def by_length(examples: Sequence[Encoded]) -> list[int]:
+    """The longest first: little padding, and what memory there is to need is needed at once."""
+    return sorted(range(len(examples)), key=lambda i: -len(examples[i].ids))
+
+
+def add_by_autograd(objective: Objective, batch: Batch, sums: Mapping[str, Sums]) -> None:
+    """Add the powers of one example's gradient, as autograd computes it."""
+    import torch
+
+    parameters = [objective.model.names[name] for name in sums]
+    with asking(parameters):
+        loss = objective.losses(batch).sum()
+        found = torch.autograd.grad(loss, parameters, allow_unused=True)
+    for one, gradient in zip(sums.values(), found, strict=True):
+        if gradient is not None:
+            one.add(gradient.detach().clone())
+
+
+# --- which way a parameter goes -----------------------------------------------------------------
+
+
+def find_paths(
+    objective: Objective, examples: Sequence[Encoded], *, batch_size: int
+) -> dict[str, str]:
+    """Compare hooks and autograd on the longest and the shortest example, parameter by parameter.
+
+    Gradients are compared a group of parameters at a time, so that this needs little memory.
+
+    Args:
+        objective: The loss; its model must be `frozen`.
+        examples: The examples.
+        batch_size: Examples in a batch; with 1 only one example is compared.
+
+    Returns:
+        Name to `HOOKS` where they agree, else to `LOOP`.
+    """
+    names = objective.model.names
+    order = by_length(examples)
+    order = [order[0], *order[-1:]][: min(batch_size, len(examples))]
+    covered = {
+        id(parameter)
+        for module in objective.model.module.modules()
+        if kind_of_module(module)
+        for parameter in module.parameters(recurse=False)
+    }
+    paths = dict.fromkeys(names, LOOP)
+    for group in _groups([name for name in names if id(names[name]) in covered], names):
+        paths.update(_compare(objective, examples, order, group))
+    return paths
+
+
+def _groups(chosen: Sequence[str], names: Mapping[str, Any]) -> Iterator[list[str]]:
+    group: list[str] = []
+    size = 0
+    for name in chosen:
+        if group and size + names[name].numel() > _GROUP:
+            yield group
+            group, size = [], 0
+        group.append(name)
+        size += names[name].numel()
+    if group:
+        yield group
+
+
+def _compare(
+    objective: Objective, examples: Sequence[Encoded], order: Sequence[int], group: Sequence[str]
+) -> dict[str, str]:
+    names = objective.model.names
+    by_hooks, sizes, truth = (zeros(names, group) for _ in range(3))
+    unfit: set[int] = set()
+    for sums, absolute in ((by_hooks, False), (sizes, True)):
+        keyed = {id(names[name]): one for name, one in sums.items()}
+        with Recorder(objective.model.module, keyed, absolute=absolute) as recorder:
+            for batch in objective.batches(examples, len(order), order):
+                recorder.add(objective, batch)
+        unfit |= recorder.unfit
+    for batch in objective.batches(examples, 1, order):
+        add_by_autograd(objective, batch, truth)
+    found = {}
+    for name in group:
+        true = truth[name].squares
+        error = (by_hooks[name].squares - true).norm()
+        rounding = _ROUNDING**2 * sizes[name].squares.norm()
+        agrees = bool(error <= _TOLERANCE * true.norm() + rounding)
+        found[name] = HOOKS if agrees and id(names[name]) not in unfit else LOOP
+    return found
+
+
+def zeros(
+    names: Mapping[str, Any], chosen: Sequence[str], *, fourths: bool = False
+) -> dict[str, Sums]:
+    """Empty sums of parameters' shapes."""
+    import torch
+
+    def empty(parameter: Any) -> torch.Tensor:
+        return torch.zeros_like(parameter, requires_grad=False)
+
+    return {
+        name: Sums(empty(names[name]), empty(names[name]) if fourths else None) for name in chosen
+    }

@@ -1,0 +1,66 @@
+"""Estimates of curvature as checkpoints: checked, named as on disk, telling how they were made."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from weightsurgery.checkpoint import Checkpoint, Step, from_arrays
+from weightsurgery.datasets.batches import Encoded
+from weightsurgery.errors import NonFiniteError
+
+if TYPE_CHECKING:
+    import torch
+
+
+def digest_of(examples: Sequence[Encoded]) -> str:
+    """SHA-256 of token ids and labels: which examples an estimate is of."""
+    rows = [[one.ids, one.types, one.labels] for one in examples]
+    return hashlib.sha256(json.dumps(rows, separators=(",", ":")).encode()).hexdigest()
+
+
+def make_result(
+    tensors: Mapping[str, torch.Tensor],
+    *,
+    step: Step,
+    content: str,
+    notes: Mapping[str, Any],
+) -> Checkpoint:
+    """A checkpoint of one float32 tensor for each parameter.
+
+    Args:
+        tensors: Name on disk to values; they are not copied if they lie in main memory.
+        step: What made them.
+        content: What the numbers are, in words, for the file's metadata.
+        notes: What else there is to say.
+
+    Raises:
+        NonFiniteError: A value is NaN or infinite.
+    """
+    import torch
+
+    for name, values in tensors.items():
+        if not torch.isfinite(values).all():
+            raise NonFiniteError(
+                f"NaN or infinity in the {step.operator} estimate",
+                tensor=name,
+                hint="look for NaN in the model with `wsurg inspect --values`",
+            )
+    made = from_arrays({name: values.cpu().numpy() for name, values in tensors.items()})
+    views = {name: replace(view, status="added") for name, view in made.items()}
+    settings = {name: _text(value) for name, value in step.settings.items()}
+    return replace(
+        made,
+        tensors=views,
+        label=step.operator,
+        metadata={"estimator": step.operator, "content": content, **settings},
+        step=step,
+        notes=notes,
+    )
+
+
+def _text(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value)
