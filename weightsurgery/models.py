@@ -85,6 +85,9 @@ def load_model(path: str | os.PathLike[str], *, task: str = "auto", device: str 
         task: "classification", "causal", or "auto" to go by the configuration's architecture.
         device: Where to compute; "auto" takes an accelerator if there is one.
 
+    Returns:
+        The model, its tokenizer, and the checkpoint they come from.
+
     Raises:
         SettingError: The path is a single file, or the device is not to be had.
         MismatchError: There is no tokenizer, the architecture is of another task, or weights are

@@ -23,6 +23,7 @@ from weightsurgery.version import __version__
 _OWN = {
     "diff": "Show what moved between BASE and TUNED.",
     "evaluate": "Measure a classifier: accuracy, confusion, attack success.",
+    "fisher": "Estimate how much the loss on clean data depends on each weight.",
     "inspect": "Show what a checkpoint holds.",
 }
 _OPERATORS = Path(__file__).parent.parent / "operators"

@@ -132,7 +132,21 @@ def fisher_with_error(
 
 @dataclass(frozen=True)
 class _Run:
-    """The settings of a run, checked."""
+    """What `fisher` was called with, checked.
+
+    Attributes:
+        model: The model.
+        examples: The examples.
+        labels: "true" or "sampled".
+        points: How many points between `base` and the model's weights.
+        base: Where they begin.
+        batch_size: Examples at a time.
+        seed: Of sampled labels.
+        progress: Called with what, examples done, examples in all.
+
+    Raises:
+        SettingError: A setting is out of range.
+    """
 
     model: Model
     examples: Sequence[Encoded]
@@ -218,7 +232,7 @@ def _add_points(
 
         def report(path: str, done: int, number: int = number) -> None:
             if run.progress is not None:
-                what = "fisher" if path == HOOKS else "fisher, one at a time"
+                what = "fisher" if path == HOOKS else "fisher (one at a time)"
                 run.progress(what, number * len(run.examples) + done, run.count)
 
         unfit = add_squares(

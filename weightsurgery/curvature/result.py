@@ -8,6 +8,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from weightsurgery.checkpoint import Checkpoint, Step, from_arrays
 from weightsurgery.datasets.batches import Encoded
 from weightsurgery.errors import NonFiniteError
@@ -64,3 +66,43 @@ def make_result(
 
 def _text(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value)
+
+
+def summarise(estimate: Checkpoint) -> dict[str, Any]:
+    """What a person wants to know of an estimate at first sight, as `wsurg fisher --json` has it.
+
+    Args:
+        estimate: From `fisher` or `hutchinson`.
+    """
+    if estimate.step is None:
+        raise ValueError("not an estimate")
+    total, zeros, negative = 0.0, 0, 0
+    largest: dict[str, Any] = {"tensor": "", "index": 0, "value": 0.0}
+    for name, view in estimate.items():
+        for start, stop in view.blocks():
+            block = view.read(start, stop)
+            total += float(block.sum(dtype=np.float64))
+            zeros += block.size - int(np.count_nonzero(block))
+            negative += int(np.count_nonzero(block < 0))
+            place = int(np.abs(block).argmax())
+            if abs(float(block[place])) > abs(largest["value"]):
+                largest = {
+                    "tensor": name,
+                    "index": start + place,
+                    "value": float(block[place]),
+                }
+    paths = estimate.notes["paths"]
+    return {
+        "estimator": estimate.step.operator,
+        "settings": dict(estimate.step.settings),
+        "tensors": len(estimate),
+        "paths": {
+            path: [name for name in estimate if paths[name] == path]
+            for path in sorted(set(paths.values()))
+        },
+        "dimensions": estimate.size,
+        "mean": total / max(1, estimate.size),
+        "zeros": zeros,
+        "negative": negative,
+        "largest": largest,
+    }

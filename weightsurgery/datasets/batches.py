@@ -44,6 +44,15 @@ def read_examples(
 ) -> list[Encoded]:
     """Read a data file of the kind that the model's task needs, and encode it.
 
+    Args:
+        model: From `load_model`.
+        data: Labelled sentences (.tsv, .csv, .jsonl) for a classifier, questions and answers
+            (.jsonl) for a causal model.
+        max_length: Tokens after which a text is cut.
+
+    Returns:
+        The examples as numbers, in the order of the file.
+
     Raises:
         FormatError: The file or a row of it is bad.
         MismatchError: A label is none of the model's.
