@@ -3,7 +3,8 @@
     python docs/generate.py            write the pages
     python docs/generate.py --check    exit with 1 and name each page that is not current
 
-Both fail on a public name without a docstring.
+Both fail on a public name without a docstring. The package is the one beside docs/, whether or not
+another is installed.
 """
 
 from __future__ import annotations
@@ -22,6 +23,9 @@ from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 import click
 from docstrings import Docstring, parse_docstring, render
+
+# Or an installed copy, which lacks what is new here, would be documented.
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import weightsurgery
 from weightsurgery import errors

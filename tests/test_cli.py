@@ -459,6 +459,35 @@ def test_what_a_settings_file_supplies_is_told(
     assert capsys.readouterr().err == ""
 
 
+def test_what_is_overruled_is_not_told(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("wsurg.toml").write_text("ratio = 0.3")
+    assert run("mix", *PAIR, "--reserve", "0.8", "-o", "a.safetensors") == 0
+    assert capsys.readouterr().err == ""
+
+
+def test_the_settings_file_can_be_left_alone(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("wsurg.toml").write_text("not TOML")
+    assert run("diff", *PAIR) == 3
+    assert run("--no-config", "diff", *PAIR) == 0
+    assert run("--no-config", "--config", "wsurg.toml", "diff", *PAIR) == 2
+    assert "exclude each other" in capsys.readouterr().err
+
+
+def test_the_shell_completes_file_names(folder: Path) -> None:
+    environment = {**os.environ, "_WSURG_COMPLETE": "bash_complete", "COMP_CWORD": "2"}
+    for words in ("wsurg inspect ba", "wsurg diff ba", "wsurg mix ba"):
+        done = subprocess.run(
+            WSURG,
+            env={**environment, "COMP_WORDS": words},
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        assert done.stdout == "file,ba\n"
+
+
 def test_inputs_come_from_one_place(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     Path("wsurg.toml").write_text(SETTINGS)
     assert run("diff", "tuned.safetensors") == 2

@@ -96,11 +96,13 @@ def operator_summaries() -> dict[str, str]:
 @click.version_option(__version__, prog_name="wsurg")
 @click.option(
     "--config",
+    type=click.Path(),
     metavar="FILE",
     help="TOML file with arguments; ./wsurg.toml is read by itself.",
 )
+@click.option("--no-config", is_flag=True, help="Do not read ./wsurg.toml.")
 @click.pass_context
-def cli(ctx: click.Context, config: str | None) -> None:
+def cli(ctx: click.Context, config: str | None, no_config: bool) -> None:
     """Surgery on the weights of language models.
 
     BASE are the trusted pre-trained weights, TUNED the fine-tuned ones. Both are a .safetensors
@@ -112,7 +114,9 @@ def cli(ctx: click.Context, config: str | None) -> None:
       wsurg diff base.safetensors tuned.safetensors
       wsurg mix base/ tuned/ --ratio 0.3 -o mixed/
     """  # noqa: D301  click wants the character, not an escape
-    if config is not None or os.path.lexists("wsurg.toml"):
+    if no_config and config is not None:
+        raise click.UsageError("--config and --no-config exclude each other", ctx)
+    if config is not None or (not no_config and os.path.lexists("wsurg.toml")):
         from weightsurgery.cli.settings_file import read_settings
 
         ctx.obj = "wsurg.toml" if config is None else config  # for messages about its values

@@ -103,8 +103,8 @@ command = options.Command(
       wsurg diff base/ tuned/ --fail-if 'relative_l2 > 0.1' --fail-if '*.bias: max_abs > 1'
     """,
     params=[
-        click.Argument(["base"], metavar="BASE"),
-        click.Argument(["tuned"], metavar="TUNED"),
+        click.Argument(["base"], metavar="BASE", type=click.Path()),
+        click.Argument(["tuned"], metavar="TUNED", type=click.Path()),
         click.Option(
             ["--top"],
             type=click.IntRange(0),
@@ -119,6 +119,7 @@ command = options.Command(
         ),
         click.Option(
             ["--drift", "drift_out"],
+            type=click.Path(),
             metavar="OUT",
             help="Also write the drift as a .safetensors file (a second pass).",
         ),

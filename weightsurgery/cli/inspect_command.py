@@ -44,7 +44,7 @@ command = options.Command(
       wsurg inspect model/ --json | jq .parameters
     """,
     params=[
-        click.Argument(["path"], metavar="PATH"),
+        click.Argument(["path"], metavar="PATH", type=click.Path()),
         options.WEIGHTS,
         click.Option(
             ["--values"], is_flag=True, help="Read the weights: L2 norm, NaN and infinity counts."

@@ -23,7 +23,8 @@ def make_command(name: str) -> click.Command:
     """The click command of a registered operator."""
     operator = OPERATORS[name]
     parameters: list[click.Parameter] = [
-        click.Argument([given], metavar=given.upper()) for given in operator.inputs
+        click.Argument([given], metavar=given.upper(), type=click.Path())
+        for given in operator.inputs
     ]
     for given, declaration in operator.optional.items():
         text = declaration.help[:1].upper() + declaration.help[1:] + "."
@@ -42,7 +43,10 @@ def make_command(name: str) -> click.Command:
     def callback(**given: Any) -> None:
         _run(operator, given)
 
-    return options.Command(name, callback=callback, params=parameters, help=_help(operator))
+    command = options.Command(name, callback=callback, params=parameters, help=_help(operator))
+    settings = operator.settings.items()
+    command.complements = {n: d.complement for n, (_, d, _) in settings if d.complement}
+    return command
 
 
 def _run(operator: Operator, given: dict[str, Any]) -> None:

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from decimal import Decimal, InvalidOperation
+from types import MappingProxyType
 from typing import Any
 
 import click
@@ -25,13 +26,20 @@ from weightsurgery.token_counts import TokenCounts, count_by_wordfreq, count_cor
 
 
 class Command(click.Command):
-    """A command that tells what it takes from a settings file."""
+    """A command that tells what it takes from a settings file.
+
+    Attributes:
+        complements: Parameter to another that stands for one minus it.
+    """
+
+    complements: Mapping[str, str] = MappingProxyType({})
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run it; refuse inputs of which some are from the file, for which is which is a guess."""
         sources = {p: ctx.get_parameter_source(p.name or "") for p in self.params}
         inputs = [p for p in self.params if isinstance(p, click.Argument)]
         path = ctx.find_root().obj
+        others = {**self.complements, **{b: a for a, b in self.complements.items()}}
         if len({sources[p] for p in inputs}) > 1:
             names = " ".join(p.make_metavar(ctx) for p in inputs)
             raise click.UsageError(f"give {names} on the command line, or all in {path}", ctx)
@@ -40,10 +48,14 @@ class Command(click.Command):
             f" = {shown(_toml(ctx.params[p.name or '']))}"
             for p in self.params
             if sources[p] is click.core.ParameterSource.DEFAULT_MAP
+            and ctx.get_parameter_source(others.get(p.name or "", "")) is not _TYPED
         ]
         if taken:
             click.echo(f"from {path}: {', '.join(taken)}", err=True)
         return super().invoke(ctx)
+
+
+_TYPED = click.core.ParameterSource.COMMANDLINE
 
 
 def _toml(value: Any) -> str:
@@ -102,6 +114,7 @@ NAMES = (
     ),
     click.Option(
         ["--map", "name_map"],
+        type=click.Path(),
         metavar="FILE",
         help='JSON file {"TUNED\'s name": "BASE\'s name"} that pairs tensors by hand.',
     ),
@@ -129,7 +142,9 @@ COUNTS = (
     ),
 )
 WRITING = (
-    click.Option(["-o", "--out"], required=True, metavar="OUT", help="Where to write."),
+    click.Option(
+        ["-o", "--out"], type=click.Path(), required=True, metavar="OUT", help="Where to write."
+    ),
     click.Option(["--overwrite"], is_flag=True, help="Replace OUT if it exists."),
     click.Option(
         ["--dry-run"], is_flag=True, help="Show what would be written, and write nothing."
