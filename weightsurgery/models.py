@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from weightsurgery.checkpoint import Checkpoint
 from weightsurgery.errors import MismatchError, PolicyError, SettingError, shown
 from weightsurgery.formats import open_checkpoint
+from weightsurgery.kernels import to_float
 
 if TYPE_CHECKING:
     import torch
@@ -210,3 +211,31 @@ class Quiet:
         self._logging.set_verbosity(self._before[0])
         if self._before[1]:
             self._logging.enable_progress_bar()
+
+
+def with_weights(model: Model, checkpoint: Checkpoint) -> Model:
+    """The same model with another checkpoint's weights, put into its module in place.
+
+    Args:
+        model: From `load_model`.
+        checkpoint: Of the same names and shapes, such as an operator's result; its weights are
+            computed here, block by block, and widened to float32.
+
+    Raises:
+        MismatchError: A parameter has no tensor of its shape in the checkpoint.
+    """
+    import torch
+
+    for name, parameter in model.names.items():
+        view = checkpoint.get(name)
+        if view is None or view.shape != tuple(parameter.shape):
+            raise MismatchError(
+                "the model has a parameter that these weights lack, or that has another shape",
+                file=checkpoint.label,
+                tensor=name,
+            )
+        values = parameter.data.view(-1)
+        for start, stop in view.blocks():
+            block = to_float(view.read(start, stop)).astype("f4", copy=False)
+            values[start:stop] = torch.from_numpy(block).to(values.device)
+    return replace(model, checkpoint=checkpoint)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import inspect
 from typing import Any, Literal, get_args, get_origin
 
@@ -32,7 +33,9 @@ def make_command(name: str) -> click.Command:
         parameters.append(click.Option([flag, given], metavar="PATH", help=text))
     for setting, (kind, declaration, default) in operator.settings.items():
         parameters += _make_options(setting, kind, declaration, default)
+    companion = _companion(name)
     parameters += [
+        *(companion.PARAMETERS if companion else ()),
         *options.WRITING,
         options.WEIGHTS,
         *options.NAMES,
@@ -52,6 +55,9 @@ def make_command(name: str) -> click.Command:
 def _run(operator: Operator, given: dict[str, Any]) -> None:
     context = click.get_current_context()
     _check_counts(context, operator, given)
+    companion = _companion(operator.name)
+    if companion:
+        companion.check(context)
     settings = {
         n: _value(context, n, found, given)
         for n, found in operator.settings.items()
@@ -77,16 +83,19 @@ def _run(operator: Operator, given: dict[str, Any]) -> None:
         check_destination(
             given["mask"], is_directory=False, overwrite=given["overwrite"], inputs=[]
         )
+    further |= companion.before(inputs, given) if companion else {}
     limit = given["max_memory"]
     with options.running(given["workers"], max_memory=limit, inputs=read) as engine:
-        result = operator.function(*inputs, **settings, **further, engine=engine)
+        edited = operator.function(*inputs, **settings, **further, engine=engine)
+    result = companion.after(edited, given) if companion else edited
+    with options.running(given["workers"], max_memory=limit, inputs=read) as engine:
         if given["dry_run"]:
             plan = make_plan(result, out, engine=engine, **sizes).to_json()
         else:
             record = save(result, out, hashes=given["hashes"], engine=engine, **sizes)
             if given["mask"] is not None:
                 written = {"overwrite": given["overwrite"], "hashes": given["hashes"]}
-                save(changed_mask(result), given["mask"], engine=engine, **written)
+                save(changed_mask(edited), given["mask"], engine=engine, **written)
     if given["dry_run"]:
         alignment = result.notes.get("alignment")
         if given["as_json"]:
@@ -97,6 +106,15 @@ def _run(operator: Operator, given: dict[str, Any]) -> None:
         options.print_json({"out": out, **record})
     else:
         show(outcome_tables(out, record))
+
+
+def _companion(name: str) -> Any:
+    """The module of what a command does besides its operator; None for most."""
+    home = _COMPANIONS.get(name)
+    return importlib.import_module(home) if home else None
+
+
+_COMPANIONS = {"purify": "weightsurgery.cli.purify_steps"}
 
 
 def _make_options(

@@ -19,9 +19,11 @@ def purification_tables(record: Mapping[str, Any]) -> list[Table]:
     tables = [_rows(report["epur"])] if "epur" in report else []
     if "purify" not in report:
         return tables
+    tables.append(_diagnostics(report["purify"].get("diagnostics", [])))
+    if record["recipe"].get("operator") != "purify":
+        return tables  # what was trained since has changed everywhere
     return [
         *tables,
-        _diagnostics(report["purify"].get("diagnostics", [])),
         _groups(record, "Reset by layer", "layer", layer_of),
         _groups(record, "Reset by kind of module", "kind", kind_of),
     ]
