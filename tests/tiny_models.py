@@ -78,6 +78,18 @@ def llama(path: Path, *, seed: int = 0, **settings: Any) -> Path:
     return _save(path, LlamaForCausalLM, config, seed)
 
 
+def in_memory(module: Any, task: str) -> Any:
+    """A `Model` of a module that was never saved; there is no tokenizer, token 0 is padding."""
+    from types import SimpleNamespace
+
+    from weightsurgery.checkpoint import Checkpoint
+    from weightsurgery.models import Model
+
+    stub = SimpleNamespace(pad_token_id=0, eos_token_id=None)
+    names = dict(module.named_parameters())
+    return Model(module.eval(), stub, Checkpoint({}), task, names, "memory")
+
+
 def _save(path: Path, kind: Any, config: Any, seed: int, *, classifier: bool = False) -> Path:
     """Weights by `seed`, biases and norms not at their usual 0 and 1; dropout is left on."""
     import torch

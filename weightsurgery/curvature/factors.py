@@ -75,10 +75,7 @@ class Outer:
 
     def add_powers(self, sums: Sums) -> bool:
         """Add all examples at once where that is cheaper than one after the other."""
-        import torch
-
-        count, tokens, rows = self.left.shape
-        if tokens == 1:  # (l rᵀ)² = l² (r²)ᵀ, so the sum over examples is one product
+        if self.left.shape[1] == 1:  # (l rᵀ)² = l² (r²)ᵀ, so the sum over examples is one product
             left, right = self.left[:, 0].square(), self.right[:, 0].square()
             sums.squares.addmm_(left.t(), right)
             if sums.fourths is not None:
@@ -86,10 +83,16 @@ class Outer:
             return True
         if self.left.device.type == "cpu":
             return False  # one after the other stays in the cache
-        step = max(1, _CHUNK // (rows * self.right.shape[-1]))
-        for i in range(0, count, step):
-            sums.add_each(torch.bmm(self.left[i : i + step].mT, self.right[i : i + step]))
+        self.add_in_chunks(sums, _CHUNK)
         return True
+
+    def add_in_chunks(self, sums: Sums, most: int) -> None:
+        """Add so many examples at a time that their gradients have `most` elements, or one."""
+        import torch
+
+        step = max(1, most // sums.squares.numel())
+        for i in range(0, len(self.left), step):
+            sums.add_each(torch.bmm(self.left[i : i + step].mT, self.right[i : i + step]))
 
 
 @dataclass(frozen=True)
