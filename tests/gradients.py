@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+torch.set_num_threads(1)  # for models this small, threads only wait for each other
 IGNORED = -100
 Examples = Sequence[Any]
 Tensors = dict[str, torch.Tensor]

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from weightsurgery.checkpoint import Checkpoint
+from weightsurgery.checkpoint import Checkpoint, Step
 from weightsurgery.cli import model_options, options
 from weightsurgery.dtypes import DTYPES
 from weightsurgery.errors import shown
@@ -102,10 +102,10 @@ def _check_outputs(
     """Refuse a destination before work begins, by a plan for tensors of the right sizes."""
     checkpoint = open_checkpoint(model)
     views = {name: replace(view, dtype=DTYPES["F32"]) for name, view in checkpoint.items()}
-    for given in (checkpoint, *([] if base is None else [base])):
-        expected = replace(given, tensors=views, is_directory=False, side_files=(), layout={})
-        for out in outputs:
-            make_plan(expected, out, overwrite=overwrite, engine=Engine())
+    inputs = {"model": checkpoint} if base is None else {"base": base, "model": checkpoint}
+    expected = Checkpoint(views, step=Step("fisher", {}, inputs))
+    for out in outputs:
+        make_plan(expected, out, overwrite=overwrite, engine=Engine())
 
 
 command = options.Command(

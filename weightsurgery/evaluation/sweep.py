@@ -1,0 +1,134 @@
+"""The sweep over ratios: what each reset costs in accuracy, and which ratio to take.
+
+As in the papers, methods are compared at like accuracy: the largest reset is taken that, after
+fine-tuning on the clean examples, stays within a tolerance of the tuned model's accuracy on
+held-out clean data. The tolerance of 2 points, and reporting the whole curve, are our choice.
+
+Reference:
+    Zhang et al., "Fine-mixing: Mitigating Backdoors in Fine-tuned Language Models",
+    Findings of EMNLP 2022, arXiv:2210.09545.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from weightsurgery.checkpoint import Checkpoint
+from weightsurgery.datasets.batches import Encoded
+from weightsurgery.datasets.read import Sentence
+from weightsurgery.datasets.triggers import Trigger
+from weightsurgery.errors import SettingError
+from weightsurgery.evaluation.classification import evaluate
+from weightsurgery.models import Model, with_weights
+from weightsurgery.training.finetune import finetune
+
+SCHEMA = "wsurg.sweep/1"
+Progress = Callable[[str, int, int], None]
+
+
+def sweep(
+    edit: Callable[[float], Checkpoint],
+    model: Model,
+    examples: Sequence[Encoded] | None,
+    held_out: Sequence[Sentence],
+    *,
+    ratios: Sequence[float],
+    tolerance: float = 0.02,
+    training: Mapping[str, Any] | None = None,
+    trigger: Trigger | None = None,
+    poisoned: Sequence[Sentence] | None = None,
+    target_label: str | int | None = None,
+    batch_size: int = 64,
+    max_length: int = 128,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Measure a model at each ratio, before and after fine-tuning, and choose a ratio.
+
+    Args:
+        edit: Ratio to an edited checkpoint, such as `purify` with everything else given.
+        model: The tuned model; its weights are put back at the end.
+        examples: Clean ones to fine-tune on; None leaves fine-tuning out.
+        held_out: Other clean sentences, on which accuracy is measured and the ratio chosen.
+        ratios: Shares to reset, in any order.
+        tolerance: How much accuracy may be lost against the tuned model.
+        training: Settings of `finetune`.
+        trigger: A backdoor's pattern, to measure the attack too.
+        poisoned: Sentences with the trigger in them already, in its place.
+        target_label: The attack's.
+        batch_size: Sentences measured at a time.
+        max_length: Tokens after which a text is cut.
+        progress: Called as progress(what, done, in all).
+
+    Returns:
+        The report: `schema` "wsurg.sweep/1", `reference` (the tuned model's numbers), `rows` (one
+        for each ratio: `before` and `after` with accuracy, loss, asr, floor), `tolerance`, and
+        `chosen`, the largest ratio within it (null if none is).
+
+    Raises:
+        SettingError: There is no ratio, one is outside 0 to 1, or `tolerance` is.
+    """
+    if not ratios or any(not 0 <= ratio <= 1 for ratio in ratios):
+        raise SettingError("ratios are shares from 0 to 1, at least one of them")
+    if not 0 <= tolerance <= 1:
+        raise SettingError(f"tolerance is {tolerance}; expected a share from 0 to 1")
+    tuned = model.checkpoint
+
+    def measure(measured: Model) -> dict[str, Any]:
+        report = evaluate(
+            measured,
+            held_out,
+            trigger=trigger,
+            poisoned=poisoned,
+            target_label=target_label,
+            batch_size=batch_size,
+            max_length=max_length,
+        )
+        return {name: report[name] for name in ("accuracy", "loss", "asr", "floor", "bacc")}
+
+    ordered = sorted(set(map(float, ratios)))
+    rows = []
+    try:
+        reference = measure(model)
+        for done, ratio in enumerate(ordered):
+            if progress is not None:
+                progress(f"sweeping, ratio {ratio:g}", done, len(ordered))
+            edited = with_weights(model, edit(ratio))
+            row = {"ratio": ratio, "before": measure(edited), "after": None}
+            if examples is not None:
+                trained = finetune(edited, examples, **(training or {}))
+                row["after"] = measure(edited)
+                row["training"] = trained.notes["training"]
+            rows.append(row)
+    finally:
+        with_weights(model, tuned)
+    if progress is not None:
+        progress("sweeping", len(ordered), len(ordered))
+    return {
+        "schema": SCHEMA,
+        "tuned": tuned.label,
+        "tolerance": tolerance,
+        "reference": reference,
+        "rows": rows,
+        "chosen": choose_ratio(rows, reference, tolerance),
+    }
+
+
+def choose_ratio(
+    rows: Sequence[Mapping[str, Any]], reference: Mapping[str, Any], tolerance: float
+) -> float | None:
+    """The largest ratio whose last measurement is within the tolerance; None if none is.
+
+    Args:
+        rows: Of a sweep.
+        reference: The tuned model's numbers.
+        tolerance: How much accuracy may be lost.
+    """
+    least = reference["accuracy"]["share"] - tolerance
+    fits = [
+        float(row["ratio"])
+        for row in rows
+        # Shares of a few hundred sentences: a difference of rounding is none.
+        if (row["after"] or row["before"])["accuracy"]["share"] >= least - 1e-12
+    ]
+    return max(fits, default=None)
