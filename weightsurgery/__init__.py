@@ -64,6 +64,7 @@ _HOMES = {
     "count_by_wordfreq": "token_counts",
     "count_corpus": "token_counts",
     "read_counts": "token_counts",
+    "finetune": "training.finetune",
 }
 __all__ = ["__version__", *_HOMES]
 

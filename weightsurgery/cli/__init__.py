@@ -23,8 +23,10 @@ from weightsurgery.version import __version__
 _OWN = {
     "diff": "Show what moved between BASE and TUNED.",
     "evaluate": "Measure a classifier: accuracy, confusion, attack success.",
+    "finetune": "Train a model on a few clean examples.",
     "fisher": "Estimate how much the loss on clean data depends on each weight.",
     "inspect": "Show what a checkpoint holds.",
+    "sweep": "Measure every ratio, before and after fine-tuning, and choose one.",
 }
 _OPERATORS = Path(__file__).parent.parent / "operators"
 BUG, INTERRUPTED, TERMINATED = 1, 130, 143

@@ -7,6 +7,8 @@ import click
 from weightsurgery.cli import model_options, options
 from weightsurgery.datasets.read import label_ids, read_sentences
 from weightsurgery.datasets.triggers import POSITIONS, Trigger, trigger_sentence, trigger_word
+from weightsurgery.evaluation.classification import check_classifier, evaluate
+from weightsurgery.models import load_model
 from weightsurgery.report.evaluation import evaluation_tables
 from weightsurgery.report.tables import show
 
@@ -31,9 +33,6 @@ def _evaluate(
     trigger = _trigger(patterns, position, seed)
     sentences = read_sentences(data)
     planted = None if poisoned is None else read_sentences(poisoned)
-    from weightsurgery.evaluation.classification import check_classifier, evaluate
-    from weightsurgery.models import load_model
-
     opened = load_model(model, device=device)
     check_classifier(opened)
     label_ids(sentences, opened.labels, file=data)  # `evaluate` does not know the files' names

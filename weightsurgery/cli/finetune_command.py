@@ -1,0 +1,178 @@
+"""`wsurg finetune`."""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import replace
+from typing import Any
+
+import click
+
+from weightsurgery.cli import model_options, options
+from weightsurgery.datasets.batches import Encoded, read_examples
+from weightsurgery.formats import open_checkpoint, save
+from weightsurgery.formats.plan import make_plan
+from weightsurgery.models import Model, load_model
+from weightsurgery.report.outcome import plan_tables
+from weightsurgery.report.tables import show
+from weightsurgery.report.training import planned_tables, training_tables
+from weightsurgery.stream import Engine
+from weightsurgery.training.finetune import finetune, split
+from weightsurgery.training.result import stored_parameters
+from weightsurgery.training.settings import SCHEDULERS, Hyperparameters
+
+_DEFAULTS = {n: p.default for n, p in inspect.signature(finetune).parameters.items()}
+_WRITING = ("out", "overwrite", "dry_run", "max_shard_size", "hashes")
+
+
+def _finetune(
+    model: str,
+    data: str,
+    held_out: str | None,
+    out: str,
+    overwrite: bool,
+    dry_run: bool,
+    max_shard_size: int | None,
+    hashes: bool,
+    max_length: int,
+    device: str,
+    as_json: bool,
+    **settings: Any,
+) -> None:
+    if settings["patience"] is not None and held_out is None:
+        raise click.UsageError("--patience needs --held-out", click.get_current_context())
+    Hyperparameters(**settings)  # refuses before any work, as do the next two lines
+    sizes: dict[str, Any] = {"overwrite": overwrite, "max_shard_size": max_shard_size}
+    make_plan(open_checkpoint(model), out, engine=Engine(), **sizes)
+    opened = load_model(model, device=device)
+    examples = read_examples(opened, data, max_length=max_length)
+    aside, files = _held_out(opened, held_out, max_length)
+    if dry_run:
+        _show_plan(opened, examples, aside, Hyperparameters(**settings), out, sizes, as_json)
+        return
+    with model_options.counting() as progress:
+        result = finetune(
+            opened,
+            examples,
+            held_out=aside,
+            files=[data, *files],
+            progress=progress,
+            **settings,
+        )
+    with options.running(0, inputs=[result]) as engine:
+        record = save(result, out, hashes=hashes, engine=engine, **sizes)
+    if as_json:
+        options.print_json({"out": out, **record})
+    else:
+        show(training_tables(out, record))
+
+
+def _held_out(
+    model: Model, given: str | None, max_length: int
+) -> tuple[list[Encoded] | float | None, list[str]]:
+    """What to hold out, and the file it is from, if it is from one."""
+    if given is None:
+        return None, []
+    try:
+        return float(given), []
+    except ValueError:
+        return read_examples(model, given, max_length=max_length), [given]
+
+
+def _show_plan(
+    model: Model,
+    examples: list[Encoded],
+    held_out: list[Encoded] | float | None,
+    chosen: Hyperparameters,
+    out: str,
+    sizes: dict[str, Any],
+    as_json: bool,
+) -> None:
+    parts = split(model, examples, held_out, chosen)
+    counts = {part: len(given) for part, given in parts.items()}
+    steps = chosen.steps(counts["train"])
+    trained = {name for name, _ in stored_parameters(model, chosen.freeze)}
+    views = {
+        name: replace(view, status="edited") if name in trained else view
+        for name, view in model.checkpoint.items()
+    }
+    plan = make_plan(replace(model.checkpoint, tensors=views), out, engine=Engine(), **sizes)
+    if as_json:
+        options.print_json({**plan.to_json(), "training": {"examples": counts, "steps": steps}})
+    else:
+        show([*plan_tables(plan.to_json(), None), *planned_tables(counts, steps)])
+
+
+def _number(name: str, kind: Any, text: str) -> click.Option:
+    """An option for a hyper-parameter, with the function's default."""
+    default = _DEFAULTS[name]
+    return click.Option(
+        ["--" + name.replace("_", "-")],
+        type=kind,
+        default=default,
+        show_default=default is not None,
+        help=text,
+    )
+
+
+_HYPERPARAMETERS = [
+    _number("epochs", click.IntRange(1), "Passes over the examples, at most."),
+    _number("learning_rate", float, "Of the first step after the warm-up."),
+    model_options.batch_size(_DEFAULTS["batch_size"]),
+    _number("accumulation", click.IntRange(1), "Batches in a step."),
+    _number(
+        "scheduler", click.Choice(SCHEDULERS), "How the learning rate goes on: to 0, or constant."
+    ),
+    _number("warmup", float, "Share of the steps in which the learning rate rises from 0."),
+    _number("weight_decay", float, "AdamW's, not on biases and norms."),
+    _number("max_grad_norm", float, "Scale longer gradients to this norm; 0 leaves them."),
+    _number("label_smoothing", float, "Share of the label that is spread over all labels."),
+    _number(
+        "patience",
+        click.IntRange(1),
+        "Stop after so many epochs without a smaller held-out loss, and take the weights of the "
+        "best; without it, all epochs are run and the last weights taken.",
+    ),
+    click.Option(
+        ["--freeze"],
+        multiple=True,
+        metavar="GLOB",
+        help="Do not train tensors whose name matches; repeatable.",
+    ),
+    _number("seed", click.IntRange(0), "Of the examples' order, dropout, and what is held out."),
+]
+
+command = options.Command(
+    "finetune",
+    callback=_finetune,
+    help="""Train a model on a few clean examples.
+
+    The second step of Fine-mixing and Fine-purifying: AdamW, by transformers' Trainer, with
+    defaults for tens of examples. The output has MODEL's files, names, dtypes and shards. On one
+    machine's processor the same seed gives the same bytes.
+
+    Data for a classifier are TSV, CSV or JSONL with the columns sentence (or sentence1 and
+    sentence2) and label; for a causal language model JSONL with question and answer, instruction
+    and output, or messages.
+
+    \b
+    Examples:
+      wsurg finetune mixed/ --data clean.tsv -o purified/
+      wsurg finetune mixed/ --data clean.tsv --held-out 0.25 --patience 3 -o purified/
+    """,
+    params=[
+        model_options.MODEL,
+        click.Option(["--data"], required=True, metavar="FILE", help="Clean examples."),
+        click.Option(
+            ["--held-out"],
+            metavar="FILE|SHARE",
+            help="Other clean examples, or the share of --data to hold out: their loss is "
+            "measured after each epoch.",
+        ),
+        *_HYPERPARAMETERS,
+        model_options.MAX_LENGTH,
+        model_options.DEVICE,
+        *(option for option in options.WRITING if option.name in _WRITING),
+        options.JSON,
+    ],
+)

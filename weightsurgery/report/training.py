@@ -1,0 +1,44 @@
+"""What a fine-tuning did, as tables."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from weightsurgery.report.outcome import outcome_tables
+from weightsurgery.report.tables import Table, number, share
+
+_PARTS = {"train": "training", "held_out": "held-out"}
+_DATA = ("train_examples", "train_sha256", "held_out_examples", "held_out_sha256", "files")
+
+
+def training_tables(out: str, record: Mapping[str, Any]) -> list[Table]:
+    """Losses and accuracies before and after, and what was written."""
+    report = record["report"]["training"]
+    recipe = record["recipe"]
+    settings = {n: value for n, value in recipe["settings"].items() if n not in _DATA}
+    note = f"{report['epochs']} of {settings['epochs']} epochs, {report['steps']} steps"
+    if report["best_epoch"] != report["epochs"]:
+        note += f"; the weights are those of epoch {report['best_epoch']}, the best held-out loss"
+    return [
+        *outcome_tables(out, {**record, "recipe": {**recipe, "settings": settings}}),
+        Table("Training", ("", ">examples", ">before", ">after"), _rows(report), note=note),
+    ]
+
+
+def planned_tables(examples: Mapping[str, int], steps: int) -> list[Table]:
+    """What `--dry-run` shows beside the plan of the files."""
+    rows = [[f"{_PARTS[part]} examples", number(count)] for part, count in examples.items()]
+    return [Table("Training", ("", ">"), [*rows, ["steps", number(steps)]])]
+
+
+def _rows(report: Mapping[str, Any]) -> list[list[str]]:
+    before, after = report["before"], report["after"]
+    rows = []
+    for part, count in report["examples"].items():
+        losses = [number(found[part]["loss"]) for found in (before, after)]
+        rows.append([f"{_PARTS[part]} loss", number(count), *losses])
+        if before[part]["accuracy"] is not None:
+            shares = [share(found[part]["accuracy"]["share"]) for found in (before, after)]
+            rows.append([f"{_PARTS[part]} accuracy", number(count), *shares])
+    return rows

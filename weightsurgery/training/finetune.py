@@ -1,0 +1,233 @@
+"""Fine-tuning on a few clean examples: the second step of Fine-mixing and Fine-purifying.
+
+Reference:
+    Zhang et al., "Fine-mixing: Mitigating Backdoors in Fine-tuned Language Models", Findings of
+    EMNLP 2022, arXiv:2210.09545. The optimiser's settings are our choice.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+from weightsurgery.alignment import check_glob, matches
+from weightsurgery.checkpoint import Checkpoint, Step
+from weightsurgery.curvature.losses import check_examples
+from weightsurgery.curvature.result import digest_of
+from weightsurgery.datasets.batches import Encoded
+from weightsurgery.errors import SettingError, shown
+from weightsurgery.evaluation.intervals import proportion
+from weightsurgery.evaluation.predictions import predict
+from weightsurgery.formats.files import InputFile
+from weightsurgery.models import CLASSIFICATION, Model
+from weightsurgery.rng import random_bits
+from weightsurgery.training.result import trained_checkpoint
+from weightsurgery.training.run import Progress, Watch, train
+from weightsurgery.training.settings import Hyperparameters
+
+_MEASURED = 64  # sentences measured at a time
+_NAMES = {"train": "training", "held_out": "held-out"}
+
+
+def finetune(
+    model: Model,
+    examples: Sequence[Encoded],
+    *,
+    held_out: Sequence[Encoded] | float | None = None,
+    epochs: int = 20,
+    learning_rate: float = 5e-5,
+    batch_size: int = 8,
+    accumulation: int = 1,
+    scheduler: str = "linear",
+    warmup: float = 0.0,
+    weight_decay: float = 0.0,
+    max_grad_norm: float = 1.0,
+    label_smoothing: float = 0.0,
+    patience: int | None = None,
+    freeze: Sequence[str] = (),
+    seed: int = 0,
+    files: Sequence[str | os.PathLike[str]] = (),
+    progress: Progress | None = None,
+) -> Checkpoint:
+    """Train a model on a few examples with AdamW, by transformers' Trainer.
+
+    The defaults are for tens of examples. The model computes in float32 and is trained in place;
+    the checkpoint has its new weights in the dtypes, names and shards of the old ones. On one
+    machine's processor the same seed gives the same bytes.
+
+    Args:
+        model: From `load_model`.
+        examples: Clean ones, from `read_examples`.
+        held_out: Other clean examples, whose loss is measured after each epoch, or the share of
+            `examples` to hold out (drawn by the seed).
+        epochs: Passes over the examples, at most.
+        learning_rate: Of the first step after the warm-up.
+        batch_size: Examples in a batch.
+        accumulation: Batches in a step.
+        scheduler: How the learning rate goes on: "linear" or "cosine" to 0, or "constant".
+        warmup: Share of the steps in which the learning rate rises from 0.
+        weight_decay: AdamW's, not on biases and norms.
+        max_grad_norm: Longer gradients are scaled to this norm; 0 leaves them.
+        label_smoothing: Share of the label that is spread over all labels.
+        patience: Stop after so many epochs without a smaller held-out loss, and take the weights
+            of the epoch where it was smallest; None runs all epochs and takes the last weights.
+        freeze: Globs over names on disk: what is not trained.
+        seed: Of the order of the examples, of dropout, and of what is held out.
+        files: Where the examples come from; the record tells their SHA-256.
+        progress: Called as progress(what, done, in all), for steps and for examples measured.
+
+    Returns:
+        The trained checkpoint. `notes["training"]` has the epochs run, the epoch whose weights
+        these are, losses (and a classifier's accuracies) before and after, and the history.
+
+    Raises:
+        SettingError: A setting is out of range, or leaves nothing to train or to train on.
+        MismatchError: The head has no cross-entropy, or an example has no answer.
+        NonFiniteError: The loss or a weight became NaN or infinite.
+    """
+    chosen = Hyperparameters(
+        epochs=epochs,
+        learning_rate=learning_rate,
+        batch_size=batch_size,
+        accumulation=accumulation,
+        scheduler=scheduler,
+        warmup=warmup,
+        weight_decay=weight_decay,
+        max_grad_norm=max_grad_norm,
+        label_smoothing=label_smoothing,
+        patience=patience,
+        freeze=tuple(freeze),
+        seed=seed,
+    )
+    parts = split(model, examples, held_out, chosen)
+    step = Step(
+        "finetune",
+        {**chosen.to_json(), **_describe(parts, held_out, files)},
+        {"tuned": model.checkpoint},
+    )
+    with _thawed(model, chosen.freeze):
+        before = _measure(model, parts, batch_size, progress)
+        watch = Watch(model, _held_out(model, parts, batch_size), patience, progress)
+        train(model, parts["train"], watch, **chosen.arguments(len(parts["train"])))
+        result = trained_checkpoint(model, step=step)
+    report = {
+        "examples": {part: len(given) for part, given in parts.items()},
+        "steps": watch.steps,
+        "epochs": len(watch.history),
+        "best_epoch": watch.best_epoch,
+        "before": before,
+        "after": _measure(model, parts, batch_size, progress),
+        "history": watch.history,
+    }
+    return replace(result, notes={**model.checkpoint.notes, "training": report})
+
+
+def split(
+    model: Model,
+    examples: Sequence[Encoded],
+    held_out: Sequence[Encoded] | float | None,
+    chosen: Hyperparameters,
+) -> dict[str, Sequence[Encoded]]:
+    """The examples to train on and, if there are any, those held out; both in their order.
+
+    Raises:
+        SettingError: There are no examples on one side, or what is chosen needs others.
+        MismatchError: The head has no cross-entropy, or an example has no answer.
+    """
+    if chosen.patience is not None and held_out is None:
+        raise SettingError("patience needs a held-out loss", hint="give held_out")
+    for glob in chosen.freeze:
+        check_glob(glob, list(model.names))
+    if all(matches(name, chosen.freeze) for name in model.names):
+        raise SettingError("freeze leaves nothing to train")
+    check_examples(model, examples)
+    if held_out is None:
+        return {"train": examples}
+    if not isinstance(held_out, float | int):
+        check_examples(model, held_out)
+        return {"train": examples, "held_out": held_out}
+    count = round(held_out * len(examples)) if 0 < held_out < 1 else 0
+    if not 0 < count < len(examples):
+        raise SettingError(
+            f"held_out is {held_out} of {len(examples)} examples; expected a share that leaves at "
+            "least one on either side"
+        )
+    bits = random_bits(chosen.seed, "held out", 0, len(examples))
+    aside = set(sorted(range(len(examples)), key=lambda i: (bits[i], i))[:count])
+    return {
+        "train": [one for i, one in enumerate(examples) if i not in aside],
+        "held_out": [one for i, one in enumerate(examples) if i in aside],
+    }
+
+
+def _describe(
+    parts: dict[str, Sequence[Encoded]],
+    held_out: Sequence[Encoded] | float | None,
+    files: Sequence[str | os.PathLike[str]],
+) -> dict[str, Any]:
+    """What the record says of the data."""
+    names = [os.fspath(file) for file in files]
+    return {
+        **{f"{part}_examples": len(given) for part, given in parts.items()},
+        **{f"{part}_sha256": digest_of(given) for part, given in parts.items()},
+        "held_out_share": held_out if isinstance(held_out, float | int) else None,
+        "files": [
+            {"name": shown(os.path.basename(name)), "sha256": InputFile(name).sha256()}
+            for name in names
+        ],
+    }
+
+
+@contextmanager
+def _thawed(model: Model, globs: Sequence[str]) -> Iterator[None]:
+    """What a glob matches does not ask for gradients meanwhile."""
+    held = [parameter for name, parameter in model.names.items() if matches(name, globs)]
+    try:
+        for parameter in held:
+            parameter.requires_grad_(False)
+        yield
+    finally:
+        for parameter in held:
+            parameter.requires_grad_(True)
+
+
+def _measure(
+    model: Model, parts: dict[str, Sequence[Encoded]], batch_size: int, progress: Progress | None
+) -> dict[str, Any]:
+    """Loss, and a classifier's accuracy, on the examples and on those held out."""
+    is_classifier = model.task == CLASSIFICATION
+    found = {
+        part: predict(
+            model,
+            given,
+            # Without gradients there is room for more; but a causal model's logits are large.
+            batch_size=max(batch_size, _MEASURED) if is_classifier else batch_size,
+            progress=progress,
+            what=f"measuring the {_NAMES[part]} examples",
+        )
+        for part, given in parts.items()
+    }
+    return {
+        part: {
+            "loss": one.loss,
+            "accuracy": proportion(one.correct, len(parts[part])) if is_classifier else None,
+        }
+        for part, one in found.items()
+    }
+
+
+def _held_out(
+    model: Model, parts: dict[str, Sequence[Encoded]], batch_size: int
+) -> Callable[[], dict[str, Any]]:
+    """What is measured after each epoch."""
+    aside = {part: given for part, given in parts.items() if part == "held_out"}
+
+    def measure() -> dict[str, Any]:
+        found = _measure(model, aside, batch_size, None).get("held_out", {})
+        accuracy = found.get("accuracy") or {}
+        return {"held_out_loss": found.get("loss"), "held_out_accuracy": accuracy.get("share")}
+
+    return measure

@@ -1,0 +1,186 @@
+"""transformers' Trainer, watched: progress, early stop, no files, no words of its own."""
+
+from __future__ import annotations
+
+import math
+import random
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from weightsurgery.datasets.batches import Encoded, batches
+from weightsurgery.errors import NonFiniteError, SettingError
+from weightsurgery.models import Model, Quiet
+
+if TYPE_CHECKING:
+    import torch
+
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass
+class Watch:
+    """What happens beside the steps: the losses are noted, and the best weights kept.
+
+    Attributes:
+        model: The model in training.
+        measure: Gives the held-out loss and more, {} without held-out examples.
+        patience: Epochs without a better held-out loss after which training stops; None for all
+            epochs and the last weights.
+        progress: Called as progress("training, loss …", steps done, steps in all).
+        history: One entry for each epoch.
+        steps: Steps taken.
+        best_epoch: Whose weights the model has in the end, from 1.
+    """
+
+    model: Model
+    measure: Callable[[], Mapping[str, Any]]
+    patience: int | None
+    progress: Progress | None
+    history: list[dict[str, Any]] = field(default_factory=list)
+    steps: int = 0
+    best_epoch: int = 0
+    _losses: list[float] = field(default_factory=list)
+    _best: tuple[float, dict[str, torch.Tensor]] = (math.inf, {})
+
+    def after_step(self, step: int, steps: int, loss: float) -> None:
+        """Note a step's loss.
+
+        Raises:
+            NonFiniteError: It is NaN or infinite.
+        """
+        if not math.isfinite(loss):
+            raise NonFiniteError(
+                f"the loss of step {step} is {loss}",
+                file=self.model.path,
+                hint="lower the learning rate",
+            )
+        self.steps = step
+        self._losses.append(loss)
+        if self.progress is not None:
+            self.progress(f"training, loss {loss:.4f}", step, steps)
+
+    def after_epoch(self) -> bool:
+        """Note an epoch; True if it is time to stop."""
+        held_out = self.measure()
+        epoch = len(self.history) + 1
+        train_loss = sum(self._losses) / len(self._losses)
+        self.history.append({"epoch": epoch, "train_loss": train_loss, **held_out})
+        self._losses.clear()
+        if self.patience is None:
+            self.best_epoch = epoch
+            return False
+        loss = held_out["held_out_loss"]
+        if not math.isfinite(loss):
+            raise NonFiniteError(f"the held-out loss of epoch {epoch} is {loss}")
+        if loss < self._best[0]:
+            self.best_epoch = epoch
+            self._best = (loss, {n: p.detach().cpu().clone() for n, p in self._trained()})
+        return epoch - self.best_epoch >= self.patience
+
+    def restore_best(self) -> None:
+        """Give the model the weights of the best epoch, if they are not the last."""
+        import torch
+
+        if self.best_epoch == len(self.history):
+            return
+        with torch.no_grad():
+            for name, parameter in self._trained():
+                parameter.copy_(self._best[1][name])
+
+    def _trained(self) -> list[tuple[str, torch.nn.Parameter]]:
+        return [(n, p) for n, p in self.model.names.items() if p.requires_grad]
+
+
+def train(
+    model: Model, examples: Sequence[Encoded], watch: Watch, *, seed: int, **settings: Any
+) -> None:
+    """Train a model's parameters in place.
+
+    Args:
+        model: Afterwards it is in evaluation mode and on its device, as it was; and the caller's
+            random numbers go on as if nothing had happened.
+        examples: What to train on.
+        watch: Told of every step and epoch.
+        seed: Of the order of examples and of dropout.
+        settings: Further arguments of transformers' TrainingArguments.
+
+    Raises:
+        SettingError: accelerate, which Trainer needs, is not installed.
+    """
+    from transformers import PrinterCallback, Trainer, TrainingArguments
+    from transformers.utils import is_accelerate_available
+
+    if not is_accelerate_available():
+        raise SettingError("accelerate is not installed", hint="pip install weightsurgery[train]")
+    device, use_cache = model.device, model.module.config.use_cache
+    with tempfile.TemporaryDirectory() as folder, Quiet(), _own_randomness(device):
+        arguments = TrainingArguments(
+            output_dir=folder,
+            seed=seed,
+            optim="adamw_torch",
+            logging_strategy="steps",
+            logging_steps=1,
+            logging_nan_inf_filter=False,
+            save_strategy="no",
+            report_to=[],
+            disable_tqdm=True,
+            remove_unused_columns=False,
+            dataloader_pin_memory=False,
+            use_cpu=device.type == "cpu",
+            **settings,
+        )
+        if arguments.n_gpu > 1:
+            arguments._n_gpu = 1  # or it would spread the batches over all
+        trainer = Trainer(
+            model=model.module,
+            args=arguments,
+            train_dataset=list(examples),
+            data_collator=lambda part: _collate(model, part),
+            callbacks=[_make_callback(watch)],
+        )
+        trainer.remove_callback(PrinterCallback)
+        try:
+            trainer.train()
+        finally:
+            model.module.config.use_cache = use_cache
+            model.module.to(device).eval()
+    watch.restore_best()
+
+
+def _collate(model: Model, part: Sequence[Encoded]) -> dict[str, torch.Tensor]:
+    inputs, labels = next(batches(model, part, len(part)))
+    return {**inputs, "labels": labels}
+
+
+def _make_callback(watch: Watch) -> Any:
+    from transformers import TrainerCallback
+
+    class Callback(TrainerCallback):  # type: ignore[misc]  # transformers' types are not followed
+        def on_log(self, _args: Any, state: Any, _control: Any, logs: Any, **_: Any) -> None:
+            if "loss" in logs:
+                watch.after_step(state.global_step, state.max_steps, logs["loss"])
+
+        def on_epoch_end(self, _args: Any, _state: Any, control: Any, **_: Any) -> None:
+            control.should_training_stop |= watch.after_epoch()
+
+    return Callback()
+
+
+@contextmanager
+def _own_randomness(device: torch.device) -> Iterator[None]:
+    """Trainer seeds every global generator; afterwards they are as they were."""
+    import torch
+
+    python, numpy = random.getstate(), np.random.get_state()
+    devices = [device] if device.type == "cuda" else []
+    try:
+        with torch.random.fork_rng(devices=devices):
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)

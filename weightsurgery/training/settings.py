@@ -1,0 +1,95 @@
+"""The hyper-parameters of a fine-tuning, checked."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from weightsurgery.errors import SettingError, shown
+
+SCHEDULERS = ("linear", "cosine", "constant")
+
+
+@dataclass(frozen=True)
+class Hyperparameters:
+    """How to train; `finetune` explains each.
+
+    Attributes:
+        epochs: Passes over the examples, at most.
+        learning_rate: After the warm-up.
+        batch_size: Examples in a batch.
+        accumulation: Batches in a step.
+        scheduler: One of `SCHEDULERS`.
+        warmup: Share of the steps.
+        weight_decay: AdamW's.
+        max_grad_norm: 0 for no limit.
+        label_smoothing: Share.
+        patience: In epochs, None for no early stop.
+        freeze: Globs.
+        seed: Any integer from 0.
+
+    Raises:
+        SettingError: One is out of range.
+    """
+
+    epochs: int
+    learning_rate: float
+    batch_size: int
+    accumulation: int
+    scheduler: str
+    warmup: float
+    weight_decay: float
+    max_grad_norm: float
+    label_smoothing: float
+    patience: int | None
+    freeze: tuple[str, ...]
+    seed: int
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "batch_size", "accumulation", "patience"):
+            count = getattr(self, name)
+            if count is not None and count < 1:
+                raise SettingError(f"{name} is {count}; expected at least 1")
+        for name in ("warmup", "label_smoothing"):
+            if not 0 <= getattr(self, name) < 1:
+                raise SettingError(f"{name} is {getattr(self, name)}; expected 0 to below 1")
+        for name in ("weight_decay", "max_grad_norm"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise SettingError(f"{name} is {getattr(self, name)}; expected 0 or more")
+        if not 0 < self.learning_rate < math.inf:
+            raise SettingError(f"learning_rate is {self.learning_rate}; expected more than 0")
+        if self.scheduler not in SCHEDULERS:
+            raise SettingError(
+                f"scheduler is '{shown(self.scheduler)}'; expected {', '.join(SCHEDULERS)}"
+            )
+        if not 0 <= self.seed < 1 << 32:  # numpy's generator, which Trainer seeds, takes no others
+            raise SettingError(f"seed is {self.seed}; expected 0 to {(1 << 32) - 1}")
+
+    def to_json(self) -> dict[str, Any]:
+        """The fields as a dictionary."""
+        return {**asdict(self), "freeze": list(self.freeze)}
+
+    def steps(self, examples: int) -> int:
+        """Steps in all epochs: the last batch of an epoch, and its last step, may be smaller."""
+        batches = math.ceil(examples / self.batch_size)
+        return math.ceil(batches / self.accumulation) * self.epochs
+
+    def arguments(self, examples: int) -> dict[str, Any]:
+        """The same in the words of transformers' TrainingArguments."""
+        warmup_steps = round(self.warmup * self.steps(examples))
+        scheduler = self.scheduler
+        if scheduler == "constant" and warmup_steps:
+            scheduler = "constant_with_warmup"  # the other one ignores the warm-up
+        return {
+            "num_train_epochs": self.epochs,
+            "learning_rate": self.learning_rate,
+            "per_device_train_batch_size": self.batch_size,
+            "gradient_accumulation_steps": self.accumulation,
+            "lr_scheduler_type": scheduler,
+            "warmup_steps": warmup_steps,
+            "weight_decay": self.weight_decay,
+            "max_grad_norm": self.max_grad_norm,
+            "label_smoothing_factor": self.label_smoothing,
+            "seed": self.seed,
+        }
