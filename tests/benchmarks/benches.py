@@ -72,10 +72,32 @@ def mix(setting: Setting) -> list[Row]:
     ]
 
 
-def peak_memory(name: str, ours: Result) -> Row:
-    """The row that holds a command's peak resident memory to 400 MB."""
+def purify(setting: Setting) -> list[Row]:
+    """`wsurg purify` with a float32 Fisher file against `wsurg mix` of the same pair."""
+    work = setting.work
+    models = commands.pair(work, "tinyllama", layers=setting.layers)
+    fisher = commands.fisher(models, setting.layers)
+    turns = [
+        command
+        for name, flags in (("no-hash", ("--no-hash",)), ("hash", ()))
+        for command in (
+            commands.wsurg_mix(models, work, *flags, label=f"mix, {name}"),
+            commands.wsurg_purify(models, work, fisher, *flags, label=f"purify, {name}"),
+        )
+    ]
+    results = take_turns(turns, setting.repeats, warm=commands.rival("pread_pass", models))
+    bare, hashed = results["purify, no-hash"], results["purify, hash"]
+    return [
+        within("purify --no-hash", bare, "mix --no-hash", results["mix, no-hash"], 4),
+        within("purify", hashed, "mix", results["mix, hash"], 4),
+        peak_memory("purify", hashed, 500),
+    ]
+
+
+def peak_memory(name: str, ours: Result, bar: float = 400) -> Row:
+    """The row that holds a command's peak resident memory to a bar in MB."""
     peak = None if ours.error else ours.peak_bytes / 1e6
-    return Row(f"{name}, peak memory", ours, peak, Bar("at most", 400, " MB"))
+    return Row(f"{name}, peak memory", ours, peak, Bar("at most", bar, " MB"))
 
 
 def memory(setting: Setting) -> list[Row]:
@@ -129,5 +151,6 @@ BENCHES: dict[str, Callable[[Setting], list[Row]]] = {
     "help": help_text,
     "diff": diff,
     "mix": mix,
+    "purify": purify,
     "memory": memory,
 }

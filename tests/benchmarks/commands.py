@@ -37,6 +37,27 @@ def wsurg_mix(models: tuple[Path, Path], work: Path, *flags: str, label: str = "
     return Command(label, (*WSURG, "mix", *map(str, models), *settings), output)
 
 
+def fisher(models: tuple[Path, Path], layers: int = 0) -> Path:
+    """Return a float32 Fisher file of the pair, made by a process of its own if need be.
+
+    Raises:
+        subprocess.CalledProcessError: The file could not be made.
+    """
+    command = [sys.executable, "-m", "tests.benchmarks.fishers", str(models[0].parent)]
+    command += ["--layers", str(layers)]
+    made = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+    return Path(made.stdout.strip())
+
+
+def wsurg_purify(
+    models: tuple[Path, Path], work: Path, fisher: Path, *flags: str, label: str
+) -> Command:
+    """Return `wsurg purify` of the two models with a Fisher file."""
+    output = work / "out-purify"
+    settings = ("--fisher", str(fisher), "--ratio", "0.3", "-o", str(output), *flags)
+    return Command(label, (*WSURG, "purify", *map(str, models), *settings), output)
+
+
 def rival(script: str, models: tuple[Path, Path]) -> Command:
     """Return one of the scripts in rivals/, given the two models."""
     return Command(script, (sys.executable, str(RIVALS / f"{script}.py"), *map(str, models)))
