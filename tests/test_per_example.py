@@ -283,6 +283,36 @@ def test_a_call_of_another_form_later_on_is_noticed() -> None:
     assert unfit == {"part.weight", "part.bias"}
 
 
+def test_paths_do_not_depend_on_how_much_is_compared_at_a_time(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = in_memory(Head(odd, **ODD), "classification")
+    with frozen(model.module):
+        whole = find_paths(Objective(model), SENTENCES, batch_size=2)
+        monkeypatch.setattr("weightsurgery.curvature.per_example._GROUP", 1)
+        assert find_paths(Objective(model), SENTENCES, batch_size=2) == whole
+    assert set(whole.values()) == {"hooks", "loop"}
+
+
+def test_a_model_whose_layers_do_not_matter() -> None:
+    class Raw(Head):
+        def forward(self, input_ids: Any, attention_mask: Any = None) -> Any:
+            with torch.no_grad():
+                x = self.classifier(self.words(input_ids))
+            return SimpleNamespace(logits=x.mean(1) * self.raw)
+
+    module = Raw(lambda _, x: x, raw=lambda: nn.Parameter(torch.ones(3)))
+    model = in_memory(module, "classification")
+    truth = gradients.fisher(module, model.names, SENTENCES[:2])
+    with frozen(module):
+        objective = Objective(model)
+        paths = find_paths(objective, SENTENCES[:2], batch_size=1)
+        sums = zeros(model.names, list(model.names))
+        add_squares(objective, SENTENCES[:2], sums, paths, batch_size=1, report=lambda *_: None)
+    agree({name: one.squares / 2 for name, one in sums.items()}, truth)
+    assert float(sums["raw"].squares.sum()) > 0 == float(sums["words.weight"].squares.sum())
+
+
 def test_the_model_is_left_as_it_was() -> None:
     module = Head(odd, **ODD)
     model = in_memory(module, "classification")

@@ -33,7 +33,7 @@ Progress = Callable[[str, int, int], None]
 HOOKS, LOOP = "hooks", "loop"
 _TOLERANCE = 1e-3  # of a tensor's norm, between hooks and autograd
 _ROUNDING = 1e-5  # a gradient this small beside the numbers it is a sum of is nothing but rounding
-_GROUP = 1 << 26  # elements of the gradients that are compared at a time
+_GROUP = 1 << 24  # elements of the gradients that are compared at a time, or more: an eighth of all
 
 
 class Recorder:
@@ -230,10 +230,12 @@ def add_by_autograd(objective: Objective, batch: Batch, sums: Mapping[str, Sums]
     parameters = [objective.model.names[name] for name in sums]
     with asking(parameters):
         loss = objective.losses(batch).sum()
+        if not loss.requires_grad:  # it depends on none of them
+            return
         found = torch.autograd.grad(loss, parameters, allow_unused=True)
     for one, gradient in zip(sums.values(), found, strict=True):
-        if gradient is not None:
-            one.add(gradient.detach().clone())
+        if gradient is not None:  # `add` may overwrite it, and autograd may have it twice
+            one.add(gradient if one.fourths is None else gradient.clone())
 
 
 # --- which way a parameter goes -----------------------------------------------------------------
@@ -270,10 +272,11 @@ def find_paths(
 
 
 def _groups(chosen: Sequence[str], names: Mapping[str, Any]) -> Iterator[list[str]]:
+    most = max(_GROUP, sum(names[name].numel() for name in chosen) // 8)
     group: list[str] = []
     size = 0
     for name in chosen:
-        if group and size + names[name].numel() > _GROUP:
+        if group and size + names[name].numel() > most:
             yield group
             group, size = [], 0
         group.append(name)
@@ -285,25 +288,34 @@ def _groups(chosen: Sequence[str], names: Mapping[str, Any]) -> Iterator[list[st
 def _compare(
     objective: Objective, examples: Sequence[Encoded], order: Sequence[int], group: Sequence[str]
 ) -> dict[str, str]:
-    names = objective.model.names
-    by_hooks, sizes, truth = (zeros(names, group) for _ in range(3))
-    unfit: set[int] = set()
-    for sums, absolute in ((by_hooks, False), (sizes, True)):
-        keyed = {id(names[name]): one for name, one in sums.items()}
-        with Recorder(objective.model.module, keyed, absolute=absolute) as recorder:
-            for batch in objective.batches(examples, len(order), order):
-                recorder.add(objective, batch)
-        unfit |= recorder.unfit
+    truth = zeros(objective.model.names, group)
     for batch in objective.batches(examples, 1, order):
         add_by_autograd(objective, batch, truth)
-    found = {}
-    for name in group:
-        true = truth[name].squares
-        error = (by_hooks[name].squares - true).norm()
-        rounding = _ROUNDING**2 * sizes[name].squares.norm()
-        agrees = bool(error <= _TOLERANCE * true.norm() + rounding)
-        found[name] = HOOKS if agrees and id(names[name]) not in unfit else LOOP
-    return found
+    (batch,) = objective.batches(examples, len(order), order)
+    found, unfit = _record(objective, batch, group)
+    errors = {name: (found[name].squares - truth[name].squares).norm() for name in group}
+    bounds = {name: _TOLERANCE * truth[name].squares.norm() for name in group}
+    doubtful = [name for name in group if not errors[name] <= bounds[name]]  # NaN is doubtful
+    if doubtful:  # where terms cancel, the rest is rounding: a key's bias has no gradient at all
+        sizes, _ = _record(objective, batch, doubtful, absolute=True)
+        for name in doubtful:
+            bounds[name] += _ROUNDING**2 * sizes[name].squares.norm()
+    return {
+        name: HOOKS if errors[name] <= bounds[name] and name not in unfit else LOOP
+        for name in group
+    }
+
+
+def _record(
+    objective: Objective, batch: Batch, group: Sequence[str], *, absolute: bool = False
+) -> tuple[dict[str, Sums], set[str]]:
+    """What hooks find for one batch, and the names that they cannot see."""
+    names = objective.model.names
+    sums = zeros(names, group)
+    keyed = {id(names[name]): one for name, one in sums.items()}
+    with Recorder(objective.model.module, keyed, absolute=absolute) as recorder:
+        recorder.add(objective, batch)
+    return sums, {name for name in group if id(names[name]) in recorder.unfit}
 
 
 def zeros(
