@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from weightsurgery.datasets.batches import Encoded, batches
+from weightsurgery.datasets.batches import IGNORED, Encoded, batches
 from weightsurgery.errors import NonFiniteError, SettingError
-from weightsurgery.models import Model, Quiet
+from weightsurgery.models import CLASSIFICATION, Model, Quiet
 
 if TYPE_CHECKING:
     import torch
@@ -65,7 +65,11 @@ class Watch:
             self.progress(f"training, loss {loss:.4f}", step, steps)
 
     def after_epoch(self) -> bool:
-        """Note an epoch; True if it is time to stop."""
+        """Note an epoch; True if it is time to stop.
+
+        Raises:
+            NonFiniteError: The held-out loss is NaN or infinite.
+        """
         held_out = self.measure()
         epoch = len(self.history) + 1
         train_loss = sum(self._losses) / len(self._losses)
@@ -76,7 +80,9 @@ class Watch:
             return False
         loss = held_out["held_out_loss"]
         if not math.isfinite(loss):
-            raise NonFiniteError(f"the held-out loss of epoch {epoch} is {loss}")
+            raise NonFiniteError(
+                f"the held-out loss of epoch {epoch} is {loss}", file=self.model.path
+            )
         if loss < self._best[0]:
             self.best_epoch = epoch
             self._best = (loss, {n: p.detach().cpu().clone() for n, p in self._trained()})
@@ -97,7 +103,13 @@ class Watch:
 
 
 def train(
-    model: Model, examples: Sequence[Encoded], watch: Watch, *, seed: int, **settings: Any
+    model: Model,
+    examples: Sequence[Encoded],
+    watch: Watch,
+    *,
+    seed: int,
+    label_smoothing: float,
+    **settings: Any,
 ) -> None:
     """Train a model's parameters in place.
 
@@ -107,6 +119,7 @@ def train(
         examples: What to train on.
         watch: Told of every step and epoch.
         seed: Of the order of examples and of dropout.
+        label_smoothing: Share of the label that is spread over all labels.
         settings: Further arguments of transformers' TrainingArguments.
 
     Raises:
@@ -141,6 +154,7 @@ def train(
             args=arguments,
             train_dataset=list(examples),
             data_collator=lambda part: _collate(model, part),
+            compute_loss_func=_loss_of(model, label_smoothing),
             callbacks=[_make_callback(watch)],
         )
         trainer.remove_callback(PrinterCallback)
@@ -155,6 +169,27 @@ def train(
 def _collate(model: Model, part: Sequence[Encoded]) -> dict[str, torch.Tensor]:
     inputs, labels = next(batches(model, part, len(part)))
     return {**inputs, "labels": labels}
+
+
+def _loss_of(model: Model, label_smoothing: float) -> Callable[..., torch.Tensor]:
+    """Cross-entropy, the mean over all that counts in a step.
+
+    Not the model's own loss: some classifiers of transformers (BERT's among them) divide by the
+    batch, not by the step, and with accumulated batches the sum would be taken for the mean.
+    """
+    from torch.nn.functional import cross_entropy
+
+    def loss_of(outputs: Any, labels: torch.Tensor, num_items_in_batch: Any = None) -> torch.Tensor:
+        logits = outputs["logits"].float()
+        if model.task != CLASSIFICATION:  # the logits at a token are for the next one
+            logits, labels = logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
+        count = (labels != IGNORED).sum() if num_items_in_batch is None else num_items_in_batch
+        total = cross_entropy(
+            logits, labels, reduction="sum", ignore_index=IGNORED, label_smoothing=label_smoothing
+        )
+        return total / count
+
+    return loss_of
 
 
 def _make_callback(watch: Watch) -> Any:

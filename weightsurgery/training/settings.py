@@ -8,6 +8,7 @@ from typing import Any
 
 from weightsurgery.errors import SettingError, shown
 
+_FASTEST = 1e9  # torch's optimisers overflow at far larger ones
 SCHEDULERS = ("linear", "cosine", "constant")
 
 
@@ -57,8 +58,10 @@ class Hyperparameters:
         for name in ("weight_decay", "max_grad_norm"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise SettingError(f"{name} is {getattr(self, name)}; expected 0 or more")
-        if not 0 < self.learning_rate < math.inf:
-            raise SettingError(f"learning_rate is {self.learning_rate}; expected more than 0")
+        if not 0 < self.learning_rate <= _FASTEST:
+            raise SettingError(
+                f"learning_rate is {self.learning_rate}; expected more than 0, at most {_FASTEST:g}"
+            )
         if self.scheduler not in SCHEDULERS:
             raise SettingError(
                 f"scheduler is '{shown(self.scheduler)}'; expected {', '.join(SCHEDULERS)}"
@@ -76,7 +79,7 @@ class Hyperparameters:
         return math.ceil(batches / self.accumulation) * self.epochs
 
     def arguments(self, examples: int) -> dict[str, Any]:
-        """The same in the words of transformers' TrainingArguments."""
+        """The same as `train` takes it, in the words of transformers' TrainingArguments."""
         warmup_steps = round(self.warmup * self.steps(examples))
         scheduler = self.scheduler
         if scheduler == "constant" and warmup_steps:
@@ -90,6 +93,6 @@ class Hyperparameters:
             "warmup_steps": warmup_steps,
             "weight_decay": self.weight_decay,
             "max_grad_norm": self.max_grad_norm,
-            "label_smoothing_factor": self.label_smoothing,
+            "label_smoothing": self.label_smoothing,
             "seed": self.seed,
         }
