@@ -13,12 +13,14 @@ from typing import TYPE_CHECKING, Any
 from weightsurgery.checkpoint import Checkpoint
 from weightsurgery.errors import MismatchError, PolicyError, SettingError, shown
 from weightsurgery.formats import open_checkpoint
+from weightsurgery.formats.layout import fits
 from weightsurgery.kernels import to_float
 
 if TYPE_CHECKING:
     import torch
 
 CLASSIFICATION, CAUSAL = "classification", "causal"
+_VOCABULARIES = ("tokenizer.json", "vocab.*", "*.model", "spiece*", "sentencepiece*")
 
 
 @dataclass(frozen=True)
@@ -66,13 +68,16 @@ def pick_device(device: str) -> torch.device:
         if torch.cuda.is_available():
             return torch.device("cuda")
         return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    reason = "it holds no numbers"
     try:
-        return torch.empty(0, device=device).device
+        found = torch.empty(0, device=device).device
+        if found.type != "meta":
+            return found
     except (RuntimeError, AssertionError) as error:
         reason = str(error).partition("\n")[0]
-        raise SettingError(
-            f"device '{shown(device)}' is not to be had: {shown(reason)}", hint="say cpu or auto"
-        ) from None
+    raise SettingError(
+        f"device '{shown(device)}' is not to be had: {shown(reason)}", hint="say cpu or auto"
+    )
 
 
 def load_model(path: str | os.PathLike[str], *, task: str = "auto", device: str = "auto") -> Model:
@@ -90,54 +95,75 @@ def load_model(path: str | os.PathLike[str], *, task: str = "auto", device: str 
         The model, its tokenizer, and the checkpoint they come from.
 
     Raises:
-        SettingError: The path is a single file, or the device is not to be had.
+        SettingError: The path is a single file, there is no such task, or the device is not to be
+            had.
         MismatchError: There is no tokenizer, the architecture is of another task, or weights are
             missing.
         PolicyError: The model needs code of its own.
         FormatError: A file of the directory is malformed.
     """
-    import torch
-    import transformers
-
     text = os.fspath(path)
+    if task not in ("auto", CLASSIFICATION, CAUSAL):
+        raise SettingError(f"task is '{shown(task)}'; expected auto, {CLASSIFICATION} or {CAUSAL}")
     checkpoint = open_checkpoint(text)
     if not checkpoint.is_directory:
         raise SettingError(
             "a single file; expected a model directory with config.json and tokenizer", file=text
         )
-    folder = os.path.dirname(checkpoint.files[0].path)
     task = _task(checkpoint) if task == "auto" else task
+    target = pick_device(device)
+    with Quiet():
+        tokenizer = _load_tokenizer(checkpoint)
+        module = _load_module(checkpoint, task)
+    module.to(target).eval()
+    return Model(module, tokenizer, checkpoint, task, _disk_names(module, checkpoint), text)
+
+
+def _folder(checkpoint: Checkpoint) -> str:
+    return os.path.dirname(checkpoint.files[0].path)
+
+
+def _load_module(checkpoint: Checkpoint, task: str) -> Any:
+    import torch
+    import transformers
+
     kinds = {
         CLASSIFICATION: transformers.AutoModelForSequenceClassification,
         CAUSAL: transformers.AutoModelForCausalLM,
     }
-    target = pick_device(device)
-    with Quiet():
-        tokenizer = _load_tokenizer(folder, text)
-        try:
-            module, info = kinds[task].from_pretrained(
-                folder,
-                dtype=torch.float32,
-                use_safetensors=True,
-                trust_remote_code=False,
-                local_files_only=True,
-                output_loading_info=True,
-            )
-        except (ValueError, OSError) as error:
-            reason = shown(str(error).partition("\n")[0])
-            if "trust_remote_code" in str(error):
-                raise PolicyError("needs code that lies beside the weights", file=text) from None
-            raise MismatchError(f"transformers cannot load it: {reason}", file=text) from None
+    try:
+        module, info = kinds[task].from_pretrained(
+            _folder(checkpoint),
+            dtype=torch.float32,
+            use_safetensors=True,
+            trust_remote_code=False,
+            local_files_only=True,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # told below, with names
+        )
+    except Exception as error:  # a malformed directory gives errors of all kinds
+        if "trust_remote_code" in str(error):
+            reason = "needs code that lies beside the weights"
+            raise PolicyError(reason, file=checkpoint.label) from None
+        reason = shown(" ".join(str(error).split()))
+        raise MismatchError(
+            f"transformers cannot load it: {reason}", file=checkpoint.label
+        ) from None
+    for name, stored, expected in sorted(info["mismatched_keys"]):
+        raise MismatchError(
+            f"has shape {list(stored)}; config.json makes it {list(expected)}",
+            file=checkpoint.label,
+            tensor=name,
+        )
     missing = sorted(info["missing_keys"])
     if missing:
         raise MismatchError(
             f"lacks {len(missing)} of the weights that a {type(module).__name__} has",
-            file=text,
+            file=checkpoint.label,
             tensor=missing[0],
             hint="give a model that was trained for this task",
         )
-    module.to(target).eval()
-    return Model(module, tokenizer, checkpoint, task, _disk_names(module, checkpoint), text)
+    return module
 
 
 def _task(checkpoint: Checkpoint) -> str:
@@ -154,19 +180,23 @@ def _task(checkpoint: Checkpoint) -> str:
     )
 
 
-def _load_tokenizer(folder: str, label: str) -> Any:
+def _load_tokenizer(checkpoint: Checkpoint) -> Any:
     from transformers import AutoTokenizer
 
+    reason = "no vocabulary"
     try:
-        return AutoTokenizer.from_pretrained(
-            folder, trust_remote_code=False, local_files_only=True, use_fast=True
-        )
-    except (ValueError, OSError, KeyError, TypeError) as error:
-        raise MismatchError(
-            f"no tokenizer that can be loaded: {shown(str(error).partition(chr(10))[0])}",
-            file=label,
-            hint="put tokenizer.json and tokenizer_config.json beside the weights",
-        ) from None
+        # Without one, transformers makes a tokenizer that knows no word.
+        if any(fits(file.name, _VOCABULARIES) for file in checkpoint.side_files):
+            return AutoTokenizer.from_pretrained(
+                _folder(checkpoint), trust_remote_code=False, local_files_only=True, use_fast=True
+            )
+    except Exception as error:  # a malformed file gives errors of all kinds
+        reason = " ".join(str(error).split())
+    raise MismatchError(
+        f"no tokenizer that can be loaded: {shown(reason)}",
+        file=checkpoint.label,
+        hint="put tokenizer.json and tokenizer_config.json beside the weights",
+    )
 
 
 def _disk_names(module: Any, checkpoint: Checkpoint) -> dict[str, Any]:
@@ -181,7 +211,8 @@ def _disk_names(module: Any, checkpoint: Checkpoint) -> dict[str, Any]:
         stored = next((s for s in spellings if s in checkpoint), None)
         if stored is None or id(parameter) in seen:
             continue
-        if checkpoint[stored].shape != tuple(parameter.shape):
+        view = checkpoint[stored]
+        if view.shape != tuple(parameter.shape) or not view.dtype.arithmetic:
             continue
         seen[id(parameter)] = stored
         found[stored] = parameter
