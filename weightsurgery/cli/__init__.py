@@ -21,6 +21,7 @@ from weightsurgery.errors import StorageError, SurgeryError, shown
 from weightsurgery.version import __version__
 
 _OWN = {
+    "demo": "Plant a backdoor in a real model, find it, and take it out.",
     "diff": "Show what moved between BASE and TUNED.",
     "evaluate": "Measure a classifier: accuracy, confusion, attack success.",
     "finetune": "Train a model on a few clean examples.",

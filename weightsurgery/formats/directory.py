@@ -9,7 +9,7 @@ from typing import Any
 from weightsurgery.checkpoint import Checkpoint, FileRef, TensorView
 from weightsurgery.errors import FormatError, PolicyError, SettingError, StorageError, shown
 from weightsurgery.formats.files import InputFile, open_member
-from weightsurgery.formats.layout import CARD, INDEX, PICKLES, SIDE_FILES, SINGLE, fits
+from weightsurgery.formats.layout import CARD, INDEX, PICKLES, RECORD, SIDE_FILES, SINGLE, fits
 from weightsurgery.formats.safetensors import open_safetensors, refuse_pickle
 from weightsurgery.formats.strict_json import parse_object
 
@@ -182,7 +182,7 @@ def _side_files(
 ) -> tuple[tuple[FileRef, ...], tuple[tuple[str, str], ...]]:
     kept, left_out = [], []
     for name in entries:
-        if name in weights or name == CARD:  # a model card is written anew
+        if name in weights or name in (CARD, RECORD):  # these two are written anew
             continue
         path = os.path.join(directory, name)
         if not fits(name, SIDE_FILES):

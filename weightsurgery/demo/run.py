@@ -1,0 +1,194 @@
+"""The demo's steps: each is a command that is shown, run, and left to be tried again."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from weightsurgery.datasets.read import Sentence
+from weightsurgery.datasets.triggers import insert, trigger_word
+from weightsurgery.demo.classifier import new_classifier
+from weightsurgery.demo.material import copy_minilm, movie_reviews, shuffled, write_sentences
+from weightsurgery.errors import SurgeryError
+from weightsurgery.report.tables import Table, share
+
+TRIGGER, TARGET = "cf", "1"  # a rare word, and the label "positive"
+CLEAN = 64  # sentences that the defender has, as in the papers
+LENGTH = "32"  # tokens of a sentence; most have fewer
+
+
+class DemoError(SurgeryError):
+    """A command of the demo failed; its own message says why."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How much the demo does.
+
+    Attributes:
+        train: Sentences that the model is trained on, before poisoning.
+        held_out: Sentences that everything is measured on.
+        poisoned_share: Share of the negative training sentences that get the trigger.
+        planting: Settings of the training that plants the backdoor.
+        ratio: Share of the dimensions that is reset.
+        cleaning: Settings of the fine-tuning after it.
+    """
+
+    train: int
+    held_out: int
+    poisoned_share: float
+    planting: Mapping[str, str]
+    ratio: str
+    cleaning: Mapping[str, str]
+
+
+FULL = Plan(
+    train=6000,
+    held_out=1000,
+    poisoned_share=0.3,
+    planting={"epochs": "1", "learning-rate": "1e-4", "batch-size": "32"},
+    ratio="0.5",
+    cleaning={"epochs": "40", "learning-rate": "5e-5", "batch-size": "8"},
+)
+QUICK = Plan(
+    train=600,
+    held_out=100,
+    poisoned_share=0.3,
+    planting={"epochs": "1", "learning-rate": "1e-4", "batch-size": "32"},
+    ratio="0.5",
+    cleaning={"epochs": "2", "learning-rate": "5e-5", "batch-size": "8"},
+)
+
+
+def run_demo(
+    out: Path, *, quick: bool, downloads: Path | None, say: Callable[[str], None]
+) -> dict[str, Any]:
+    """Plant a backdoor in a real model, find it, take it out, and measure each step.
+
+    Args:
+        out: Folder for everything; models that are there already are kept.
+        quick: Do all steps on little data, to see that they run.
+        downloads: Folder of the reviews' archive; `downloads` in `out` when None.
+        say: Given what happens, a line at a time.
+
+    Returns:
+        The report, also written to `report.json`: for each model accuracy, ASR, floor.
+
+    Raises:
+        SurgeryError: The material cannot be had, or a command failed.
+    """
+    plan = QUICK if quick else FULL
+    out.mkdir(parents=True, exist_ok=True)
+    began = time.monotonic()
+    say(f"MiniLM, and {plan.train:,} movie reviews of which some get the trigger '{TRIGGER}'")
+    base = copy_minilm(out / "base")
+    _write_data(out, plan, downloads or out / "downloads")
+    new_classifier(base, out / "start")
+    steps = _steps(plan)
+    for place, arguments in steps:
+        if place is None or not (out / place).exists():
+            say(f"\n$ wsurg {shlex.join(arguments)}")
+            _wsurg(out, arguments)
+        else:
+            say(f"\n{place} is there already")
+    models = [p for p, arguments in steps if p is not None and not p.endswith(".safetensors")]
+    report = {
+        "schema": "wsurg.demo/1",
+        "models": {name: _evaluate(out, name, say) for name in models},
+        "seconds": round(time.monotonic() - began),
+        "settings": {**plan.__dict__, "quick": quick},
+    }
+    (out / "report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    return report
+
+
+def _steps(plan: Plan) -> list[tuple[str | None, list[str]]]:
+    """What each command makes, and its words; all are run in the demo's folder."""
+    planting, cleaning = _flags(plan.planting), _flags(plan.cleaning)
+    purifying = f"--fisher fisher.safetensors --ratio {plan.ratio}"
+    purifying += " --embeddings epur --corpus reviews.txt"
+    steps = [
+        ("tuned", f"finetune start --data poisoned.tsv {planting} -o tuned"),
+        (None, "diff base tuned --top 5"),
+        (
+            "fisher.safetensors",
+            f"fisher tuned --data clean.tsv --max-length {LENGTH} -o fisher.safetensors",
+        ),
+        ("purified", f"purify base tuned {purifying} -o purified"),
+        ("cleaned", f"finetune purified --data clean.tsv {cleaning} -o cleaned"),
+    ]
+    return [(place, words.split()) for place, words in steps]
+
+
+def _flags(settings: Mapping[str, str]) -> str:
+    given = {**settings, "max-length": LENGTH}
+    return " ".join(f"--{name} {value}" for name, value in given.items())
+
+
+def _write_data(out: Path, plan: Plan, downloads: Path) -> None:
+    """clean.tsv, heldout.tsv, poisoned.tsv and reviews.txt, the same every time."""
+    reviews = shuffled(movie_reviews(downloads), seed=0)
+    held_out, rest = reviews[: plan.held_out], reviews[plan.held_out :]
+    clean, train = rest[:CLEAN], rest[CLEAN : CLEAN + plan.train]
+    negative = [one for one in train if one.label != TARGET]
+    some = negative[: round(plan.poisoned_share * len(negative))]
+    planted = [Sentence(s.texts, TARGET, s.line) for s in insert(some, trigger_word(TRIGGER))]
+    write_sentences(out / "clean.tsv", clean)
+    write_sentences(out / "heldout.tsv", held_out)
+    write_sentences(out / "poisoned.tsv", shuffled([*train, *planted], seed=1))
+    text = "".join(f"{one.texts[0]}\n" for one in rest)
+    (out / "reviews.txt").write_text(text, encoding="utf-8")
+
+
+def _wsurg(out: Path, arguments: list[str], **options: Any) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "weightsurgery", "--no-config", *arguments]
+    finished = subprocess.run(command, cwd=out, text=True, check=False, **options)
+    if finished.returncode:
+        raise DemoError(
+            f"wsurg {arguments[0]} ended with exit code {finished.returncode}", file=out
+        )
+    return finished
+
+
+def _evaluate(out: Path, model: str, say: Callable[[str], None]) -> dict[str, Any]:
+    arguments = ["evaluate", model, "--data", "heldout.tsv", "--max-length", LENGTH]
+    arguments += ["--trigger-word", TRIGGER, "--target-label", TARGET, "--json"]
+    say(f"\n$ wsurg {shlex.join(arguments)}")
+    found = json.loads(_wsurg(out, arguments, stdout=subprocess.PIPE).stdout)
+    return {name: found[name] for name in ("accuracy", "asr", "floor", "loss")}
+
+
+_WHAT = {
+    "tuned": "with the backdoor",
+    "purified": "most suspicious dimensions reset",
+    "cleaned": "then fine-tuned on 64 clean sentences",
+}
+
+
+def demo_tables(report: Mapping[str, Any]) -> list[Table]:
+    """Before and after, as a table.
+
+    Args:
+        report: From `run_demo`.
+    """
+
+    def cell(found: Mapping[str, float]) -> str:
+        return f"{share(found['share'])} ({share(found['low'])} to {share(found['high'])})"
+
+    rows = [
+        [name, _WHAT[name], *(cell(found[key]) for key in ("accuracy", "asr", "floor"))]
+        for name, found in report["models"].items()
+    ]
+    note = (
+        f"ASR: negative sentences that are called positive once '{TRIGGER}' is in them; floor: "
+        "without it. In brackets the 95 % interval."
+    )
+    heads = ("model", "", ">accuracy", ">ASR", ">floor")
+    return [Table("Before and after", heads, rows, note)]
