@@ -446,6 +446,20 @@ def test_the_command_with_everything(wsurg: Any) -> None:
     assert wsurg(*arguments, "--overwrite")[0] == 0
 
 
+def test_the_page_lists_the_keys_of_the_json(wsurg: Any) -> None:
+    page = Path(__file__).parent.parent / "docs" / "how-to" / "fisher.md"
+    rows = re.findall(r"^\| (`.*?) \| ", page.read_text("utf-8"), re.MULTILINE)
+    documented = {key for row in rows for key in re.findall(r"`(\w+)`", row)}
+    _, out, _ = wsurg("fisher", "bert", "--data", "clean.tsv", "-o", "f.safetensors", "--json")
+    assert documented == set(json.loads(out))
+
+
+def test_the_command_says_where_the_standard_error_is(wsurg: Any) -> None:
+    arguments = ["--data", "clean.tsv", "-o", "f.safetensors", "--standard-error", "s.safetensors"]
+    code, _, err = wsurg("fisher", "bert", *arguments)
+    assert (code, err) == (0, "the standard error is in s.safetensors\n")
+
+
 def test_the_command_lists_what_took_the_slow_path() -> None:
     from weightsurgery.report.curvature import curvature_tables
 
