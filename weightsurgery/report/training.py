@@ -37,8 +37,10 @@ def _rows(report: Mapping[str, Any]) -> list[list[str]]:
     rows = []
     for part, count in report["examples"].items():
         losses = [number(found[part]["loss"]) for found in (before, after)]
-        rows.append([f"{_PARTS[part]} loss", number(count), *losses])
+        measured = before[part]["examples"]
+        cell = number(count) if measured == count else f"{number(measured)} of {number(count)}"
+        rows.append([f"{_PARTS[part]} loss", cell, *losses])
         if before[part]["accuracy"] is not None:
             shares = [share(found[part]["accuracy"]["share"]) for found in (before, after)]
-            rows.append([f"{_PARTS[part]} accuracy", number(count), *shares])
+            rows.append([f"{_PARTS[part]} accuracy", cell, *shares])
     return rows

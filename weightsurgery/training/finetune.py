@@ -29,6 +29,7 @@ from weightsurgery.training.run import Progress, Watch, train
 from weightsurgery.training.settings import Hyperparameters
 
 _MEASURED = 64  # sentences measured at a time
+_MOST = 1024  # training examples measured
 _NAMES = {"train": "training", "held_out": "held-out"}
 
 
@@ -81,7 +82,8 @@ def finetune(
 
     Returns:
         The trained checkpoint. `notes["training"]` has the epochs run, the epoch whose weights
-        these are, losses (and a classifier's accuracies) before and after, and the history.
+        these are, losses (and a classifier's accuracies) before and after (on the first 1,024 of
+        more training examples), and the history.
 
     Raises:
         SettingError: A setting is out of range, or leaves nothing to train or to train on.
@@ -197,8 +199,12 @@ def _thawed(model: Model, globs: Sequence[str]) -> Iterator[None]:
 def _measure(
     model: Model, parts: dict[str, Sequence[Encoded]], batch_size: int, progress: Progress | None
 ) -> dict[str, Any]:
-    """Loss, and a classifier's accuracy, on the examples and on those held out."""
+    """Loss, and a classifier's accuracy, on the examples and on those held out.
+
+    Of many training examples the first are measured: these are no more than a sign of life.
+    """
     is_classifier = model.task == CLASSIFICATION
+    parts = {part: given[:_MOST] if part == "train" else given for part, given in parts.items()}
     found = {
         part: predict(
             model,
@@ -212,6 +218,7 @@ def _measure(
     }
     return {
         part: {
+            "examples": len(parts[part]),
             "loss": one.loss,
             "accuracy": proportion(one.correct, len(parts[part])) if is_classifier else None,
         }
