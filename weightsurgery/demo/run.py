@@ -54,7 +54,7 @@ FULL = Plan(
     held_out=1000,
     poisoned_share=0.3,
     planting={"epochs": "1", "learning-rate": "1e-4", "batch-size": "32"},
-    ratio="0.5",
+    ratio="0.4",
     cleaning={"epochs": "40", "learning-rate": "5e-5", "batch-size": "8"},
 )
 QUICK = Plan(
