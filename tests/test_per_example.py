@@ -190,8 +190,16 @@ def test_every_odd_parameter_is_covered() -> None:
 class Doubled(nn.Linear):
     """Looks like a linear layer and is none."""
 
+    factor = 2.0
+
     def forward(self, x: Any) -> Any:
-        return super().forward(x) * 2
+        return super().forward(x) * self.factor
+
+
+class Nearly(Doubled):
+    """Nearly one: its squared gradients are 4 in 1,000 off."""
+
+    factor = 1.002
 
 
 class Scaled(nn.Embedding):
@@ -231,6 +239,7 @@ MIDDLES: dict[str, tuple[Callable[[Any, Any], Any], Callable[[], Any], str]] = {
     "flattened": (lambda self, x: self.part(x.flatten(0, 1)).view_as(x), linear, "loop"),
     "transposed": (lambda self, x: self.part(x.transpose(0, 1)).transpose(0, 1), linear, "loop"),
     "doubled": (lambda self, x: self.part(x), lambda: Doubled(6, 6), "loop"),
+    "nearly": (lambda self, x: self.part(x), lambda: Nearly(6, 6), "loop"),
     "not affine": (lambda self, x: self.part(x) + x, lambda: SquareNorm(6, bias=False), "loop"),
     "one of two uses hidden": (
         lambda self, x: self.part(x) + F.linear(x, self.part.weight, self.part.bias),

@@ -54,7 +54,6 @@ class Recorder:
         self._count = 0
         self._uses: dict[int, int] = {}
         self._waiting: dict[int, list[Factors]] = {}
-        self._paused = False
         self._memory: torch.Tensor | None = None
 
     def __enter__(self) -> Recorder:
@@ -93,7 +92,7 @@ class Recorder:
     ) -> Any:
         import torch
 
-        if self._paused or not torch.is_grad_enabled():
+        if not torch.is_grad_enabled():  # also where `_backward` calls a norm once more
             return None
         inputs = tuple(map(_detached, args))
         call = Call(module, inputs, {k: _detached(v) for k, v in kwargs.items()})
@@ -119,9 +118,7 @@ class Recorder:
     ) -> None:
         call = calls.pop()  # what it holds is not needed any more
         for name, key in wanted:
-            self._paused = True  # a norm is called once more
             factors = factors_of(call, name, gradient)
-            self._paused = False
             if self._absolute:
                 factors = factors.absolute()
             waiting = self._waiting.setdefault(key, [])
