@@ -41,6 +41,12 @@ class TokenCounts:
 def read_counts(path: str | os.PathLike[str]) -> TokenCounts:
     """Counts from a JSON object {"token": count}, or from lines token<TAB>count.
 
+    Args:
+        path: A UTF-8 file.
+
+    Returns:
+        The counts, by token as the file has it.
+
     Raises:
         StorageError: The file cannot be read.
         FormatError: A line or an entry is not a token and a count of 0 or more.
@@ -84,6 +90,13 @@ def _lines(data: bytes, path: str) -> Any:
 def count_corpus(path: str | os.PathLike[str], checkpoint: Checkpoint) -> TokenCounts:
     """Counts in a text file, one paragraph a line, cut by the tokenizer beside a model.
 
+    Args:
+        path: A UTF-8 text file.
+        checkpoint: A model directory's checkpoint.
+
+    Returns:
+        How often each token occurs in it.
+
     Raises:
         StorageError: The file cannot be read.
         FormatError: It is not UTF-8, or the tokenizer cannot be read.
@@ -119,6 +132,13 @@ def count_by_wordfreq(tokens: Mapping[int, str], language: str = "en") -> TokenC
     """Counts from the wordfreq package: its share of each token, times a billion words.
 
     Word pieces inside a word (`##ing`) have no share of their own there and count as 0.
+
+    Args:
+        tokens: Token number to token, from the model's tokenizer.
+        language: A language of wordfreq's.
+
+    Returns:
+        Share times a billion, by token.
 
     Raises:
         SettingError: The package is not installed.

@@ -166,9 +166,9 @@ command = options.Command(
     \b
     Examples:
       wsurg sweep base/ tuned/ --data clean.tsv --held-out dev.tsv
-      wsurg sweep base/ tuned/ --data clean.tsv --held-out dev.tsv --ratios 0,0.3,0.5 --plot curve.png
-      wsurg sweep base/ tuned/ --data clean.tsv --held-out dev.tsv --operator mix --trigger-word cf --target-label 1
-    """,  # noqa: E501  one line for one command
+      wsurg sweep base/ tuned/ --data clean.tsv --held-out dev.tsv --plot curve.png
+      wsurg sweep base/ tuned/ --data clean.tsv --held-out dev.tsv --operator mix --ratios 0.3,0.5
+    """,
     params=[
         click.Argument(["base"], metavar="BASE", type=click.Path()),
         click.Argument(["tuned"], metavar="TUNED", type=click.Path()),

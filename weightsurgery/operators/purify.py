@@ -232,6 +232,15 @@ def _score(kind: str, curvature: Mapping[str, TensorView], epsilon: float, seed:
 
 @dataclass(frozen=True)
 class _Ranking:
+    """What is ranked, and how.
+
+    Attributes:
+        score: Gives a block's scores.
+        pairs: The ranked tensors, tied ones once.
+        diagnosed: Whether the scores should follow a law.
+        engine: How to run the passes.
+    """
+
     score: Score
     pairs: Sequence[Pair]
     diagnosed: bool
