@@ -424,6 +424,21 @@ def test_progress_is_told(opened: Opened) -> None:
     assert told[0] == told[-1] == ("measuring the training examples", 8, 8)
 
 
+def test_of_many_examples_the_first_are_measured(
+    opened: Opened, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("weightsurgery.training.finetune._MOST", 3)
+    model, examples = opened()
+    report = finetune(model, examples, held_out=examples, **FAST).notes["training"]
+    assert report["examples"] == {"train": 8, "held_out": 8}
+    assert {part: one["examples"] for part, one in report["after"].items()} == {
+        "train": 3,
+        "held_out": 8,
+    }
+    assert report["after"]["train"]["loss"] == predict(model, examples[:3]).loss
+    assert report["after"]["held_out"]["loss"] == predict(model, examples).loss
+
+
 # --- what is refused --------------------------------------------------------------------------
 
 
