@@ -84,11 +84,13 @@ def tiny(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     return tmp_path / "demo"
 
 
-def test_every_step_runs_and_a_second_run_keeps_the_models(tiny: Path) -> None:
-    said: list[str] = []
-    report = run_demo(tiny, quick=True, downloads=None, say=said.append)
+def test_every_step_runs_and_is_shown(tiny: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert run_wsurg(["demo", "--quick", "-o", str(tiny)]) == 0
+    shown = capfd.readouterr().out
+    assert "$ wsurg purify base tuned" in shown
+    assert "Before and after" in shown
+    report = json.loads((tiny / "report.json").read_text())
     assert list(report["models"]) == ["tuned", "purified", "cleaned"]
-    assert json.loads((tiny / "report.json").read_text())["models"] == report["models"]
     poisoned = read_sentences(tiny / "poisoned.tsv")
     triggered = [one for one in poisoned if TRIGGER in one.texts[0].split()]
     assert {one.label for one in triggered} == {"1"}
@@ -98,11 +100,20 @@ def test_every_step_runs_and_a_second_run_keeps_the_models(tiny: Path) -> None:
     record = json.loads((tiny / "cleaned" / "wsurg-record.json").read_text())
     assert record["recipe"]["operator"] == "finetune"
     assert record["left_out"] == []
-    before = (tiny / "tuned" / "model.safetensors").stat().st_mtime_ns
-    again = run_demo(tiny, quick=True, downloads=None, say=said.append)
-    assert again["models"] == report["models"]
-    assert (tiny / "tuned" / "model.safetensors").stat().st_mtime_ns == before
-    assert "\ntuned is there already" in said
+
+
+def test_what_is_there_already_is_kept(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = importlib.import_module("weightsurgery.demo.run")
+    ran: list[str] = []
+    found = json.dumps(dict.fromkeys(("accuracy", "asr", "floor", "loss"), 0.5))
+    done = SimpleNamespace(stdout=found)
+    monkeypatch.setattr(run, "_wsurg", lambda _out, words, **_: ran.append(words[0]) or done)
+    for name in ("tuned", "purified"):
+        (tiny / name).mkdir(parents=True)
+    said: list[str] = []
+    run_demo(tiny, quick=True, downloads=None, say=said.append)
+    assert ran == ["diff", "fisher", "finetune", "evaluate", "evaluate", "evaluate"]
+    assert {"\ntuned is there already", "\npurified is there already"} <= set(said)
 
 
 def test_a_command_that_fails_ends_the_demo(tiny: Path) -> None:
@@ -117,13 +128,6 @@ def test_the_table_is_before_and_after() -> None:
     (table,) = demo_tables({"models": {"tuned": numbers, "cleaned": numbers}})
     assert [row[0] for row in table.rows] == ["tuned", "cleaned"]
     assert table.rows[0][2] == "50.00 % (40.00 % to 60.00 %)"
-
-
-def test_the_command_shows_the_table(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run_wsurg(["demo", "--quick", "-o", str(tiny)]) == 0
-    shown = capsys.readouterr().out
-    assert "$ wsurg purify base tuned" in shown
-    assert "Before and after" in shown
 
 
 @pytest.mark.slow

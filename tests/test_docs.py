@@ -398,6 +398,9 @@ def session_of(page: Path) -> str:
 @pytest.mark.parametrize("page", [*filter(session_of, WRITTEN)], ids=page_id)
 def test_python_blocks_run(page: Path, folder: Path) -> None:
     stand_in(page, folder)
+    for fence in fences(page):
+        if fence.title and page.stem in WITH_MODELS:
+            (folder / fence.title).write_text(fence.text)
     command = [sys.executable, "-W", "error", "-c", session_of(page)]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUTF8": "1"}
     done = subprocess.run(

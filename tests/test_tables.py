@@ -53,6 +53,7 @@ def test_the_outcome_tells_what_was_asked() -> None:
         "outputs": {},
         "tensors": {},
         "left_out": [],
+        "report": {},
         "warnings": [],
         "alignment": None,
         "effective_share": None,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -114,8 +113,12 @@ def after(result: Checkpoint, given: Mapping[str, Any]) -> Checkpoint:
     return replace(trained, notes={**result.notes, **trained.notes})
 
 
-@cache
 def _model(path: str, device: str) -> Model:
+    """TUNED as a model, loaded once in a run."""
     from weightsurgery.models import load_model
 
-    return load_model(path, device=device)
+    loaded = click.get_current_context().meta
+    if __name__ not in loaded:
+        loaded[__name__] = load_model(path, device=device)
+    model: Model = loaded[__name__]
+    return model
