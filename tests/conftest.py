@@ -7,7 +7,6 @@ import os
 import numpy as np
 import pytest
 
-
 # Before torch is imported, here or in a subprocess: its threads wait on each other for longer than
 # a tiny model computes, where other processes want the cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
