@@ -43,7 +43,7 @@ def parse() -> argparse.Namespace:
         if not settings.mergekit.exists():
             parser.error(f"--mergekit {settings.mergekit}: no such file")
     model = replace(SIZES["tinyllama"], layers=settings.layers).parameters * BYTES_PER_ELEMENT
-    needed = 3 * model + OTHER_BYTES
+    needed = 5 * model + OTHER_BYTES  # the pair, the Fisher file that is twice as wide, an output
     settings.work.mkdir(parents=True, exist_ok=True)
     if shutil.disk_usage(settings.work).free < needed:
         parser.error(f"--work {settings.work}: {needed / 1e9:.0f} GB of free disk are needed")
