@@ -171,7 +171,6 @@ def test_the_command_sweeps(
 
 
 def test_the_curve_is_drawn(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    pytest.importorskip("matplotlib")
     arguments = [*SWEEP, "--ratios", "0,0.5", "--epochs", "1", "--plot", "curve.png", *ATTACK]
     assert run_wsurg(arguments) == 0
     assert Path("curve.png").read_bytes().startswith(b"\x89PNG")

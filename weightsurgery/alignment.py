@@ -6,7 +6,7 @@ import difflib
 import fnmatch
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -114,6 +114,15 @@ class Alignment:
         if not restricted.dimensions:
             raise SettingError("include and exclude leave nothing to edit")
         return restricted
+
+    def keeping(self, names: Collection[str], reason: str) -> Alignment:
+        """Only the named tensors stay eligible; the reason is that of the others."""
+
+        def judge(pair: Pair) -> Pair:
+            stays = pair.name in names or not pair.eligible
+            return pair if stays else replace(pair, eligible=0, reason=reason)
+
+        return replace(self, pairs=tuple(map(judge, self.pairs)))
 
     def to_json(self) -> dict[str, Any]:
         """The report, as records and `--json` show it."""

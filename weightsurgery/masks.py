@@ -6,12 +6,11 @@ lowest bit, in row-major order. So it does not depend on how a model is cut into
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import replace
 
 import numpy as np
 
-from weightsurgery.alignment import Alignment, Pair
+from weightsurgery.alignment import Pair
 from weightsurgery.buffers import empty
 from weightsurgery.checkpoint import BLOCK, Checkpoint, TensorView
 from weightsurgery.dtypes import DTYPES
@@ -93,14 +92,3 @@ def rows_of(flags: Block, start: int, count: int, width: int) -> Block:
     """Flags of rows as flags of the elements [start, start + count) of a matrix."""
     first, last = start // width, (start + count + width - 1) // width
     return np.repeat(flags[first:last], width)[start - first * width :][:count].copy()
-
-
-def restricted(paired: Alignment, keep: Iterable[str], reason: str) -> Alignment:
-    """An alignment in which only the named tensors stay eligible, others with a reason."""
-    names = set(keep)
-
-    def judge(pair: Pair) -> Pair:
-        stays = pair.name in names or not pair.eligible
-        return pair if stays else replace(pair, eligible=0, reason=reason)
-
-    return replace(paired, pairs=tuple(map(judge, paired.pairs)))

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import Any
+from contextlib import AbstractContextManager
 
 import click
+
+from weightsurgery.cli import options
+from weightsurgery.stream import Progress
 
 MODEL = click.Argument(["model"], metavar="MODEL")
 DEVICE = click.Option(
@@ -36,35 +36,7 @@ def batch_size(default: int) -> click.Option:
     )
 
 
-@contextmanager
-def counting() -> Iterator[Callable[[str, int, int], None] | None]:
-    """A callback (what, done, total) that draws on stderr; None if that is no terminal."""
-    if not sys.stderr.isatty():
-        yield None
-        return
-    from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeRemainingColumn,
-    )
-
-    with Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        console=Console(stderr=True),
-        transient=True,
-    ) as bar:
-        tasks: dict[str, Any] = {}
-
-        def progress(what: str, done: int, total: int) -> None:
-            kind = what.partition(",")[0]  # what follows a comma changes: a loss
-            if kind not in tasks:
-                tasks[kind] = bar.add_task(what, total=total)
-            bar.update(tasks[kind], description=what, completed=done, total=total)
-
-        yield progress
+def counting() -> AbstractContextManager[Progress | None]:
+    """A callback (what, done, total) that counts examples; None if stderr is no terminal."""
+    # What follows a comma changes: a loss.
+    return options.drawing("MofNCompleteColumn", key=lambda what: what.partition(",")[0])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from decimal import Decimal, InvalidOperation
 from types import MappingProxyType
@@ -21,7 +21,7 @@ from weightsurgery.formats.files import InputFile
 from weightsurgery.formats.plan import fit_workers, parse_size
 from weightsurgery.formats.strict_json import parse_object
 from weightsurgery.formats.vocabulary import read_vocabulary
-from weightsurgery.stream import Engine
+from weightsurgery.stream import Engine, Progress
 from weightsurgery.token_counts import TokenCounts, count_by_wordfreq, count_corpus, read_counts
 
 
@@ -211,36 +211,40 @@ def running(
 ) -> Iterator[Engine]:
     """An engine within a memory limit, with a progress bar on stderr if that is a terminal."""
     workers, _ = fit_workers(inputs, Engine(workers=workers).width, max_memory)
-    if not sys.stderr.isatty():
-        yield Engine(workers=workers)
-        return
-    from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        DownloadColumn,
-        Progress,
-        TextColumn,
-        TimeRemainingColumn,
-        TransferSpeedColumn,
-    )
+    with drawing("DownloadColumn", "TransferSpeedColumn", key=str) as progress:
+        yield Engine(workers=workers, progress=progress)
 
-    with Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        DownloadColumn(),
-        TransferSpeedColumn(),
-        TimeRemainingColumn(),
+
+@contextmanager
+def drawing(*amounts: str, key: Callable[[str], str]) -> Iterator[Progress | None]:
+    """A callback (what, done, total) that draws on stderr; None if that is no terminal.
+
+    Args:
+        amounts: Rich's columns that tell how much is done.
+        key: What is the same for all reports of one bar.
+    """
+    if not sys.stderr.isatty():
+        yield None
+        return
+    from rich import progress as drawn
+    from rich.console import Console
+
+    with drawn.Progress(
+        drawn.TextColumn("{task.description}"),
+        drawn.BarColumn(),
+        *(getattr(drawn, name)() for name in amounts),
+        drawn.TimeRemainingColumn(),
         console=Console(stderr=True),
         transient=True,
     ) as bar:
         tasks: dict[str, Any] = {}
 
         def progress(what: str, done: int, total: int) -> None:
-            if what not in tasks:
-                tasks[what] = bar.add_task(what, total=total)
-            bar.update(tasks[what], completed=done)
+            if key(what) not in tasks:
+                tasks[key(what)] = bar.add_task(what, total=total)
+            bar.update(tasks[key(what)], description=what, completed=done, total=total)
 
-        yield Engine(workers=workers, progress=progress)
+        yield progress
 
 
 def make_counts(

@@ -20,7 +20,7 @@ from weightsurgery.checkpoint import Checkpoint
 from weightsurgery.errors import MismatchError, NonFiniteError, SettingError, shown
 from weightsurgery.formats.vocabulary import read_special, read_vocabulary
 from weightsurgery.kernels import Block, choose
-from weightsurgery.masks import restricted, rows_of
+from weightsurgery.masks import rows_of
 from weightsurgery.quantised import require_unquantised
 from weightsurgery.registry import KeepMismatched, operator
 from weightsurgery.score_kernel import squared_rows
@@ -79,7 +79,7 @@ def epur(
     rows = score_rows(pair, tuned, counts, top=top, clamp=clamp, engine=engine)
     names = [p.name for p in paired.eligible if p.key == pair.key]
     result = map_tensors(
-        reset_rows({pair.key: rows}), restricted(paired, names, "not the word embedding")
+        reset_rows({pair.key: rows}), paired.keeping(names, "not the word embedding")
     )
     return replace(result, notes={**result.notes, "epur": rows.to_json()})
 

@@ -24,7 +24,7 @@ from weightsurgery.checkpoint import Checkpoint, TensorView
 from weightsurgery.diagnostics import Diagnostics
 from weightsurgery.errors import MismatchError, SettingError
 from weightsurgery.kernels import Block, choose, magnitude_of_drift
-from weightsurgery.masks import edit_by_mask, restricted
+from weightsurgery.masks import edit_by_mask
 from weightsurgery.operators.epur import Clamp, Rows, Top, reset_rows, score_rows
 from weightsurgery.quantised import require_unquantised
 from weightsurgery.registry import (
@@ -139,7 +139,7 @@ def purify(
     rows = _rows(paired, word, embeddings, counts, tuned, top=top, clamp=clamp, engine=engine)
     edit = reset_rows(rows, _reset_above(ranking.score, thresholds, {p.key: p for p in once}))
     edited = [p.name for p in paired.eligible if p.key in thresholds or p.key in rows]
-    result = map_tensors(edit, restricted(paired, edited, f"word embedding ({embeddings})"))
+    result = map_tensors(edit, paired.keeping(edited, f"word embedding ({embeddings})"))
     listed = [chosen.to_json() for chosen in rows.values() if embeddings == "epur"]
     notes = {"purify": {"epsilon": scale, **found}, **({"epur": listed[0]} if listed else {})}
     return replace(result, notes={**result.notes, **notes})
