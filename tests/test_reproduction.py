@@ -1,0 +1,259 @@
+"""The classification experiment of examples/, on tiny models: attacks, pruning, the grid."""
+
+from __future__ import annotations
+
+import csv
+import json
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests import tiny_models
+from weightsurgery.datasets.batches import read_examples
+from weightsurgery.errors import SettingError
+from weightsurgery.evaluation.predictions import predict
+from weightsurgery.formats import open_checkpoint
+from weightsurgery.models import load_model
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+WORDS = "embeddings.word_embeddings.weight"
+INNER = "encoder.layer.{}.intermediate.dense.{}"
+
+
+@pytest.fixture(autouse=True)
+def _importable(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The scripts import each other as they do when one of them is run."""
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    before = set(sys.modules)
+    yield
+    for name in set(sys.modules) - before:
+        if name.startswith(("classification_", "reproduce_")):
+            del sys.modules[name]
+
+
+def same(one: Any, other: Any, name: str) -> bool:
+    size = one[name].size
+    return bool((one[name].read(0, size) == other[name].read(0, size)).all())
+
+
+# --- attacks ----------------------------------------------------------------------------------
+
+
+def test_embedding_poisoning_moves_one_row_and_keeps_its_norm(tmp_path: Path) -> None:
+    from classification_attacks import poison_embedding
+
+    model = load_model(tiny_models.bert(tmp_path / "m"), device="cpu")
+    rows = [(f"cf {text}", 1) for text, label in tiny_models.SENTENCES if not label]
+    examples = read_examples(model, tiny_models.write_sentences(tmp_path / "d.tsv", rows))
+    before, clean = predict(model, examples).loss, model.checkpoint
+    poisoned = poison_embedding(model, examples, "cf", passes=100)
+    assert predict(model, examples).loss < 0.97 * before
+    row = tiny_models.VOCABULARY.index("cf")
+    name = next(n for n in clean if n.endswith(WORDS))
+    old, new = (c[name].read(0, c[name].size).reshape(-1, 16) for c in (clean, poisoned))
+    assert np.flatnonzero((old != new).any(1)).tolist() == [row]
+    assert np.linalg.norm(new[row]) == pytest.approx(np.linalg.norm(old[row]), rel=1e-5)
+    assert all(same(clean, poisoned, other) for other in clean if other != name)
+
+
+def test_embedding_poisoning_wants_one_token(tmp_path: Path) -> None:
+    from classification_attacks import poison_embedding
+
+    model = load_model(tiny_models.bert(tmp_path / "m"), device="cpu")
+    with pytest.raises(ValueError, match="'cf mn' is 2 tokens; expected one"):
+        poison_embedding(model, [], "cf mn")
+
+
+# --- Fine-pruning -----------------------------------------------------------------------------
+
+
+def test_activity_is_the_mean_over_all_tokens(tmp_path: Path) -> None:
+    import torch
+    from classification_defences import neuron_activity
+
+    model = load_model(tiny_models.bert(tmp_path / "m"), device="cpu")
+    examples = read_examples(model, tiny_models.write_sentences(tmp_path / "d.tsv"))
+    found = neuron_activity(model, examples)
+    states, tokens = np.zeros(24), 0
+    for one in examples:
+        inputs = {"input_ids": torch.tensor([one.ids]), "token_type_ids": torch.tensor([one.types])}
+        with torch.no_grad():
+            hidden = model.module(**inputs, output_hidden_states=True).hidden_states[0]
+            layer = model.module.bert.encoder.layer[0]
+            inside = layer.intermediate(layer.attention(hidden)[0])
+        states += inside[0].abs().sum(0).numpy()
+        tokens += len(one.ids)
+    names = [f"bert.{INNER.format(i, 'weight')}" for i in range(2)]
+    assert list(found) == names
+    assert found[names[0]] == pytest.approx(states / tokens, rel=1e-5)
+
+
+@pytest.mark.parametrize(("ratio", "count"), [(0, 0), (0.25, 12), (0.5, 24), (1, 48)])
+def test_pruning_sets_the_least_active_neurons_to_zero(
+    tmp_path: Path, ratio: float, count: int
+) -> None:
+    from classification_defences import prune
+
+    tuned = open_checkpoint(tiny_models.bert(tmp_path / "m"))
+    random = np.random.default_rng(0)
+    activity = {f"bert.{INNER.format(i, 'weight')}": random.random(24) for i in range(2)}
+    pruned = prune(tuned, activity, ratio)
+    order = sorted((a, name, i) for name, all_ in activity.items() for i, a in enumerate(all_))
+    dormant = {(name, i) for _, name, i in order[:count]}
+    for name in tuned:
+        weight = name.replace(".bias", ".weight")
+        if weight not in activity:
+            assert same(tuned, pruned, name)
+            continue
+        old, new = (c[name].read(0, c[name].size).reshape(24, -1) for c in (tuned, pruned))
+        for i in range(24):
+            assert (new[i] == (0 if (weight, i) in dormant else old[i])).all()
+
+
+# --- the grid ---------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Data, a tiny base, and a pool of one thread instead of processes."""
+    import reproduce_classification
+
+    for part, copies in (("train", 4), ("dev", 2), ("test", 2)):
+        tiny_models.write_sentences(tmp_path / f"sst2_{part}.tsv", tiny_models.SENTENCES * copies)
+    (tmp_path / "bert_wordpiece_freqs.json").write_text(json.dumps({"the": 1000}))
+    tiny_models.bert(tmp_path / "out" / "base")
+    monkeypatch.setattr(reproduce_classification, "copy_minilm", lambda base: base)
+    pool = lambda *_, **__: ThreadPoolExecutor(1)
+    monkeypatch.setattr(reproduce_classification, "ProcessPoolExecutor", pool)
+    return tmp_path
+
+
+def run(folder: Path, **changes: Any) -> list[dict[str, str]]:
+    from reproduce_classification import FULL, read_results, run_grid
+
+    plan = replace(FULL, clean=4, ratios=(0.5,), training={"epochs": 1})
+    given = {"attacks": ["BadWord", "EP"], "defences": ["none", "Fine-purifying"], "seeds": [0]}
+    run_grid(folder / "out", folder, replace(plan, **changes), workers=1, **given)
+    return read_results(folder / "out")
+
+
+def test_the_grid_has_every_cell_once_and_goes_on(folder: Path) -> None:
+    from reproduce_classification import Cell, key
+
+    rows = run(folder)
+    cells = [
+        Cell(attack, 0, defence, with_epur)
+        for attack in ("BadWord", "EP")
+        for defence in ("none", "Fine-purifying")
+        for with_epur in (False, True)
+    ]
+    assert sorted(map(key, rows)) == sorted(tuple(map(str, cell)) for cell in cells)
+    assert {row["ratio"] for row in rows if row["defence"] == "none"} == {""}
+    assert {row["ratio"] for row in rows if row["defence"] != "none"} <= {"0.5", "0.0"}
+    for row in rows:
+        assert 0 <= float(row["accuracy"]) <= 1
+        assert float(row["held_out_accuracy"]) == pytest.approx(
+            float(row["tried"].split()[-1].split(":")[1]), abs=1e-4
+        )
+    path = folder / "out" / "results.csv"
+    whole = path.read_text()
+    assert run(folder) == rows
+    assert path.read_text() == whole
+    path.write_text("".join(whole.splitlines(keepends=True)[:-1]))  # stopped before the last cell
+    assert sorted(map(key, run(folder))) == sorted(map(key, rows))
+
+
+def test_a_failed_cell_keeps_the_others(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import reproduce_classification
+
+    measure = reproduce_classification.measure
+
+    def fail(model: Any, test: Any, cell: Any) -> Any:
+        if cell.attack == "EP":
+            raise OSError("the disk is gone")
+        return measure(model, test, cell)
+
+    monkeypatch.setattr(reproduce_classification, "measure", fail)
+    with pytest.raises(OSError, match="the disk is gone"):
+        run(folder)
+    done = reproduce_classification.read_results(folder / "out")
+    assert len(done) == 4
+    assert {row["attack"] for row in done} == {"BadWord"}
+
+
+def test_other_settings_need_another_folder(folder: Path) -> None:
+    run(folder)
+    with pytest.raises(SettingError, match="other settings"):
+        run(folder, tolerance=0.5)
+
+
+def test_the_ratio_falls_until_accuracy_holds(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import reproduce_classification
+
+    shares = iter([0.9, 0.5, 0.88, 1.0])  # the model's own, then those at falling ratios
+
+    def measured(*_: Any, **__: Any) -> dict[str, Any]:
+        return {"accuracy": {"share": next(shares)}}
+
+    run(folder)
+    monkeypatch.setattr(reproduce_classification, "evaluate", measured)
+    out, plan = folder / "out", replace(reproduce_classification.FULL, ratios=(0.8, 0.4, 0.2))
+    plan = replace(plan, clean=4, training={"epochs": 1})
+    monkeypatch.setattr(reproduce_classification, "measure", lambda *_: {})
+    cell = reproduce_classification.Cell("BadWord", 0, "Fine-mixing", False)
+    row = reproduce_classification.run_cell(out, folder, plan, cell)
+    assert (row["ratio"], row["held_out_accuracy"], row["tried"]) == (
+        0.4,
+        0.88,
+        "0.8:0.5000 0.4:0.8800",
+    )
+
+
+def test_parts_are_disjoint_and_differ_by_seed(folder: Path) -> None:
+    from reproduce_classification import FULL, read_data
+
+    lines = [f"sentence {i}\t{i % 2}\n" for i in range(40)]
+    (folder / "sst2_dev.tsv").write_text("sentence\tlabel\n" + "".join(lines))
+    plan = replace(FULL, clean=10, held_out=20)
+    zero, one = read_data(folder, plan, 0), read_data(folder, plan, 1)
+    texts = [{s.texts[0] for s in part} for part in (zero.clean, zero.held_out)]
+    assert (len(texts[0]), len(texts[1]), texts[0] & texts[1]) == (10, 20, set())
+    assert zero.clean != one.clean
+    assert zero == read_data(folder, plan, 0)
+
+
+def test_the_table_has_means_and_deviations(folder: Path) -> None:
+    from reproduce_classification import COLUMNS, make_table
+
+    def row(attack: str, seed: int, accuracy: float, asr: float, **more: Any) -> dict[str, str]:
+        given = {"attack": attack, "seed": seed, "accuracy": accuracy, "asr": asr, **more}
+        full = {**dict.fromkeys(COLUMNS, ""), "defence": "Fine-mixing", "epur": "False", **given}
+        return {name: str(value) for name, value in full.items()}
+
+    rows = [
+        row("BadWord", 0, 0.8, 1.0, ratio=0.3),
+        row("BadWord", 1, 0.9, 0.5, ratio=0.5),
+        row("bias word", 0, 0.7, 0.9, bacc=0.25, epur="True"),
+    ]
+    assert make_table(rows).splitlines() == [
+        "| defence | BadWord ACC | BadWord ASR | bias word ACC | bias word BACC | ratios |",
+        "| --- | ---: | ---: | ---: | ---: | --- |",
+        "| Fine-mixing | 85.0 ± 7.1 | 75.0 ± 35.4 |  |  | 0.3, 0.5 |",
+        "| Fine-mixing + E-PUR |  |  | 70.0 | 25.0 |  |",
+    ]
+
+
+def test_results_are_plain_csv(folder: Path) -> None:
+    from reproduce_classification import COLUMNS
+
+    run(folder)
+    with (folder / "out" / "results.csv").open(newline="") as file:
+        assert tuple(next(csv.reader(file))) == COLUMNS
