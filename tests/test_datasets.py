@@ -79,6 +79,15 @@ def test_sentences_are_read(
     assert read_sentences(write(tmp_path, name, content)) == expected
 
 
+@pytest.mark.parametrize("name", ["a.tsv", "a.csv"])
+@pytest.mark.parametrize("end", ["", "\n", "\n\n\n", "\r\n\r\n"])
+def test_blank_lines_at_the_end_are_no_rows(name: str, end: str, tmp_path: Path) -> None:
+    text = LINES[name.partition(".")[2]].format("one", 1).rstrip("\n")
+    assert read_sentences(write(tmp_path, name, text + end))[0].texts == ("one",)
+    with pytest.raises(FormatError, match=r"line 3: \d fields; the header has 2"):
+        read_sentences(write(tmp_path, name, f"{text}\n\n{text[-5:]}{end}"))
+
+
 @pytest.mark.parametrize("break_", ["\u0085", "\u2028", "\x0b", "\x0c", "\x1c"])
 def test_only_line_feeds_end_a_row(break_: str, tmp_path: Path) -> None:
     text = f"one{break_}text"
@@ -143,9 +152,17 @@ SENTENCE_ERRORS = [
     ("a.tsv", "text\tlabel\nx\t1\n", "columns text, label; expected sentence and label, or"),
     ("a.tsv", "sentence\tclass\nx\t1\n", "columns sentence, class; expected sentence and label"),
     ("a.tsv", "sentence1\tlabel\nx\t1\n", "columns sentence1, label; expected sentence and label"),
-    ("a.tsv", "sentence\tlabel\nx\t1\ny\n", "line 3: 1 fields; the header has 2"),
+    (
+        "a.tsv",
+        "sentence\tlabel\nx\t1\ny\n",
+        "line 3: 1 fields; the header has 2; a text with a tab in it needs .csv or .jsonl",
+    ),
     ("a.tsv", "sentence\tlabel\nx\ty\t1\n", "line 2: 3 fields; the header has 2"),
-    ("a.csv", "sentence,label\nx,1\ny,0,0\n", "line 3: 3 fields; the header has 2"),
+    (
+        "a.csv",
+        "sentence,label\nx,1\ny,0,0\n",
+        "line 3: 3 fields; the header has 2; put quotes around a text with a comma in it",
+    ),
     ("a.csv", 'sentence,label\nx,1\n"y"z,0\n', "line 3: not CSV: "),
     ("a.csv", 'sentence,label\n"y,0\n', "line 2: not CSV: unexpected end of data"),
     ("a.jsonl", '{"sentence": "x", "label": 1}\n{\n', "line 2: not JSON: "),

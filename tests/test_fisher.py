@@ -264,6 +264,13 @@ def test_points_need_the_weights_of_the_checkpoint(folder: Path) -> None:
         fisher(model, examples, points=2, base=open_checkpoint(folder / "bert-base"))
 
 
+def test_points_begin_at_weights_of_the_same_shapes(folder: Path, tmp_path: Path) -> None:
+    model, examples = opened(folder, "bert")
+    other = open_checkpoint(tiny_models.bert(tmp_path / "other", intermediate_size=20))
+    with pytest.raises(MismatchError, match=r"shapes differ.*; the points begin at the base"):
+        fisher(model, examples, points=2, base=other)
+
+
 # --- refusals ---------------------------------------------------------------------------------
 
 

@@ -195,5 +195,6 @@ def _one_line(error: click.ClickException) -> str:
         if source is click.core.ParameterSource.DEFAULT_MAP:
             return f"{shown(context.find_root().obj)}: {text}"
     if isinstance(error, click.UsageError) and context is not None:
-        return f"{text.rstrip('.')}; see `{context.command_path} --help`"
+        text = f"{text} See" if text.endswith("?") else f"{text.rstrip('.')}; see"
+        return f"{text} `{context.command_path} --help`"
     return text

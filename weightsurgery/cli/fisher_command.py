@@ -70,6 +70,8 @@ def _estimates(
     from weightsurgery.curvature.hutchinson import hutchinson
 
     shared = {name: given[name] for name in ("batch_size", "seed", "progress")}
+    if given["batch_size"] is None:
+        del shared["batch_size"]  # each estimator has its own default
     if given["estimator"] == "hutchinson":
         own = {name: given[name] for name in ("samples", "negative")}
         return (hutchinson(model, examples, **own, **shared),)
@@ -182,7 +184,7 @@ command = options.Command(
             show_default=True,
             help="Seed of sampled labels and random vectors.",
         ),
-        model_options.batch_size(32),
+        model_options.batch_size(None, "32; 8 for hutchinson"),
         model_options.MAX_LENGTH,
         model_options.DEVICE,
         options.HASH,

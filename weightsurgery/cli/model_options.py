@@ -25,13 +25,13 @@ MAX_LENGTH = click.Option(
 )
 
 
-def batch_size(default: int) -> click.Option:
-    """`--batch-size` with the command's own default."""
+def batch_size(default: int | None, shown: str | bool = True) -> click.Option:
+    """`--batch-size` with the command's own default, and what the help says of it."""
     return click.Option(
         ["--batch-size"],
         type=click.IntRange(1),
         default=default,
-        show_default=True,
+        show_default=shown,
         help="Examples at a time.",
     )
 

@@ -30,6 +30,11 @@ def between(model: Model, base: Checkpoint) -> Iterator[Callable[[float], None]]
     """
     import torch
 
+    try:
+        align(base, model.checkpoint)
+    except MismatchError as error:
+        hint = "the points begin at the base that this model was fine-tuned from"
+        raise MismatchError(error.reason, file=error.file, tensor=error.tensor, hint=hint) from None
     for name, values, _, tuned in _blocks(model, base):
         if values.cpu().numpy().tobytes() != tuned.tobytes():
             raise MismatchError(

@@ -56,7 +56,8 @@ class Instruction:
 def read_sentences(path: str | os.PathLike[str]) -> list[Sentence]:
     """Read labelled sentences from a .tsv, .csv or .jsonl file.
 
-    A TSV file has no quoting: a tab ends a field and a line feed ends a row.
+    A TSV file has no quoting: a tab ends a field and a line feed ends a row. Blank lines at the
+    end of a file are no rows.
 
     Args:
         path: A file with the columns sentence (or sentence1 and sentence2) and label.
@@ -171,23 +172,25 @@ def _decoded(name: str) -> str:
 
 def _tsv(name: str, text: str) -> Iterator[tuple[int, dict[str, Any]]]:
     # At line feeds alone: str.splitlines would cut texts at characters such as U+0085.
-    lines = [line.removesuffix("\r") for line in text.removesuffix("\n").split("\n")]
+    lines = [line.removesuffix("\r") for line in text.rstrip("\r\n").split("\n")]
     header = lines[0].split("\t")
     for number, line in enumerate(lines[1:], 2):
         fields = line.split("\t")
         if len(fields) != len(header):
-            raise _bad(name, number, f"{len(fields)} fields; the header has {len(header)}")
+            reason = f"{len(fields)} fields; the header has {len(header)}"
+            raise _bad(name, number, reason, "a text with a tab in it needs .csv or .jsonl")
         yield number, dict(zip(header, fields, strict=True))
 
 
 def _csv(name: str, text: str) -> Iterator[tuple[int, dict[str, Any]]]:
-    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
+    reader = csv.reader(io.StringIO(text.rstrip("\r\n"), newline=""), strict=True)
     try:
         header = next(reader, [])
         for fields in reader:
             if len(fields) != len(header):
                 reason = f"{len(fields)} fields; the header has {len(header)}"
-                raise _bad(name, reader.line_num, reason)
+                hint = "put quotes around a text with a comma in it"
+                raise _bad(name, reader.line_num, reason, hint)
             yield reader.line_num, dict(zip(header, fields, strict=True))
     except csv.Error as error:
         raise _bad(name, reader.line_num, f"not CSV: {error}") from None

@@ -12,6 +12,7 @@ from typing import Any
 
 from weightsurgery.checkpoint import Checkpoint
 from weightsurgery.errors import shown
+from weightsurgery.ties import tied_to
 from weightsurgery.version import __version__
 
 SCHEMA = "wsurg.record/1"
@@ -37,8 +38,9 @@ def make_record(
         left_out: Input files that did not travel, with the reason.
     """
     ids = {id(source): number for number, source in enumerate(checkpoint.sources())}
-    alignment = checkpoint.notes.get("alignment") or {"tied": []}
-    copies = {entry["tensor"] for entry in alignment["tied"]}
+    alignment = checkpoint.notes.get("alignment") or {}
+    # What no operator aligned, such as a trained model, may store a tied tensor twice all the same.
+    copies = {e["tensor"] for e in alignment["tied"]} if alignment else set(tied_to(checkpoint))
     changed = sum(entry["changed"] for name, entry in tensors.items() if name not in copies)
     # After several operators the dimensions that the last one could edit are not the whole story.
     eligible = alignment.get("eligible_dimensions") if _is_one_step(checkpoint) else None
