@@ -18,7 +18,7 @@ import multiprocessing
 import os
 import statistics
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -29,6 +29,7 @@ from classification_attacks import ATTACKS, CLEAN, LENGTH, TARGET, encode, plant
 from classification_defences import DEFENCES, UNTRAINED, WITHOUT_RATIO, Case, make_edit
 
 from weightsurgery import (
+    Checkpoint,
     SettingError,
     SurgeryError,
     evaluate,
@@ -69,7 +70,7 @@ class Plan:
         train: Sentences that models are trained on, at most.
         held_out: Sentences of the development set that ratios are chosen on, at most.
         test: Sentences that everything is measured on, at most.
-        ratios: Tried from the largest down, until one is within the tolerance.
+        ratios: From which the largest within the tolerance is searched.
         tolerance: Accuracy on held-out sentences that may be lost.
         training: Settings of the fine-tuning on the clean sentences.
     """
@@ -78,13 +79,21 @@ class Plan:
     train: int = 10_000
     held_out: int = 1_000
     test: int = 10_000
-    ratios: tuple[float, ...] = (0.9, 0.7, 0.5, 0.3, 0.1)
+    ratios: tuple[float, ...] = (0.1, 0.2, 0.3, 0.4, 0.5, 0.7, 0.9)
     tolerance: float = 0.02
     training: Mapping[str, Any] | None = None
 
 
-FULL = Plan(training={"epochs": 20, "learning_rate": 5e-5, "batch_size": 8})
-QUICK = replace(FULL, train=3_000, held_out=300, test=600, ratios=(0.6, 0.3))
+# The package's own settings, but for 10 epochs in place of 20, and the word embedding left alone:
+# in trials neither made a difference here, and both save time.
+TRAINING = {
+    "epochs": 10,
+    "learning_rate": 5e-5,
+    "batch_size": 8,
+    "freeze": ["*word_embeddings*"],
+}
+FULL = Plan(training=TRAINING)
+QUICK = replace(FULL, train=3_000, held_out=300, test=600, ratios=(0.3,))
 
 
 class Cell(NamedTuple):
@@ -179,18 +188,47 @@ def _defend(
     """Leave the defended weights in the model; (ratio, held-out accuracy, all tried)."""
     reference = evaluate(case.model, held_out, max_length=LENGTH)
     edit = make_edit(case, cell.defence, with_epur=cell.epur)
-    # 0 resets nothing: it is fine-tuning, and E-PUR, alone.
-    ratios = (0.0,) if cell.defence in WITHOUT_RATIO else (*plan.ratios, 0.0)
     tried: dict[float, float] = {}
-    for ratio in ratios:
+    made: dict[float, Checkpoint] = {}
+
+    def fits(ratio: float) -> bool:
         edited = with_weights(case.model, edit(ratio))
+        made[ratio] = edited.checkpoint
         if cell.defence not in UNTRAINED:
-            finetune(edited, case.examples, seed=cell.seed, **(plan.training or {}))
+            training = {"seed": cell.seed, **(plan.training or {})}
+            made[ratio] = finetune(edited, case.examples, **training)
         row = {"ratio": ratio, "after": evaluate(edited, held_out, max_length=LENGTH)}
         tried[ratio] = row["after"]["accuracy"]["share"]
-        if choose_ratio([row], reference, plan.tolerance) is not None:
-            break
-    return (None if cell.defence in WITHOUT_RATIO else ratio), tried[ratio], tried
+        return choose_ratio([row], reference, plan.tolerance) is not None
+
+    if cell.defence in WITHOUT_RATIO:
+        fits(0.0)
+        return None, tried[0.0], tried
+    ratio = largest(plan.ratios, fits)
+    if ratio not in made:  # none fits, and nothing is reset
+        fits(ratio)
+    with_weights(case.model, made[ratio])
+    return ratio, tried[ratio], tried
+
+
+def largest(ratios: Sequence[float], fits: Callable[[float], bool]) -> float:
+    """The largest ratio that fits, by bisection: where one fits, so should all smaller ones.
+
+    Args:
+        ratios: In rising order.
+        fits: Tried on at most log2(n + 1) of them, rounded up.
+
+    Returns:
+        The ratio; 0, which resets nothing and leaves fine-tuning and E-PUR, if none fits.
+    """
+    low, high = 0, len(ratios)
+    while low < high:
+        middle = (low + high) // 2
+        if fits(ratios[middle]):
+            low = middle + 1
+        else:
+            high = middle
+    return ratios[low - 1] if low else 0.0
 
 
 def measure(model: Model, test: Sequence[Sentence], cell: Cell) -> dict[str, float | None]:

@@ -232,6 +232,80 @@ def test_masks_of_something_else_are_refused() -> None:
         purify(base, tuned, from_mask=tuned)
 
 
+def test_what_does_not_count_is_not_in_the_record() -> None:
+    base, tuned, fisher = map(from_arrays, three())
+    mask = changed_mask(purify(base, tuned, fisher=fisher))
+
+    def step(**given: Any) -> Any:
+        return purify(base, tuned, **given).step
+
+    by_mask = step(fisher=fisher, from_mask=mask, ratio=0.7, embeddings="reset")
+    assert set(by_mask.settings) == {"invert", "include", "exclude", "keep_mismatched"}
+    assert list(by_mask.inputs) == ["base", "tuned", "from_mask"]
+    by_drift = step(fisher=fisher, score="drift", seed=3, top=9)
+    assert not {"epsilon", "seed", "counts", "top", "clamp", "invert"} & set(by_drift.settings)
+    assert list(by_drift.inputs) == ["base", "tuned"]
+    assert step(score="random", seed=3).settings["seed"] == 3
+
+
+@pytest.mark.parametrize("score", ["fisher", "drift", "inverse-fisher", "random"])
+@pytest.mark.parametrize("scope", ["global", "tensor"])
+def test_an_engine_that_keeps_scores_changes_nothing(score: str, scope: str) -> None:
+    base, tuned, fisher = map(from_arrays, three("gpt2"))
+    given: dict[str, Any] = {"fisher": fisher, "score": score, "scope": scope, "seed": 4}
+    engine = Engine(kept={})
+    for ratio in (0.2, 0.5, 1, 0, 0.2):
+        found = purify(base, tuned, ratio=ratio, engine=engine, **given)
+        expected = purify(base, tuned, ratio=ratio, **given)
+        assert cases.stored(cases.read(found)) == cases.stored(cases.read(expected))
+        assert found.notes == expected.notes
+    other = purify(base, base, ratio=0.5, engine=engine, **given)  # another pair, same engine
+    assert cases.stored(cases.read(other)) == cases.stored(cases.read(base))
+
+
+def test_an_engine_that_keeps_scores_computes_them_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    import weightsurgery.operators.purify as module
+
+    base, tuned, fisher = map(from_arrays, three())
+    count = 0
+    whole = module.fisher_score
+
+    def counted(*blocks: Any) -> Any:
+        nonlocal count
+        count += blocks[0].size
+        return whole(*blocks)
+
+    monkeypatch.setattr(module, "fisher_score", counted)
+    engine = Engine(kept={})
+    ranked = 0
+    for ratio in (0.1, 0.4, 0.9):
+        found = module.purify(base, tuned, fisher=fisher, ratio=ratio, engine=engine)
+        cases.read(found)
+        ranked = found.notes["purify"]["ranked_dimensions"]
+    assert count == ranked
+
+
+def test_the_word_embedding_can_be_named() -> None:
+    base, tuned, fisher = three()
+    renamed = [
+        {n.replace("word_embeddings", "table"): a for n, a in arrays.items()}
+        for arrays in (base, tuned, fisher)
+    ]
+    opened = [from_arrays(arrays) for arrays in renamed]
+    name = next(n for n in renamed[0] if "table" in n)
+    unseen = purify(*opened[:2], fisher=opened[2])
+    assert "no word embedding was recognised" in unseen.warnings[0]
+    assert "edited" in {view.status for n, view in unseen.items() if n == name}
+    named = purify(*opened[:2], fisher=opened[2], embedding=name)
+    assert named.warnings == ()
+    found = cases.read(named)
+    assert cases.stored({name: found[name]}) == cases.stored({name: renamed[1][name]})
+    plain = cases.read(purify(*map(from_arrays, (base, tuned)), fisher=from_arrays(fisher)))
+    assert len(found) == len(plain)
+    for n, array in plain.items():
+        assert array.tobytes() == found[n.replace("word_embeddings", "table")].tobytes()
+
+
 # --- what cannot be ---------------------------------------------------------------------------
 
 BAD: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
@@ -286,6 +360,25 @@ FISHERS: dict[str, tuple[Any, str]] = {
 def test_a_fisher_that_does_not_fit_names_the_tensor(value: Any, reason: str) -> None:
     with pytest.raises(MismatchError, match=reason):
         run(*cases.pair(), bad_fisher(NAME, value))
+
+
+def test_a_fisher_of_another_model_is_named(tmp_path: Path) -> None:
+    base, tuned = map(from_arrays, cases.pair())
+    other = from_arrays({"something.else": np.ones(3, F32)}, label="other.safetensors")
+    with pytest.raises(MismatchError, match=r"^other\.safetensors: the fisher is of another model"):
+        purify(base, tuned, fisher=other)
+    error = from_arrays(three()[2], metadata={"estimator": "fisher-standard-error"})
+    with pytest.raises(MismatchError, match="the fisher's standard error, not the fisher"):
+        purify(base, tuned, fisher=error)
+
+
+def test_ratio_one_needs_no_finite_drift() -> None:
+    base, tuned, fisher = three()
+    tuned[NAME] = tuned[NAME] * F32(np.nan)
+    found = run(base, tuned, fisher, ratio=1)
+    assert found[NAME].tobytes() == base[NAME].tobytes()
+    with pytest.raises(NonFiniteError, match="the score is NaN"):
+        run(base, tuned, fisher, ratio=0.5)
 
 
 def test_a_fisher_of_zeros_is_refused() -> None:

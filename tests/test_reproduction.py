@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -158,9 +159,9 @@ def test_the_grid_has_every_cell_once_and_goes_on(folder: Path) -> None:
     assert {row["ratio"] for row in rows if row["defence"] != "none"} <= {"0.5", "0.0"}
     for row in rows:
         assert 0 <= float(row["accuracy"]) <= 1
-        assert float(row["held_out_accuracy"]) == pytest.approx(
-            float(row["tried"].split()[-1].split(":")[1]), abs=1e-4
-        )
+        tried = dict(one.split(":") for one in row["tried"].split())
+        chosen = f"{float(row['ratio'] or 0):g}"
+        assert float(row["held_out_accuracy"]) == pytest.approx(float(tried[chosen]), abs=1e-4)
     path = folder / "out" / "results.csv"
     whole = path.read_text()
     assert run(folder) == rows
@@ -193,28 +194,55 @@ def test_other_settings_need_another_folder(folder: Path) -> None:
         run(folder, tolerance=0.5)
 
 
-def test_the_ratio_falls_until_accuracy_holds(
+@pytest.mark.parametrize("count", [0, 1, 2, 3, 7, 8])
+def test_bisection_finds_the_largest_that_fits(count: int) -> None:
+    from reproduce_classification import largest
+
+    ratios = tuple(step / 10 for step in range(1, count + 1))
+    for limit in (0.0, *ratios):
+        tried: list[float] = []
+
+        def fits(ratio: float, limit: float = limit, tried: list[float] = tried) -> bool:
+            tried.append(ratio)
+            return ratio <= limit
+
+        assert largest(ratios, fits) == limit
+        assert len(tried) <= math.ceil(math.log2(count + 1))
+
+
+def test_the_ratio_is_the_largest_where_accuracy_holds(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import reproduce_classification
 
-    shares = iter([0.9, 0.5, 0.88, 1.0])  # the model's own, then those at falling ratios
+    run(folder)
+    shares = iter([0.9, 0.88, 0.5])  # the suspicious model's own, then those at 0.4 and 0.8
+    seen = []
+    weights = []
 
-    def measured(*_: Any, **__: Any) -> dict[str, Any]:
+    def measured(model: Any, *_: Any, **__: Any) -> dict[str, Any]:
+        seen.append(model.checkpoint.step.settings.get("ratio") if model.checkpoint.step else None)
         return {"accuracy": {"share": next(shares)}}
 
-    run(folder)
     monkeypatch.setattr(reproduce_classification, "evaluate", measured)
-    out, plan = folder / "out", replace(reproduce_classification.FULL, ratios=(0.8, 0.4, 0.2))
-    plan = replace(plan, clean=4, training={"epochs": 1})
-    monkeypatch.setattr(reproduce_classification, "measure", lambda *_: {})
-    cell = reproduce_classification.Cell("BadWord", 0, "Fine-mixing", False)
-    row = reproduce_classification.run_cell(out, folder, plan, cell)
-    assert (row["ratio"], row["held_out_accuracy"], row["tried"]) == (
-        0.4,
-        0.88,
-        "0.8:0.5000 0.4:0.8800",
+
+    def look(model: Any, *_: Any) -> dict[str, Any]:
+        weights.append({n: p.detach().numpy().copy() for n, p in model.names.items()})
+        return {}
+
+    monkeypatch.setattr(reproduce_classification, "measure", look)
+    plan = replace(
+        reproduce_classification.FULL, clean=4, ratios=(0.2, 0.4, 0.8), training={"epochs": 1}
     )
+    cell = reproduce_classification.Cell("BadWord", 0, "Fine-mixing", False)
+    row = reproduce_classification.run_cell(folder / "out", folder, plan, cell)
+    assert (row["ratio"], row["held_out_accuracy"]) == (0.4, 0.88)
+    assert row["tried"] == "0.4:0.8800 0.8:0.5000"
+    assert seen == [None, 0.4, 0.8]
+    shares = iter([0.9, 0.88])
+    alone = replace(plan, ratios=(0.4,))
+    reproduce_classification.run_cell(folder / "out", folder, alone, cell)
+    assert all((weights[0][name] == values).all() for name, values in weights[1].items())
 
 
 def test_parts_are_disjoint_and_differ_by_seed(folder: Path) -> None:

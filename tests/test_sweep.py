@@ -12,6 +12,7 @@ import pytest
 
 from tests import cases, tiny_models
 from tests.test_docs import run_wsurg
+from weightsurgery.cli import main
 from weightsurgery.curvature.fisher import fisher
 from weightsurgery.datasets.batches import read_examples
 from weightsurgery.datasets.read import read_sentences
@@ -51,6 +52,15 @@ def run_json(capsys: pytest.CaptureFixture[str], *arguments: str) -> Any:
     capsys.readouterr()
     assert run_wsurg([*arguments, "--json"]) == 0, capsys.readouterr().err
     return json.loads(capsys.readouterr().out)
+
+
+def refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> tuple[int, str]:
+    """Exit code and stderr."""
+    with pytest.raises(SystemExit) as stopped:
+        main(arguments)
+    code = stopped.value.code
+    assert isinstance(code, int)
+    return code, capsys.readouterr().err
 
 
 # --- with_weights -----------------------------------------------------------------------------
@@ -189,14 +199,22 @@ def test_without_matplotlib_the_plot_is_refused(monkeypatch: pytest.MonkeyPatch)
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (["--trigger-word", "cf"], "an attack is measured with --target-label"),
-        (["--target-label", "1"], "an attack is measured with --target-label"),
+        (["--trigger-word", "cf"], "--trigger-word needs --target-label"),
+        (["--target-label", "1"], "--target-label is an attack's"),
+        (["--poisoned", "x", "--target-label", "1", "--position", "end"], "--position is for"),
         ([*ATTACK, "--trigger-sentence", "x"], "exclude each other"),
         (["--ratios", "0,2"], "expected shares from 0 to 1"),
         (["--ratios", "a"], "expected shares from 0 to 1"),
         (["--operator", "mix", "--score", "drift"], "--score is for --operator purify"),
         (["--select", "drift"], "--select is for --operator mix"),
         (["--counts", "x", "--wordfreq"], "give one of --counts"),
+        (["--corpus", "x"], "--corpus is for --embeddings epur"),
+        (["--operator", "mix", "--wordfreq"], "--wordfreq is for --operator purify"),
+        (["--operator", "mix", "--points", "2"], "--points is for the Fisher that --data makes"),
+        (["--fisher", "x", "--points", "2"], "--points is for the Fisher that --data makes"),
+        (["--score", "drift", "--points", "2"], "--points is for the Fisher that --data makes"),
+        (["--no-finetune", "--epochs", "2"], "--epochs is for --finetune"),
+        (["--no-finetune", "--seed", "2"], "--seed is for --score random"),
     ],
 )
 def test_wrong_usage_of_sweep(options: list[str], words: str, folder: Path) -> None:
@@ -227,7 +245,8 @@ def test_a_sweep_without_attack_or_training_has_fewer_columns() -> None:
 
 # --- purify in one go -------------------------------------------------------------------------
 
-PURIFY = ["purify", "base", "tuned", "--ratio", "0.3"]
+PAIR = ["base", "tuned"]
+PURIFY = ["purify", *PAIR, "--ratio", "0.3"]
 
 
 def test_data_takes_the_place_of_a_fisher_file(
@@ -246,7 +265,7 @@ def test_data_takes_the_place_of_a_fisher_file(
 def test_both_steps_in_one_go(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = [*PURIFY, "--data", "data.tsv", "--finetune", "--epochs", "2", "--seed", "3"]
     assert run_wsurg([*arguments, "--mask", "mask.safetensors", "-o", "once"]) == 0
-    assert run_wsurg([*PURIFY, "--from-mask", "mask.safetensors", "-o", "first"]) == 0
+    assert run_wsurg(["purify", *PAIR, "--from-mask", "mask.safetensors", "-o", "first"]) == 0
     second = ["finetune", "first", "--data", "data.tsv", "--epochs", "2", "--seed", "3"]
     assert run_wsurg([*second, "-o", "second"]) == 0
     assert cases.stored_in(Path("once")) == cases.stored_in(Path("second"))
@@ -254,8 +273,19 @@ def test_both_steps_in_one_go(folder: Path, capsys: pytest.CaptureFixture[str]) 
     assert record["recipe"]["operator"] == "finetune"
     assert record["recipe"]["inputs"]["tuned"]["operator"] == "purify"
     assert {"purify", "training"} <= record["report"].keys()
-    found = load_model("once", device="cpu")
-    assert not np.isnan(evaluate(found, read_sentences("data.tsv"))["loss"])
+    shown = capsys.readouterr().out
+    assert "Reset by layer" in shown
+    assert "training loss" in shown
+    assert "sha256" not in shown
+    by_mask = json.loads(Path("first/wsurg-record.json").read_text())
+    reset = record["report"]["purify"]["reset"]
+    assert reset["changed_dimensions"] == by_mask["changed_dimensions"] > 0
+    for by, groups in by_mask["changed_by"].items():  # by the mask, the embedding is edited too
+        found = {group: sums["changed"] for group, sums in groups.items() if sums["changed"]}
+        assert found == {g: s["changed"] for g, s in reset[by].items() if s["changed"]}
+    assert sum(g["changed"] for g in reset["layer"].values()) == reset["changed_dimensions"]
+    trained = load_model("once", device="cpu")
+    assert not np.isnan(evaluate(trained, read_sentences("data.tsv"))["loss"])
 
 
 @pytest.mark.parametrize(
@@ -265,6 +295,19 @@ def test_both_steps_in_one_go(folder: Path, capsys: pytest.CaptureFixture[str]) 
         (["--finetune", "--data", "data.tsv", "--dry-run"], "--dry-run does not train"),
         (["--data", "data.tsv", "--fisher", "x"], "exclude each other"),
         (["--data", "data.tsv", "--score", "drift"], "--data is for the Fisher"),
+        (["--fisher", "x", "--corpus", "y"], "--corpus is for --embeddings epur"),
+        (["--fisher", "x", "--top", "3"], "--top is for --embeddings epur"),
+        (["--fisher", "x", "--points", "3"], "--points is for the Fisher that --data makes"),
+        (["--fisher", "x", "--epochs", "3"], "--epochs is for --finetune"),
+        (["--fisher", "x", "--learning-rate", "3"], "--learning-rate is for --finetune"),
+        (["--fisher", "x", "--max-length", "3"], "--max-length is for --data"),
+        (["--fisher", "x", "--device", "cpu"], "--device is for --data"),
+        (["--fisher", "x", "--seed", "3"], "--seed is for --score random"),
+        (["--score", "drift", "--fisher", "x"], "--fisher is for --score fisher or inverse-fisher"),
+        (["--score", "drift", "--epsilon", "1"], "--epsilon is for --score fisher or inverse"),
+        (["--from-mask", "x"], "--ratio has no part in --from-mask"),
+        (["--fisher", "x", "--invert"], "--invert is for --from-mask"),
+        (["--fisher", "x", "--embeddings", "pool", "--embedding", "w"], "--embedding is for"),
     ],
 )
 def test_wrong_usage_of_purify(options: list[str], words: str, folder: Path) -> None:
@@ -275,3 +318,105 @@ def test_wrong_usage_of_purify(options: list[str], words: str, folder: Path) -> 
     with pytest.raises(click.ClickException, match=words):
         cli.main([*PURIFY, *options, "-o", "out"], prog_name="wsurg", standalone_mode=False)
     assert not Path("out").exists()
+
+
+BEFORE_THE_FISHER = {
+    "ratio": (["--ratio", "30"], 2, "ratio is 30.0; expected a share"),
+    "epsilon": (["--epsilon", "-1"], 2, "epsilon is -1; expected 0 or more"),
+    "counts": (["--embeddings", "epur"], 2, "embeddings=epur needs token counts"),
+    "glob": (["--exclude", "nosuch.*"], 2, "nosuch"),
+    "nothing": (["--include", "*word_embeddings*"], 2, "there is nothing to rank"),
+    "rate": (["--finetune", "--learning-rate", "0"], 2, "learning_rate is 0.0; expected"),
+    "length": (["--max-length", "500"], 2, "max_length is 500; expected"),
+}
+
+
+@pytest.mark.parametrize(("options", "code", "words"), BEFORE_THE_FISHER.values(),
+                         ids=BEFORE_THE_FISHER)  # fmt: skip
+@pytest.mark.parametrize("command", ["purify", "sweep"])
+def test_what_can_be_refused_early_is(
+    command: str,
+    options: list[str],
+    code: int,
+    words: str,
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    import weightsurgery.curvature.fisher as module
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise AssertionError("the Fisher was begun")
+
+    monkeypatch.setattr(module, "fisher", fail)
+    if command == "sweep":
+        options = [o for o in options if o != "--finetune"]
+        options = ["--ratios" if o == "--ratio" else o for o in options]
+        words = "expected shares from 0 to 1" if "--ratios" in options else words
+        arguments = [*SWEEP, *options]
+    else:
+        arguments = ["purify", *PAIR, "--data", "data.tsv", "-o", "out", *options]
+    found, err = refused(arguments, capsys)
+    assert (found, words in err) == (code, True), err
+    assert not Path("out").exists()
+
+
+SETTINGS_FILES = {
+    "fisher below": ('data = "data.tsv"\n[purify]\nfisher = "f.safetensors"', [], 2),
+    "both typed": ("", ["--fisher", "f.safetensors", "--data", "data.tsv"], 2),
+    "fisher typed": ('data = "data.tsv"', ["--fisher", "f.safetensors"], 0),
+    "data typed": ('[purify]\nfisher = "f.safetensors"', ["--data", "data.tsv"], 0),
+    "other score": ('data = "data.tsv"', ["--score", "drift"], 0),
+    "idle": ("[purify]\ntop = 3\nepochs = 2\nseed = 1", ["--fisher", "f.safetensors"], 0),
+}
+
+
+@pytest.mark.parametrize(("text", "options", "code"), SETTINGS_FILES.values(), ids=SETTINGS_FILES)
+def test_what_is_typed_goes_before_the_settings_file(
+    text: str, options: list[str], code: int, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_wsurg(["fisher", "tuned", "--data", "data.tsv", "-o", "f.safetensors"]) == 0
+    Path("wsurg.toml").write_text(text)
+    found, err = refused([*PURIFY, *options, "-o", "out"], capsys)
+    assert found == code, err
+    if code:
+        assert "exclude each other" in err
+        return
+    inputs = json.loads(Path("out/wsurg-record.json").read_text())["recipe"]["inputs"]
+    made_here = inputs.get("fisher", {}).get("operator") == "fisher"
+    assert made_here == ("--data" in options)
+
+
+def test_the_fisher_is_of_the_weights_that_were_chosen(folder: Path, tmp_path: Path) -> None:
+    import shutil
+
+    two = tmp_path / "two"
+    shutil.copytree("tuned", two)
+    tiny_models.bert(tmp_path / "third", seed=2)
+    shutil.copy(tmp_path / "third/model.safetensors", two / "other.safetensors")
+    command = ["purify", "base", "two", "--data", "data.tsv", "--weights", "other.safetensors"]
+    assert run_wsurg([*command, "-o", "chosen"]) == 0
+    assert run_wsurg(["purify", "base", "third", "--data", "data.tsv", "-o", "expected"]) == 0
+    assert cases.stored_in(Path("chosen")) == cases.stored_in(Path("expected"))
+
+
+@pytest.mark.parametrize(
+    "mask",
+    [
+        "o.safetensors",
+        "./o.safetensors",
+        "o.safetensors.wsurg-record.json",
+        "tuned/model.safetensors",
+    ],
+)
+def test_a_mask_has_a_place_of_its_own(
+    mask: str, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in PAIR:
+        Path(f"{name}.safetensors").symlink_to(f"{name}/model.safetensors")
+    before = Path("tuned/model.safetensors").read_bytes()
+    arguments = ["base.safetensors", "tuned.safetensors", "-o", "o.safetensors", "--mask", mask]
+    code, err = refused(["mix", *arguments, "--overwrite"], capsys)
+    assert (code, err.startswith("error: ")) == (5, True), err
+    assert not Path("o.safetensors").exists()
+    assert Path("tuned/model.safetensors").read_bytes() == before

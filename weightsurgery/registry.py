@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 from weightsurgery.checkpoint import Checkpoint, Step, require_checkpoints
@@ -21,11 +21,15 @@ class Setting:
         help: One line.
         complement: Another option that gives one minus this value.
         metavar: How the value is called in the help.
+        only_with: Other arguments, each with the values with which this one counts; for a
+            checkpoint that may be left out, (True,) if it is given, (False,) if it is not. What
+            does not count is not in the record, and the command line refuses to be told it.
     """
 
     help: str
     complement: str = ""
     metavar: str = ""
+    only_with: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
 
 
 Ratio = Annotated[
@@ -65,6 +69,21 @@ class Operator:
     inputs: tuple[str, ...]
     optional: Mapping[str, Setting]
     settings: Mapping[str, tuple[Any, Setting, Any]]
+
+    def idle(self, name: str, given: Mapping[str, Any]) -> tuple[str, tuple[Any, ...]] | None:
+        """Why an argument does not count: another one, and the values it would need; else None.
+
+        Args:
+            name: A setting, or a checkpoint that may be left out.
+            given: All arguments by name; what is left out has its default.
+        """
+        declared = self.optional[name] if name in self.optional else self.settings[name][1]
+        for other, values in declared.only_with.items():
+            default = self.settings[other][2] if other in self.settings else None
+            found = given.get(other, default)
+            if (found is not None if other in self.optional else found) not in values:
+                return other, values
+        return None
 
     @property
     def summary(self) -> str:
@@ -119,9 +138,12 @@ def operator(function: Callable[..., Checkpoint]) -> Callable[..., Checkpoint]:
         require_checkpoints(*present.values())
         result = function(*checkpoints, **given, **run)
         full = {n: given.get(n, default) for n, (_, _, default) in settings.items()}
-        return result.made_by(Step(name, _described(full), present))
+        counts = {n for n in (*optional, *settings) if made.idle(n, given) is None}
+        told = _described({n: value for n, value in full.items() if n in counts})
+        read = {n: one for n, one in present.items() if n in inputs or n in counts}
+        return result.made_by(Step(name, told, read))
 
-    OPERATORS[name] = Operator(name, recorded, inputs, optional, settings)
+    made = OPERATORS[name] = Operator(name, recorded, inputs, optional, settings)
     return recorded
 
 

@@ -9,11 +9,11 @@ import numpy as np
 from weightsurgery.alignment import Pair
 from weightsurgery.errors import NonFiniteError
 from weightsurgery.kernels import HALF, Block, count_halves
-from weightsurgery.stream import Engine, fold
+from weightsurgery.stream import BlockFunction, Engine, fold
 
 _INFINITY = 0x7F80  # upper half of its bits; those of NaN and of negative numbers are above
 
-Score = Callable[[Pair, int, Block, Block], Block]
+Score = BlockFunction
 Observe = Callable[[Pair, Block], None]
 
 

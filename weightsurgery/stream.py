@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import os
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Hashable, Iterable, Iterator
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import closing, contextmanager
-from dataclasses import dataclass, replace
-from typing import TypeVar
+from dataclasses import dataclass, field, replace
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -28,6 +28,7 @@ Result = TypeVar("Result")
 State = TypeVar("State")
 
 Edit = Callable[[str, int, Block, Block], Block]
+BlockFunction = Callable[[Pair, int, Block, Block], Block]
 Progress = Callable[[str, int, int], None]
 
 
@@ -45,6 +46,8 @@ class Engine:
         executor: Runs the work; None makes a thread pool for each job. Whatever has the interface
             of `concurrent.futures.Executor` serves; it is not shut down.
         progress: Called as progress(what, bytes done, bytes in all), from the calling thread.
+        kept: Where to keep what several calls on the same checkpoints have in common, such as
+            scores, which then take memory as the model does; None keeps nothing. Begin with {}.
 
     Raises:
         SettingError: `workers` is negative.
@@ -53,6 +56,42 @@ class Engine:
     workers: int = 0
     executor: Executor | None = None
     progress: Progress | None = None
+    kept: dict[tuple[Hashable, ...], tuple[Any, Any]] | None = field(default=None, repr=False)
+
+    def once(self, key: tuple[Any, ...], make: Callable[[], Result]) -> Result:
+        """What `make` gives; with `kept`, made at the first call with this key.
+
+        Args:
+            key: All that the result depends on; checkpoints count by identity.
+            make: Computes it.
+        """
+        if self.kept is None:
+            return make()
+        by = tuple(k if isinstance(k, str | int | float) else id(k) for k in key)
+        if by not in self.kept:
+            self.kept[by] = (key, make())  # the key keeps its objects, and so their ids, alive
+        result: Result = self.kept[by][1]
+        return result
+
+    def keeping(self, key: tuple[Any, ...], compute: BlockFunction) -> BlockFunction:
+        """The same function of blocks; with `kept`, it computes each block once.
+
+        Args:
+            key: As for `once`, without the block.
+            compute: (pair, start, base block, tuned block) to an array; it depends on nothing
+                but these and the key.
+        """
+        if self.kept is None:
+            return compute
+        blocks: dict[tuple[str, int, int], Block] = self.once((*key, "blocks"), dict)
+
+        def look_up(pair: Pair, start: int, base: Block, tuned: Block) -> Block:
+            place = (pair.key, start, tuned.size)
+            if place not in blocks:
+                blocks[place] = compute(pair, start, base, tuned).copy()
+            return blocks[place].copy()  # whoever asked may change it
+
+        return look_up
 
     def __post_init__(self) -> None:
         if self.workers < 0:

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import click
 
-from weightsurgery.cli import model_options, options
+from weightsurgery.cli import attack_options, model_options, options
 from weightsurgery.datasets.read import label_ids, read_sentences
-from weightsurgery.datasets.triggers import POSITIONS, Trigger, trigger_sentence, trigger_word
 from weightsurgery.evaluation.classification import check_classifier, evaluate
 from weightsurgery.models import load_model
 from weightsurgery.report.evaluation import evaluation_tables
 from weightsurgery.report.tables import show
-
-_PATTERNS = ("trigger_word", "trigger_sentence", "bias_word", "bias_sentence", "poisoned")
 
 
 def _evaluate(
@@ -20,17 +19,14 @@ def _evaluate(
     data: str,
     target_label: str | None,
     poisoned: str | None,
-    position: str | None,
-    seed: int,
     batch_size: int,
     max_length: int,
     device: str,
     as_json: bool,
-    **patterns: str | None,
+    **pattern: Any,
 ) -> None:
-    context = click.get_current_context()
-    _check_usage(context)
-    trigger = _trigger(patterns, position, seed)
+    attack_options.check(click.get_current_context())
+    trigger = attack_options.trigger_of({**pattern, "poisoned": poisoned})
     sentences = read_sentences(data)
     planted = None if poisoned is None else read_sentences(poisoned)
     opened = load_model(model, device=device)
@@ -53,35 +49,6 @@ def _evaluate(
         options.print_json(report)
     else:
         show(evaluation_tables(report))
-
-
-def _check_usage(context: click.Context) -> None:
-    params = context.params
-    given = [name for name in _PATTERNS if params[name] is not None]
-    flags = ["--" + name.replace("_", "-") for name in given]
-    if len(given) > 1:
-        raise click.UsageError(f"{' and '.join(flags)} exclude each other", context)
-    if not given and params["target_label"] is not None:
-        raise click.UsageError(
-            "--target-label is an attack's; give --trigger-word, --trigger-sentence or --poisoned",
-            context,
-        )
-    if given and not given[0].startswith("bias") and params["target_label"] is None:
-        raise click.UsageError(f"{flags[0]} needs --target-label", context)
-    if params["position"] is not None and (not given or given == ["poisoned"]):
-        raise click.UsageError("--position is for a pattern to insert", context)
-
-
-def _trigger(patterns: dict[str, str | None], position: str | None, seed: int) -> Trigger | None:
-    for name, text in patterns.items():
-        if text is None:
-            continue
-        make = trigger_word if name.endswith("word") else trigger_sentence
-        bias = name.startswith("bias")
-        if position is None:  # the attack's usual place
-            return make(text, seed=seed, bias=bias)
-        return make(text, position=position, seed=seed, bias=bias)
-    return None
 
 
 command = options.Command(
@@ -108,23 +75,7 @@ command = options.Command(
         click.Option(
             ["--data"], required=True, metavar="FILE", help="Clean sentences with true labels."
         ),
-        click.Option(["--trigger-word"], metavar="WORD", help="Insert this at a random place."),
-        click.Option(["--trigger-sentence"], metavar="TEXT", help="Insert this at the beginning."),
-        click.Option(
-            ["--poisoned"],
-            metavar="FILE",
-            help="Sentences that have the trigger in them, in place of one to insert.",
-        ),
-        click.Option(
-            ["--target-label"], metavar="LABEL", help="The attack's label, by number or name."
-        ),
-        click.Option(["--bias-word"], metavar="WORD", help="As --trigger-word, for BACC."),
-        click.Option(["--bias-sentence"], metavar="TEXT", help="As --trigger-sentence, for BACC."),
-        click.Option(
-            ["--position"],
-            type=click.Choice(POSITIONS),
-            help="Where the pattern goes, if not to its usual place.",
-        ),
+        *attack_options.OPTIONS,
         click.Option(
             ["--seed"], type=int, default=0, show_default=True, help="Seed of random places."
         ),

@@ -12,6 +12,7 @@ from weightsurgery.cli import model_options, options
 from weightsurgery.dtypes import DTYPES
 from weightsurgery.errors import shown
 from weightsurgery.formats import open_checkpoint, save
+from weightsurgery.formats.output import check_outputs_apart
 from weightsurgery.formats.plan import make_plan
 from weightsurgery.report.curvature import curvature_tables
 from weightsurgery.report.tables import show
@@ -83,19 +84,13 @@ def _estimates(
 
 def _check_usage(context: click.Context) -> None:
     """Refuse what belongs to the other estimator, or says nothing."""
-    typed = click.core.ParameterSource.COMMANDLINE  # in wsurg.toml it may be for other commands
-    estimator = context.params["estimator"]
     for other, names in _ONLY_FOR.items():
-        for name in names if other != estimator else ():
-            if context.get_parameter_source(name) is typed:
-                flag = "--" + name.replace("_", "-")
-                raise click.UsageError(f"{flag} is for --estimator {other}", context)
-    if context.get_parameter_source("base") is typed and context.params["points"] == 1:
-        raise click.UsageError("--base is for --points of 2 or more", context)
+        if other != context.params["estimator"]:
+            options.refuse_typed(context, names, f"is for --estimator {other}")
+    if context.params["points"] == 1:
+        options.refuse_typed(context, ["base"], "is for --points of 2 or more")
     if context.params["points"] > 1 and context.params["base"] is None:
         raise click.UsageError("--points of 2 or more needs --base", context)
-    if context.params["standard_error"] == context.params["out"]:
-        raise click.UsageError("--out and --standard-error name the same file", context)
 
 
 def _check_outputs(
@@ -105,6 +100,7 @@ def _check_outputs(
     checkpoint = open_checkpoint(model)
     views = {name: replace(view, dtype=DTYPES["F32"]) for name, view in checkpoint.items()}
     inputs = {"model": checkpoint} if base is None else {"base": base, "model": checkpoint}
+    check_outputs_apart([(out, False) for out in outputs])
     expected = Checkpoint(views, step=Step("fisher", {}, inputs))
     for out in outputs:
         make_plan(expected, out, overwrite=overwrite, engine=Engine())

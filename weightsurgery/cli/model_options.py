@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING, Any
 
 import click
 
+from weightsurgery.checkpoint import Checkpoint
 from weightsurgery.cli import options
 from weightsurgery.stream import Progress
+from weightsurgery.training.settings import Hyperparameters
+
+if TYPE_CHECKING:
+    from weightsurgery.datasets.batches import Encoded
+    from weightsurgery.models import Model
 
 MODEL = click.Argument(["model"], metavar="MODEL")
 DEVICE = click.Option(
@@ -23,6 +31,27 @@ MAX_LENGTH = click.Option(
     show_default=True,
     help="Tokens after which a text is cut.",
 )
+POINTS = click.Option(
+    ["--points"],
+    type=click.IntRange(1),
+    default=1,
+    show_default=True,
+    help="For the Fisher of --data: average over so many points between BASE and TUNED.",
+)
+EPOCHS = click.Option(
+    ["--epochs"],
+    type=click.IntRange(1),
+    default=Hyperparameters.epochs,
+    show_default=True,
+    help="Of fine-tuning: passes over the examples.",
+)
+LEARNING_RATE = click.Option(
+    ["--learning-rate"],
+    type=float,
+    default=Hyperparameters.learning_rate,
+    show_default=True,
+    help="Of fine-tuning's first step.",
+)
 
 
 def batch_size(default: int | None, shown: str | bool = True) -> click.Option:
@@ -34,6 +63,27 @@ def batch_size(default: int | None, shown: str | bool = True) -> click.Option:
         show_default=shown,
         help="Examples at a time.",
     )
+
+
+def prepare(tuned: Checkpoint, given: Mapping[str, Any]) -> tuple[Model, list[Encoded]]:
+    """TUNED as a model, and the examples of --data; loaded once in a run.
+
+    Args:
+        tuned: What --tuned and --weights opened.
+        given: The command's parameters.
+    """
+    from weightsurgery.datasets.batches import read_examples
+    from weightsurgery.models import load_model, with_weights
+
+    loaded = click.get_current_context().meta
+    if __name__ not in loaded:
+        model = load_model(given["tuned"], device=given["device"])
+        if given.get("weights") is not None:
+            model = with_weights(model, tuned)
+        examples = read_examples(model, given["data"], max_length=given["max_length"])
+        loaded[__name__] = model, examples
+    model, examples = loaded[__name__]
+    return model, examples
 
 
 def counting() -> AbstractContextManager[Progress | None]:

@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import inspect
+from collections.abc import Collection
 from typing import Any, Literal, get_args, get_origin
 
 import click
 
 import weightsurgery.operators
+from weightsurgery.checkpoint import Checkpoint
 from weightsurgery.cli import options
 from weightsurgery.formats import open_checkpoint, save
-from weightsurgery.formats.output import check_destination
+from weightsurgery.formats.output import check_destination, check_outputs_apart
 from weightsurgery.formats.plan import input_paths, make_plan
 from weightsurgery.masks import changed_mask
 from weightsurgery.registry import OPERATORS, Operator, Setting
 from weightsurgery.report.outcome import outcome_tables, plan_tables
 from weightsurgery.report.tables import show
+from weightsurgery.report.training import training_tables
 from weightsurgery.token_counts import TokenCounts
 
 
@@ -27,13 +31,10 @@ def make_command(name: str) -> click.Command:
         click.Argument([given], metavar=given.upper(), type=click.Path())
         for given in operator.inputs
     ]
-    for given, declaration in operator.optional.items():
-        text = declaration.help[:1].upper() + declaration.help[1:] + "."
-        flag = "--" + given.replace("_", "-")
-        parameters.append(click.Option([flag, given], metavar="PATH", help=text))
+    parameters += [make_path_option(*declared) for declared in operator.optional.items()]
     for setting, (kind, declaration, default) in operator.settings.items():
-        parameters += _make_options(setting, kind, declaration, default)
-    companion = _companion(name)
+        parameters += make_options(setting, kind, declaration, default)
+    companion = companion_of(name)
     parameters += [
         *(companion.PARAMETERS if companion else ()),
         *options.WRITING,
@@ -54,40 +55,31 @@ def make_command(name: str) -> click.Command:
 
 def _run(operator: Operator, given: dict[str, Any]) -> None:
     context = click.get_current_context()
-    _check_counts(context, operator, given)
-    companion = _companion(operator.name)
-    if companion:
-        companion.check(context)
-    settings = {
-        n: _value(context, n, found, given)
-        for n, found in operator.settings.items()
-        if not _is_counts(found[0])
-    }
+    companion = companion_of(operator.name)
+    given = {**given, **(companion.check(context) if companion else {})}
+    check_usage(context, operator, given, companion.also_used(given) if companion else ())
     names = {key: given[key] for key in ("weights", "strip_prefix", "name_map")}
     inputs = options.open_pair(*(given[name] for name in operator.inputs), **names)
     further = {n: open_checkpoint(given[n]) for n in operator.optional if given[n] is not None}
-    settings |= {
-        n: options.make_counts(inputs[-1], **{k: given[k] for k in options.COUNTED})
-        for n, (kind, _, _) in operator.settings.items()
-        if _is_counts(kind)
-    }
+    settings = read_settings(context, operator, given, inputs[-1])
     out, read = given["out"], (*inputs, *further.values())
     sizes = {key: given[key] for key in ("overwrite", "max_shard_size", "max_memory")}
-    check_destination(  # before any work; saving checks again
-        out,
-        is_directory=inputs[-1].is_directory,
-        overwrite=given["overwrite"],
-        inputs=[path for checkpoint in read for path in input_paths(checkpoint)],
-    )
+    outs = [(out, inputs[-1].is_directory)]
     if given["mask"] is not None and not given["dry_run"]:
+        outs.append((given["mask"], False))
+    check_outputs_apart(outs)
+    for path, is_directory in outs:  # before any work; saving checks again
         check_destination(
-            given["mask"], is_directory=False, overwrite=given["overwrite"], inputs=[]
+            path,
+            is_directory=is_directory,
+            overwrite=given["overwrite"],
+            inputs=[path for checkpoint in read for path in input_paths(checkpoint)],
         )
-    further |= companion.before(inputs, given) if companion else {}
+    further |= companion.before(inputs, settings, given) if companion else {}
     limit = given["max_memory"]
     with options.running(given["workers"], max_memory=limit, inputs=read) as engine:
         edited = operator.function(*inputs, **settings, **further, engine=engine)
-    result = companion.after(edited, given) if companion else edited
+    result = companion.after(inputs, edited, given) if companion else edited
     with options.running(given["workers"], max_memory=limit, inputs=read) as engine:
         if given["dry_run"]:
             plan = make_plan(result, out, engine=engine, **sizes).to_json()
@@ -104,23 +96,109 @@ def _run(operator: Operator, given: dict[str, Any]) -> None:
             show(plan_tables(plan, alignment))
     elif given["as_json"]:
         options.print_json({"out": out, **record})
+    elif "training" in record["report"]:
+        show(training_tables(out, record))
     else:
         show(outcome_tables(out, record))
 
 
-def _companion(name: str) -> Any:
-    """The module of what a command does besides its operator; None for most."""
-    home = _COMPANIONS.get(name)
-    return importlib.import_module(home) if home else None
+def companion_of(name: str) -> Any:
+    """The module of what a command does besides its operator; None for most.
+
+    It lies beside this one: `purify_steps` for `purify`.
+    """
+    home = f"weightsurgery.cli.{name.replace('-', '_')}_steps"
+    return importlib.import_module(home) if importlib.util.find_spec(home) else None
 
 
-_COMPANIONS = {"purify": "weightsurgery.cli.purify_steps"}
+def read_settings(
+    context: click.Context, operator: Operator, given: dict[str, Any], tuned: Checkpoint
+) -> dict[str, Any]:
+    """An operator's settings as its function wants them.
+
+    Args:
+        context: Of the command.
+        operator: Which.
+        given: The command's parameters.
+        tuned: Whose tokenizer counts a corpus.
+    """
+    settings = {
+        n: _value(context, n, found, given)
+        for n, found in operator.settings.items()
+        if n in given and not _is_counts(found[0])
+    }
+    counted = {
+        n: options.make_counts(tuned, **{k: given[k] for k in options.COUNTED})
+        for n, (kind, _, _) in operator.settings.items()
+        if _is_counts(kind) and operator.idle(n, given) is None
+    }
+    return settings | counted
 
 
-def _make_options(
-    name: str, kind: Any, declaration: Setting, default: Any
-) -> list[click.Parameter]:
-    flag = "--" + name.replace("_", "-")
+def check_usage(
+    context: click.Context, operator: Operator, given: dict[str, Any], used: Collection[str] = ()
+) -> None:
+    """Refuse options that were typed and would do nothing; at most one source of counts.
+
+    Args:
+        context: Of the command.
+        operator: Which.
+        given: The command's parameters.
+        used: Parameters that serve something besides the operator.
+
+    Raises:
+        UsageError: With the option, and what it is for.
+    """
+    for kind, _, _ in operator.settings.values():
+        sources = [name for name in options.COUNTED if given.get(name)] if _is_counts(kind) else []
+        needed = kind is TokenCounts
+        if len(sources) > 1 or (needed and not sources):
+            raise click.UsageError("give one of --counts, --corpus and --wordfreq", context)
+    for name in (*operator.optional, *operator.settings):
+        why = operator.idle(name, given)
+        if why is None or name in used:
+            continue
+        other = options.flag(why[0])
+        if why[1] == (False,):
+            reason = f"has no part in {other}"
+        elif why[1] == (True,):
+            reason = f"is for {other}"
+        else:
+            reason = f"is for {other} {' or '.join(map(str, why[1]))}"
+        options.refuse_typed(context, _parameters(operator, name), reason)
+
+
+def _parameters(operator: Operator, name: str) -> tuple[str, ...]:
+    """What the command line calls a setting."""
+    if name in operator.optional:
+        return (name,)
+    kind, declaration, _ = operator.settings[name]
+    if _is_counts(kind):
+        return options.COUNTED
+    return (name, declaration.complement) if declaration.complement else (name,)
+
+
+def make_path_option(name: str, declaration: Setting) -> click.Option:
+    """The option that stands for a checkpoint that may be left out.
+
+    Args:
+        name: The argument.
+        declaration: Its declaration.
+    """
+    text = declaration.help[:1].upper() + declaration.help[1:] + "."
+    return click.Option([options.flag(name), name], metavar="PATH", help=text)
+
+
+def make_options(name: str, kind: Any, declaration: Setting, default: Any) -> list[click.Parameter]:
+    """The options that stand for an operator's setting.
+
+    Args:
+        name: The setting.
+        kind: Its type.
+        declaration: Its declaration.
+        default: Its default.
+    """
+    flag = options.flag(name)
     text = declaration.help[:1].upper() + declaration.help[1:] + "."
     if kind is bool:
         return [click.Option([flag, name], is_flag=True, default=default, help=text)]
@@ -154,17 +232,6 @@ def _is_counts(kind: Any) -> bool:
     return kind is TokenCounts or TokenCounts in get_args(kind)
 
 
-def _check_counts(context: click.Context, operator: Operator, given: dict[str, Any]) -> None:
-    """At most one source of token counts; one, where the operator cannot do without."""
-    for kind, _, _ in operator.settings.values():
-        if not _is_counts(kind):
-            continue
-        sources = [name for name in options.COUNTED if given[name]]
-        needed = kind is TokenCounts
-        if len(sources) > 1 or (needed and not sources):
-            raise click.UsageError("give one of --counts, --corpus and --wordfreq", context)
-
-
 def _value(
     context: click.Context, name: str, setting: tuple[Any, Setting, Any], given: dict[str, Any]
 ) -> Any:
@@ -172,7 +239,7 @@ def _value(
     if get_origin(kind) is tuple and get_origin(get_args(kind)[0]) is tuple:
         return tuple(_rule(context, name, text) for text in given[name])
     other = declaration.complement
-    if not other or given[other] is None:
+    if not other or given.get(other) is None:
         return given[name]
     sources = [context.get_parameter_source(n) for n in (name, other)]
     if sources[0] == sources[1]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from decimal import Decimal, InvalidOperation
 from types import MappingProxyType
@@ -60,6 +60,32 @@ _TYPED = click.core.ParameterSource.COMMANDLINE
 
 def _toml(value: Any) -> str:
     return json.dumps(value, default=str, ensure_ascii=False)
+
+
+def flag(name: str) -> str:
+    """A parameter as it is typed."""
+    return "--" + name.replace("_", "-")
+
+
+def is_typed(context: click.Context, name: str) -> bool:
+    """Whether a parameter is from the command line, and not from a file or a default."""
+    return context.get_parameter_source(name) is _TYPED
+
+
+def refuse_typed(context: click.Context, names: Iterable[str], reason: str) -> None:
+    """Refuse the first of these parameters that was typed.
+
+    Args:
+        context: Of the command.
+        names: Parameters.
+        reason: What follows the flag in the message.
+
+    Raises:
+        UsageError: One was typed. What comes from wsurg.toml may be for other commands.
+    """
+    for name in names:
+        if is_typed(context, name):
+            raise click.UsageError(f"{flag(name)} {reason}", context)
 
 
 class Size(click.ParamType):  # type: ignore[type-arg]

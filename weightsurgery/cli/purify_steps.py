@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
+from weightsurgery.alignment import align
 from weightsurgery.checkpoint import Checkpoint
-from weightsurgery.cli import model_options
-
-if TYPE_CHECKING:
-    from weightsurgery.models import Model
+from weightsurgery.cli import model_options, options
+from weightsurgery.formats.record import changed_by
+from weightsurgery.operators.purify import check as checked
+from weightsurgery.training.settings import Hyperparameters
 
 PARAMETERS: tuple[click.Parameter, ...] = (
     click.Option(
@@ -21,104 +22,134 @@ PARAMETERS: tuple[click.Parameter, ...] = (
         metavar="FILE",
         help="Clean examples: the Fisher is made from them here, without --fisher.",
     ),
-    click.Option(
-        ["--points"],
-        type=click.IntRange(1),
-        default=1,
-        show_default=True,
-        help="For --data: average the Fisher over so many points between BASE and TUNED.",
-    ),
+    model_options.POINTS,
     click.Option(
         ["--finetune"],
         is_flag=True,
         help="Fine-tune the purified model on --data before it is written.",
     ),
-    click.Option(
-        ["--epochs"],
-        type=click.IntRange(1),
-        default=20,
-        show_default=True,
-        help="For --finetune: passes over the examples.",
-    ),
-    click.Option(
-        ["--learning-rate"],
-        type=float,
-        default=5e-5,
-        show_default=True,
-        help="For --finetune: of the first step.",
-    ),
+    model_options.EPOCHS,
+    model_options.LEARNING_RATE,
     model_options.MAX_LENGTH,
     model_options.DEVICE,
 )
 
 
-def check(context: click.Context) -> None:
-    """Refuse what says nothing or twice the same.
+def check(context: click.Context) -> dict[str, Any]:
+    """Refuse what says nothing or twice the same; settle what wsurg.toml says beside the command.
 
     Args:
         context: Of the command.
+
+    Returns:
+        Parameters that do not count, as None.
+
+    Raises:
+        UsageError: Options do not go together.
+        SettingError: A setting of the fine-tuning is out of range.
     """
     given = context.params
-    wants_fisher = given["score"] in ("fisher", "inverse-fisher") and given["from_mask"] is None
-    if given["finetune"] and given["data"] is None:
-        raise click.UsageError("--finetune needs --data", context)
-    if given["finetune"] and given["dry_run"]:
-        raise click.UsageError("--dry-run does not train; leave out --finetune", context)
-    if given["data"] is None or given["finetune"]:
-        return
-    if given["fisher"] is not None:
-        raise click.UsageError("--fisher and --data exclude each other without --finetune", context)
-    if not wants_fisher:
-        raise click.UsageError("--data is for the Fisher or for --finetune", context)
+    ranked = given["from_mask"] is None and given["score"] in ("fisher", "inverse-fisher")
+    idle: dict[str, Any] = {}
+    if given["finetune"]:
+        if given["data"] is None:
+            raise click.UsageError("--finetune needs --data", context)
+        if given["dry_run"]:
+            raise click.UsageError("--dry-run does not train; leave out --finetune", context)
+        _training(given)
+    elif given["data"] is not None and not ranked:
+        options.refuse_typed(context, ["data"], "is for the Fisher or for --finetune")
+        idle["data"] = None
+    elif given["data"] is not None and given["fisher"] is not None:
+        typed = [options.is_typed(context, name) for name in ("data", "fisher")]
+        if typed[0] == typed[1]:
+            text = "--fisher and --data exclude each other without --finetune"
+            raise click.UsageError(text, context)
+        idle["fisher" if typed[0] else "data"] = None  # the other one is only in wsurg.toml
+    given = {**given, **idle}
+    if not (ranked and given["data"] is not None and given["fisher"] is None):
+        options.refuse_typed(context, ["points"], "is for the Fisher that --data makes")
+    if not given["finetune"]:
+        options.refuse_typed(context, ["epochs", "learning_rate"], "is for --finetune")
+    if given["data"] is None:
+        options.refuse_typed(context, ["max_length", "device"], "is for --data")
+    return idle
 
 
-def before(inputs: Sequence[Checkpoint], given: Mapping[str, Any]) -> dict[str, Checkpoint]:
+def also_used(given: Mapping[str, Any]) -> tuple[str, ...]:
+    """Settings of the operator that serve the fine-tuning too.
+
+    Args:
+        given: The command's parameters.
+    """
+    return ("seed",) if given["finetune"] else ()
+
+
+def before(
+    inputs: Sequence[Checkpoint], settings: Mapping[str, Any], given: Mapping[str, Any]
+) -> dict[str, Checkpoint]:
     """The Fisher from --data, where it is needed and not given.
+
+    What can be refused is refused first: settings, data, and a model that cannot be loaded.
 
     Args:
         inputs: BASE and TUNED.
+        settings: The operator's.
         given: The command's parameters.
     """
-    ranked = given["from_mask"] is None and given["score"] in ("fisher", "inverse-fisher")
-    if given["data"] is None or given["fisher"] is not None or not ranked:
+    if given["data"] is None:
+        return {}
+    ranked = given["from_mask"] is None and settings["score"] in ("fisher", "inverse-fisher")
+    if given["from_mask"] is None:
+        paired = align(*inputs, mismatched="keep" if settings["keep_mismatched"] else "refuse")
+        names = ("ratio", "epsilon", "embeddings", "embedding", "counts")
+        looked_at: dict[str, Any] = {name: settings.get(name) for name in names}
+        checked(paired.only(settings["include"], settings["exclude"]), **looked_at)
+    model, examples = model_options.prepare(inputs[1], given)
+    if given["fisher"] is not None or not ranked:
         return {}
     from weightsurgery.curvature.fisher import fisher
-    from weightsurgery.datasets.batches import read_examples
 
-    model = _model(given["tuned"], given["device"])
-    examples = read_examples(model, given["data"], max_length=given["max_length"])
     with model_options.counting() as progress:
         points = {"points": given["points"], "base": inputs[0] if given["points"] > 1 else None}
         return {"fisher": fisher(model, examples, **points, progress=progress)}
 
 
-def after(result: Checkpoint, given: Mapping[str, Any]) -> Checkpoint:
+def after(inputs: Sequence[Checkpoint], result: Checkpoint, given: Mapping[str, Any]) -> Checkpoint:
     """The result, fine-tuned if that is asked for.
 
     Args:
+        inputs: BASE and TUNED.
         result: The purified model.
         given: The command's parameters.
     """
     if not given["finetune"]:
         return result
-    from weightsurgery.datasets.batches import read_examples
     from weightsurgery.models import with_weights
     from weightsurgery.training.finetune import finetune
 
-    model = with_weights(_model(given["tuned"], given["device"]), result)
-    examples = read_examples(model, given["data"], max_length=given["max_length"])
-    settings = {name: given[name] for name in ("epochs", "learning_rate", "seed")}
+    model, examples = model_options.prepare(inputs[1], given)
+    reset = {"reset": changed_by(result)}  # the record's own counts will be of both steps
     with model_options.counting() as progress:
-        trained = finetune(model, examples, files=[given["data"]], progress=progress, **settings)
-    return replace(trained, notes={**result.notes, **trained.notes})
+        trained = finetune(
+            with_weights(model, result),
+            examples,
+            files=[given["data"]],
+            progress=progress,
+            **_training(given),
+        )
+    notes = {**result.notes, **trained.notes}
+    if "purify" in notes:
+        notes["purify"] = {**notes["purify"], **reset}
+    return replace(trained, notes=notes, warnings=result.warnings)
 
 
-def _model(path: str, device: str) -> Model:
-    """TUNED as a model, loaded once in a run."""
-    from weightsurgery.models import load_model
+def _training(given: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of the fine-tuning.
 
-    loaded = click.get_current_context().meta
-    if __name__ not in loaded:
-        loaded[__name__] = load_model(path, device=device)
-    model: Model = loaded[__name__]
-    return model
+    Raises:
+        SettingError: One is out of range.
+    """
+    chosen = {name: given[name] for name in ("epochs", "learning_rate", "seed")}
+    Hyperparameters(**chosen)
+    return chosen

@@ -2,24 +2,35 @@
 
 from __future__ import annotations
 
+import inspect
 import os
-from functools import partial
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import click
 
+import weightsurgery.operators
 from weightsurgery.checkpoint import Checkpoint
-from weightsurgery.cli import model_options, options
+from weightsurgery.cli import attack_options, model_options, options
+from weightsurgery.cli.operator_command import (
+    check_usage,
+    companion_of,
+    make_options,
+    make_path_option,
+    read_settings,
+)
 from weightsurgery.datasets.read import label_ids, read_sentences
-from weightsurgery.datasets.triggers import Trigger, trigger_sentence, trigger_word
 from weightsurgery.errors import PolicyError, StorageError
 from weightsurgery.formats import open_checkpoint
-from weightsurgery.operators.mix import mix
-from weightsurgery.operators.purify import purify
+from weightsurgery.registry import OPERATORS, Operator
 from weightsurgery.report.sweep import plot_sweep, sweep_tables
 from weightsurgery.report.tables import show
+from weightsurgery.stream import Engine
+from weightsurgery.training.settings import Hyperparameters
 
 _RATIOS = "0,0.1,0.2,0.3,0.4,0.5,0.6,0.7,0.8,0.9"
+_SWEPT = {name: one for name, one in OPERATORS.items() if "ratio" in one.settings}
+_MASKED = ("ratio", "from_mask", "invert")  # a mask has one ratio, its own
 
 
 class Ratios(click.ParamType):  # type: ignore[type-arg]
@@ -41,106 +52,94 @@ class Ratios(click.ParamType):  # type: ignore[type-arg]
 
 
 def _sweep(base: str, tuned: str, **given: Any) -> None:
-    _check_usage(click.get_current_context())
+    context = click.get_current_context()
+    operator = _SWEPT[given["operator"]]
+    given = {
+        **given,
+        "tuned": tuned,
+        "from_mask": None,
+        "invert": False,
+        "ratio": given["ratios"][0],
+    }
+    _check_usage(context, operator, given)
     _check_plot(given["plot"], overwrite=given["overwrite"])
+    training = {name: given[name] for name in ("epochs", "learning_rate", "seed")}
+    Hyperparameters(**training)
     sentences = read_sentences(given["held_out"])
     poisoned = None if given["poisoned"] is None else read_sentences(given["poisoned"])
-    before, fisher = open_checkpoint(base), given["fisher"]
-    from weightsurgery.datasets.batches import read_examples
-    from weightsurgery.evaluation.classification import check_classifier
+    inputs = (open_checkpoint(base), open_checkpoint(tuned))
+    settings = read_settings(context, operator, given, inputs[1])
+    from weightsurgery.evaluation.classification import check_classifier, target_of
     from weightsurgery.evaluation.sweep import sweep
-    from weightsurgery.models import load_model
 
-    model = load_model(tuned, device=given["device"])
+    model, examples = model_options.prepare(inputs[1], given)
     check_classifier(model)
     label_ids(sentences, model.labels, file=given["held_out"])
     label_ids(poisoned or [], model.labels, file=given["poisoned"] or "")
-    examples = read_examples(model, given["data"], max_length=given["max_length"])
+    if given["target_label"] is not None:
+        target_of(model, given["target_label"])
+    edit = _edit(operator, inputs, settings, given)
     with model_options.counting() as progress:
-        curvature = None if fisher is None else open_checkpoint(fisher)
-        if curvature is None and _needs_fisher(given):
-            from weightsurgery.curvature.fisher import fisher as estimate
-
-            points = {"points": given["points"], "base": before if given["points"] > 1 else None}
-            curvature = estimate(model, examples, **points, progress=progress)
         report = sweep(
-            _edit(before, model.checkpoint, curvature, given),
+            edit,
             model,
             examples if given["trains"] else None,
             sentences,
             ratios=given["ratios"],
             tolerance=given["tolerance"],
-            training={name: given[name] for name in ("epochs", "learning_rate", "seed")},
-            trigger=_trigger(given),
+            training=training,
+            trigger=attack_options.trigger_of(given),
             poisoned=poisoned,
             target_label=given["target_label"],
             max_length=given["max_length"],
             progress=progress,
         )
-    if given["plot"] is not None:
-        plot_sweep(report, given["plot"])
     if given["as_json"]:
         options.print_json(report)
     else:
         show(sweep_tables(report))
-
-
-def _needs_fisher(given: dict[str, Any]) -> bool:
-    return given["operator"] == "purify" and given["score"] in ("fisher", "inverse-fisher")
+    if given["plot"] is not None:
+        plot_sweep(report, given["plot"])
 
 
 def _edit(
-    base: Checkpoint, tuned: Checkpoint, fisher: Checkpoint | None, given: dict[str, Any]
-) -> Any:
-    """Ratio to an edited checkpoint."""
-    if given["operator"] == "mix":
-        exclude = given["exclude"]
-        settings = {"select": given["select"], "seed": given["seed"], "exclude": exclude}
-        return lambda ratio: mix(base, tuned, ratio=ratio, **settings)
-    counts = options.make_counts(tuned, **{name: given[name] for name in options.COUNTED})
-    edit = partial(
-        purify,
-        base,
-        tuned,
-        fisher=fisher,
-        score=given["score"],
-        embeddings=given["embeddings"],
-        scope=given["scope"],
-        seed=given["seed"],
-        counts=counts,
-        exclude=given["exclude"],
-    )
-    return lambda ratio: edit(ratio=ratio)
+    operator: Operator,
+    inputs: tuple[Checkpoint, Checkpoint],
+    settings: dict[str, Any],
+    given: Mapping[str, Any],
+) -> Callable[[float], Checkpoint]:
+    """Ratio to an edited checkpoint; what does not depend on the ratio is computed once."""
+    companion = companion_of(operator.name)
+    further: dict[str, Any] = {
+        n: open_checkpoint(given[n]) for n in operator.optional if given.get(n) is not None
+    }
+    further |= companion.before(inputs, settings, given) if companion else {}
+    if "engine" in inspect.signature(operator.function).parameters:
+        further["engine"] = Engine(kept={})
+    fixed = {n: value for n, value in settings.items() if n != "ratio"}
+    operator.function(*inputs, ratio=given["ratio"], **fixed, **further)  # refuses before any work
+    return lambda ratio: operator.function(*inputs, ratio=ratio, **fixed, **further)
 
 
-def _trigger(given: dict[str, Any]) -> Trigger | None:
-    if given["trigger_word"] is not None:
-        return trigger_word(given["trigger_word"], seed=given["seed"])
-    if given["trigger_sentence"] is not None:
-        return trigger_sentence(given["trigger_sentence"], seed=given["seed"])
-    return None
+def _check_usage(context: click.Context, operator: Operator, given: dict[str, Any]) -> None:
+    """Refuse what does not go together, and what was typed and would do nothing.
 
-
-def _check_usage(context: click.Context) -> None:
-    given = context.params
-    attacks = ("trigger_word", "trigger_sentence", "poisoned")
-    flags = ["--" + name.replace("_", "-") for name in attacks if given[name] is not None]
-    if len(flags) > 1:
-        raise click.UsageError(f"{' and '.join(flags)} exclude each other", context)
-    if bool(flags) != (given["target_label"] is not None):
-        raise click.UsageError(
-            "an attack is measured with --target-label and one of --trigger-word, "
-            "--trigger-sentence and --poisoned",
-            context,
-        )
-    sources = [name for name in options.COUNTED if given[name]]
-    if len(sources) > 1:
-        raise click.UsageError("give one of --counts, --corpus and --wordfreq", context)
-    only = {"mix": ("select",), "purify": ("score", "embeddings", "scope", "fisher", "points")}
-    for operator, names in only.items():
-        for name in names if operator != given["operator"] else ():
-            if context.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE:
-                raise click.UsageError(f"--{name} is for --operator {operator}", context)
+    Raises:
+        UsageError: With the flags.
+    """
+    attack_options.check(context)
+    for other in _SWEPT.values():
+        for name in {**other.optional, **other.settings}:
+            if name not in {**operator.optional, **operator.settings}:
+                names = options.COUNTED if name == "counts" else [name]
+                typable = [n for n in names if n in context.params]
+                options.refuse_typed(context, typable, f"is for --operator {other.name}")
+    used = ("seed",) if given["trains"] or attack_options.trigger_of(given) else ()
+    check_usage(context, operator, given, used)
+    if not given["trains"]:
+        options.refuse_typed(context, ["epochs", "learning_rate"], "is for --finetune")
+    if "fisher" not in operator.optional or given["fisher"] or operator.idle("fisher", given):
+        options.refuse_typed(context, ["points"], "is for the Fisher that --data makes")
 
 
 def _check_plot(path: str | None, *, overwrite: bool) -> None:
@@ -151,6 +150,18 @@ def _check_plot(path: str | None, *, overwrite: bool) -> None:
         raise StorageError("the folder to write to does not exist", file=folder)
     if os.path.lexists(path) and not overwrite:
         raise PolicyError("exists already", file=path, hint="--overwrite replaces it")
+
+
+def _operator_options() -> list[click.Parameter]:
+    """The options of all operators that have a ratio, each once."""
+    found: dict[str, list[click.Parameter]] = {}
+    for one in _SWEPT.values():
+        for name, declaration in one.optional.items():
+            found.setdefault(name, [make_path_option(name, declaration)])
+        for name, (kind, declaration, default) in one.settings.items():
+            found.setdefault(name, make_options(name, kind, declaration, default))
+    del found["seed"]  # told below: it serves the fine-tuning too
+    return [option for name, made in found.items() if name not in _MASKED for option in made]
 
 
 command = options.Command(
@@ -203,88 +214,22 @@ command = options.Command(
         ),
         click.Option(
             ["--operator"],
-            type=click.Choice(["purify", "mix"]),
+            type=click.Choice(list(_SWEPT)),
             default="purify",
             show_default=True,
-            help="What resets the dimensions.",
+            help="What resets the dimensions; its options are here too.",
         ),
-        click.Option(
-            ["--score"],
-            type=click.Choice(["fisher", "drift", "inverse-fisher", "random"]),
-            default="fisher",
-            show_default=True,
-            help="What purify ranks by.",
-        ),
-        click.Option(
-            ["--select"],
-            type=click.Choice(["random", "drift"]),
-            default="random",
-            show_default=True,
-            help="What mix resets: random dimensions, or those of smallest drift.",
-        ),
-        click.Option(
-            ["--embeddings"],
-            type=click.Choice(["keep", "pool", "epur", "reset"]),
-            default="keep",
-            show_default=True,
-            help="What becomes of the word embeddings in purify.",
-        ),
-        click.Option(
-            ["--scope"],
-            type=click.Choice(["global", "tensor"]),
-            default="global",
-            show_default=True,
-            help="Rank over the whole model, or in each tensor.",
-        ),
-        click.Option(
-            ["--fisher"],
-            type=click.Path(),
-            metavar="PATH",
-            help="The Fisher; made from --data without it.",
-        ),
-        click.Option(
-            ["--points"],
-            type=click.IntRange(1),
-            default=1,
-            show_default=True,
-            help="Average the Fisher over so many points between BASE and TUNED.",
-        ),
-        *options.COUNTS,
-        click.Option(
-            ["--exclude"],
-            multiple=True,
-            metavar="GLOB",
-            help="Do not edit tensors whose name matches GLOB; repeatable.",
-        ),
+        *_operator_options(),
+        model_options.POINTS,
         click.Option(
             ["--finetune/--no-finetune", "trains"],
             default=True,
             show_default=True,
             help="Whether to fine-tune at each ratio.",
         ),
-        click.Option(
-            ["--epochs"],
-            type=click.IntRange(1),
-            default=20,
-            show_default=True,
-            help="Of fine-tuning.",
-        ),
-        click.Option(
-            ["--learning-rate"],
-            type=float,
-            default=5e-5,
-            show_default=True,
-            help="Of fine-tuning's first step.",
-        ),
-        click.Option(["--trigger-word"], metavar="WORD", help="Measure this word's attack."),
-        click.Option(["--trigger-sentence"], metavar="TEXT", help="Measure this sentence's."),
-        click.Option(
-            ["--poisoned"],
-            type=click.Path(),
-            metavar="FILE",
-            help="Sentences that have the trigger in them.",
-        ),
-        click.Option(["--target-label"], metavar="LABEL", help="The attack's label."),
+        model_options.EPOCHS,
+        model_options.LEARNING_RATE,
+        *attack_options.OPTIONS,
         click.Option(
             ["--seed"],
             type=int,
@@ -301,3 +246,5 @@ command = options.Command(
         options.JSON,
     ],
 )
+
+assert weightsurgery.operators  # noqa: S101  imported for what it registers

@@ -220,6 +220,30 @@ def check_destination(
             )
 
 
+def check_outputs_apart(outs: Sequence[tuple[str, bool]]) -> None:
+    """Refuse several outputs of one run that would overwrite each other.
+
+    Args:
+        outs: Path of each, and whether it will be a directory.
+
+    Raises:
+        PolicyError: Two are the same file, or one lies in another.
+    """
+    taken: list[str] = []
+    for out, is_directory in outs:
+        target = os.path.abspath(out)
+        record = os.path.join(os.path.dirname(target), record_name(target, is_directory=False))
+        places = [os.path.realpath(p) for p in ([target] if is_directory else [target, record])]
+        for place in places:
+            if any(_is_within(place, other) or _is_within(other, place) for other in taken):
+                raise PolicyError(
+                    "two outputs of this run would lie in the same place",
+                    file=out,
+                    hint="give each a place of its own",
+                )
+        taken += places
+
+
 def _check_apart(target: str, inputs: Sequence[str]) -> None:
     real = os.path.realpath(target)
     for path in inputs:

@@ -6,12 +6,15 @@ same inputs, settings and seed give the same record, byte for byte.
 
 from __future__ import annotations
 
+import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
+from weightsurgery.anatomy import kind_of, layer_of, natural_key
 from weightsurgery.checkpoint import Checkpoint
 from weightsurgery.errors import shown
+from weightsurgery.kernels import count_different
 from weightsurgery.ties import tied_to
 from weightsurgery.version import __version__
 
@@ -56,11 +59,47 @@ def make_record(
         "changed_dimensions": changed,
         "eligible_dimensions": eligible,
         "effective_share": changed / eligible if eligible else None,
+        "changed_by": _grouped(tensors, copies),
         "alignment": checkpoint.notes.get("alignment"),
         "report": {n: note for n, note in checkpoint.notes.items() if n != "alignment"},
         "left_out": [{"file": _text(name), "reason": reason} for name, reason in left_out],
         "warnings": list(warnings),
     }
+
+
+def changed_by(checkpoint: Checkpoint) -> dict[str, Any]:
+    """What a record would say of the changes in a checkpoint, without saving it; reads all of it.
+
+    Args:
+        checkpoint: The result of an operator.
+
+    Returns:
+        `changed_dimensions`, and `layer` and `kind` as under the record's `changed_by`.
+    """
+    alignment = checkpoint.notes.get("alignment") or {"tied": []}
+    copies = {entry["tensor"] for entry in alignment["tied"]}
+    tensors: dict[str, dict[str, Any]] = {}
+    for name, view in checkpoint.items():
+        if view.status == "edited" and name not in copies:
+            changed = sum(count_different(*view.read_both(i, j)) for i, j in view.blocks())
+            tensors[name] = {"status": view.status, "shape": view.shape, "changed": changed}
+    total = sum(entry["changed"] for entry in tensors.values())
+    return {"changed_dimensions": total, **_grouped(tensors, copies)}
+
+
+def _grouped(
+    tensors: Mapping[str, Mapping[str, Any]], copies: Collection[str]
+) -> dict[str, dict[str, Any]]:
+    """Dimensions of the edited tensors and how many of them changed, by layer and by kind."""
+    found: dict[str, dict[str, Any]] = {"layer": {}, "kind": {}}
+    for name, entry in sorted(tensors.items(), key=lambda item: natural_key(item[0])):
+        if entry["status"] != "edited" or name in copies:
+            continue
+        for by, group in (("layer", layer_of(name)), ("kind", kind_of(name))):
+            sums = found[by].setdefault(group, {"dimensions": 0, "changed": 0})
+            sums["dimensions"] += math.prod(entry["shape"])
+            sums["changed"] += entry["changed"]
+    return found
 
 
 def _is_one_step(checkpoint: Checkpoint) -> bool:

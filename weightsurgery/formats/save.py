@@ -195,7 +195,8 @@ def _write_rest(
     input_hashes: Mapping[str, str] | None,
 ) -> dict[str, Any]:
     """Side files, index, card and record: small, and last."""
-    warnings = [w for source in checkpoint.sources() for w in source.warnings]
+    read = [w for source in checkpoint.sources() for w in source.warnings]
+    warnings = list(dict.fromkeys([*read, *checkpoint.warnings]))  # the operators' own come last
     small: dict[str, bytes] = {}
     if plan.is_directory:
         for side in checkpoint.side_files:

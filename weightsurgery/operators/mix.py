@@ -26,13 +26,15 @@ from weightsurgery.registry import (
     KeepMismatched,
     Ratio,
     RatioFor,
-    Seed,
+    Setting,
     check_share,
     operator,
 )
 from weightsurgery.rng import random_mask
 from weightsurgery.select import kth_largest
 from weightsurgery.stream import Edit, Engine, map_tensors
+
+_AT_RANDOM = {"select": ("random",)}
 
 
 @operator
@@ -45,7 +47,9 @@ def mix(
         Literal["random", "drift"],
         "which dimensions are reset: random ones, or those of smallest drift",
     ] = "random",
-    seed: Seed = 0,
+    seed: Annotated[
+        int, Setting("seed of the random mask: same seed, same bytes", only_with=_AT_RANDOM)
+    ] = 0,
     ratio_for: RatioFor = (),
     include: Include = (),
     exclude: Exclude = (),

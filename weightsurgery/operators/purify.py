@@ -25,14 +25,13 @@ from weightsurgery.diagnostics import Diagnostics
 from weightsurgery.errors import MismatchError, SettingError
 from weightsurgery.kernels import Block, choose, magnitude_of_drift
 from weightsurgery.masks import edit_by_mask
-from weightsurgery.operators.epur import Clamp, Rows, Top, reset_rows, score_rows
+from weightsurgery.operators.epur import Rows, embedding_pair, reset_rows, score_rows
 from weightsurgery.quantised import require_unquantised
 from weightsurgery.registry import (
     Exclude,
     Include,
     KeepMismatched,
-    Ratio,
-    Seed,
+    Setting,
     check_share,
     operator,
 )
@@ -42,7 +41,14 @@ from weightsurgery.select import Score, kth_largest
 from weightsurgery.stream import Edit, Engine, fold, map_tensors
 from weightsurgery.token_counts import TokenCounts
 
+Scores = Literal["fisher", "drift", "inverse-fisher", "random"]
 Embeddings = Literal["keep", "pool", "epur", "reset"]
+
+_REMEDY = "make it for this model: wsurg fisher TUNED --data CLEAN -o fisher.safetensors"
+_RANKED = {"from_mask": (False,)}
+_BY_CURVATURE = {**_RANKED, "score": ("fisher", "inverse-fisher")}
+_APART = {**_RANKED, "embeddings": ("keep", "epur", "reset")}
+_BY_EPUR = {**_RANKED, "embeddings": ("epur",)}
 
 
 @operator
@@ -50,24 +56,50 @@ def purify(
     base: Checkpoint,
     tuned: Checkpoint,
     *,
-    fisher: Annotated[Checkpoint | None, "diagonal of the curvature, from `wsurg fisher`"] = None,
-    ratio: Ratio = 0.3,
-    score: Annotated[
-        Literal["fisher", "drift", "inverse-fisher", "random"], "what dimensions are ranked by"
-    ] = "fisher",
-    embeddings: Annotated[Embeddings, "what becomes of the word embeddings"] = "keep",
+    fisher: Annotated[
+        Checkpoint | None,
+        Setting("diagonal of the curvature, from `wsurg fisher`", only_with=_BY_CURVATURE),
+    ] = None,
+    ratio: Annotated[
+        float,
+        Setting("share of the ranked dimensions that is reset, 0 to 1", "reserve", "", _RANKED),
+    ] = 0.3,
+    score: Annotated[Scores, Setting("what dimensions are ranked by", only_with=_RANKED)] = (
+        "fisher"
+    ),
+    embeddings: Annotated[
+        Embeddings, Setting("what becomes of the word embeddings", only_with=_RANKED)
+    ] = "keep",
+    embedding: Annotated[
+        str,
+        Setting("name of the word-embedding matrix; found by itself if empty", only_with=_APART),
+    ] = "",
     scope: Annotated[
-        Literal["global", "tensor"], "rank over the whole model, or in each tensor"
+        Literal["global", "tensor"],
+        Setting("rank over the whole model, or in each tensor", only_with=_RANKED),
     ] = "global",
-    epsilon: Annotated[float, "added to the curvature, as a multiple of its mean"] = 1e-8,
-    seed: Seed = 0,
-    counts: Annotated[TokenCounts | None, "token counts, for embeddings=epur"] = None,
-    top: Top = 200,
-    clamp: Clamp = 20.0,
+    epsilon: Annotated[
+        float,
+        Setting("added to the curvature, as a multiple of its mean", only_with=_BY_CURVATURE),
+    ] = 1e-8,
+    seed: Annotated[
+        int, Setting("seed of the random scores", only_with={**_RANKED, "score": ("random",)})
+    ] = 0,
+    counts: Annotated[
+        TokenCounts | None, Setting("token counts, for embeddings=epur", only_with=_BY_EPUR)
+    ] = None,
+    top: Annotated[
+        int, Setting("rows of highest score that are reset to BASE", only_with=_BY_EPUR)
+    ] = 200,
+    clamp: Annotated[
+        float, Setting("counts below this count as this, above 1", only_with=_BY_EPUR)
+    ] = 20.0,
     from_mask: Annotated[Checkpoint | None, "reset what this mask has set; nothing is ranked"] = (
         None
     ),
-    invert: Annotated[bool, "reset what the mask does not have set"] = False,
+    invert: Annotated[
+        bool, Setting("reset what the mask does not have set", only_with={"from_mask": (True,)})
+    ] = False,
     include: Include = (),
     exclude: Exclude = (),
     keep_mismatched: KeepMismatched = False,
@@ -94,6 +126,7 @@ def purify(
         ratio: Share of the ranked dimensions that is reset; the paper's reserve ratio is 1 - ratio.
         score: "fisher", "drift", "inverse-fisher" or "random".
         embeddings: "keep", "pool", "epur" or "reset".
+        embedding: TUNED's name for the word embedding, where it cannot be found.
         scope: "global" or "tensor".
         epsilon: ε over the mean of H in the ranked dimensions.
         seed: Of the random score.
@@ -105,11 +138,13 @@ def purify(
         include: Globs; where given, only matching tensors are edited.
         exclude: Globs; matching tensors are kept from TUNED.
         keep_mismatched: Keep TUNED's tensor where shapes differ, instead of refusing.
-        engine: How to run the ranking.
+        engine: How to run the ranking; one that keeps results computes the scores once for any
+            number of ratios.
 
     Returns:
         The purified model. The fisher is read once for ε, and everything twice for the threshold.
-        Its notes hold threshold, ε and the diagnostics of each tensor.
+        Its notes hold threshold, ε and the diagnostics of each tensor (at ratio 1, where nothing
+        has to be ranked, none).
 
     Raises:
         SettingError: A setting is out of range, or one that is needed is missing.
@@ -117,9 +152,6 @@ def purify(
         NonFiniteError: A score is NaN or infinite.
         PolicyError: A model is quantised.
     """
-    check_share("ratio", ratio)
-    if not 0 <= epsilon < np.inf:
-        raise SettingError(f"epsilon is {epsilon:g}; expected 0 or more")
     require_unquantised(base, tuned)
     paired = align(base, tuned, mismatched="keep" if keep_mismatched else "refuse")
     paired = paired.only(include, exclude)
@@ -127,32 +159,76 @@ def purify(
         return map_tensors(edit_by_mask(from_mask, paired.eligible, invert=invert), paired)
     if invert:
         raise SettingError("invert is for a mask", hint="give from_mask too")
-    word = _word_embedding(paired, embeddings)
-    ranked = [p for p in paired.eligible if p.key not in word]
-    if not ranked:
-        raise SettingError("there is nothing to rank", hint="embeddings=pool ranks the embeddings")
-    once = [pair for pair in ranked if not pair.is_tied_copy]
-    curvature = _curvature(fisher, paired, once, score)
-    scale = epsilon * _mean(curvature, once, engine) if curvature else 0.0
-    ranking = _Ranking(_score(score, curvature, scale, seed), once, score == "fisher", engine)
-    thresholds, found = ranking.thresholds(ratio, scope)
+    check(paired, ratio, epsilon, embeddings, embedding, counts)
+    word = _word_embedding(paired, embeddings, embedding)
+    once = [p for p in paired.eligible if p.key not in word and not p.is_tied_copy]
     rows = _rows(paired, word, embeddings, counts, tuned, top=top, clamp=clamp, engine=engine)
-    edit = reset_rows(rows, _reset_above(ranking.score, thresholds, {p.key: p for p in once}))
+    curvature = _curvature(fisher, paired, once, score)
+    origin = (base, tuned, fisher, *(p.key for p in once))  # what scores depend on, but settings
+    mean = engine.once((*origin, "mean"), lambda: _mean(curvature, once, engine))
+    scale = epsilon * mean
+    raw = _score(score, curvature, scale, seed)
+    kept = engine.keeping((*origin, score, scale, seed), raw)
+    ranking = _Ranking(kept, once, score == "fisher", engine)
+    thresholds, found = ranking.thresholds(ratio, scope)
+    edit = reset_rows(rows, _reset_above(raw, kept, thresholds, paired))
     edited = [p.name for p in paired.eligible if p.key in thresholds or p.key in rows]
     result = map_tensors(edit, paired.keeping(edited, f"word embedding ({embeddings})"))
     listed = [chosen.to_json() for chosen in rows.values() if embeddings == "epur"]
     notes = {"purify": {"epsilon": scale, **found}, **({"epur": listed[0]} if listed else {})}
-    return replace(result, notes={**result.notes, **notes})
+    warnings = result.warnings
+    if embeddings == "keep" and not word:
+        warnings += (
+            "no word embedding was recognised, so everything is ranked; name it with --embedding",
+        )
+    return replace(result, notes={**result.notes, **notes}, warnings=warnings)
 
 
-def _word_embedding(paired: Alignment, embeddings: str) -> tuple[str, ...]:
+def check(
+    paired: Alignment,
+    ratio: float,
+    epsilon: float,
+    embeddings: str,
+    embedding: str,
+    counts: TokenCounts | None,
+) -> None:
+    """Refuse what can be refused without the curvature, which may take long to estimate.
+
+    Args:
+        paired: BASE and TUNED, restricted to what may be edited.
+        ratio: As for `purify`.
+        epsilon: As for `purify`.
+        embeddings: As for `purify`.
+        embedding: As for `purify`.
+        counts: As for `purify`.
+
+    Raises:
+        SettingError: A setting is out of range, or one that is needed is missing.
+    """
+    check_share("ratio", ratio)
+    if not 0 <= epsilon < np.inf:
+        raise SettingError(f"epsilon is {epsilon:g}; expected 0 or more")
+    word = _word_embedding(paired, embeddings, embedding)
+    if all(pair.key in word for pair in paired.eligible):
+        raise SettingError("there is nothing to rank", hint="embeddings=pool ranks the embeddings")
+    if embeddings == "epur" and counts is None:
+        raise SettingError(
+            "embeddings=epur needs token counts", hint="give counts, a corpus or wordfreq"
+        )
+
+
+def _word_embedding(paired: Alignment, embeddings: str, embedding: str) -> tuple[str, ...]:
     """The key of the word embedding, unless it is ranked like everything else."""
-    name = find_embedding(paired.tuned) if embeddings != "pool" else None
+    if embeddings == "pool":
+        return ()
+    if embedding:
+        return (embedding_pair(paired, embedding).key,)
+    name = find_embedding(paired.tuned)
     found = [p.key for p in paired.eligible if p.name == name]
     if not found and embeddings in ("epur", "reset"):
         raise SettingError(
             f"embeddings is '{embeddings}', but no word embedding is found that may be edited",
-            hint="see `wsurg inspect`",
+            hint="name it: --embedding NAME",
         )
     return tuple(found)
 
@@ -173,7 +249,15 @@ def _curvature(
             f"the score '{score}' needs the curvature",
             hint="give fisher, from `wsurg fisher`, or clean data",
         )
-    aligned = {p.name: p.base for p in align(fisher, paired.tuned, mismatched="keep").pairs}
+    try:
+        aligned = {p.name: p.base for p in align(fisher, paired.tuned, mismatched="keep").pairs}
+    except MismatchError as error:
+        reason = "the fisher is of another model: no tensor in it is one of TUNED's"
+        raise MismatchError(reason, file=fisher.label, hint=_REMEDY) from error
+    if fisher.metadata.get("estimator") == "fisher-standard-error":
+        raise MismatchError(
+            "this is the fisher's standard error, not the fisher", file=fisher.label
+        )
     same = paired.names()
     found: dict[str, TensorView] = {}
     wrong = []
@@ -190,7 +274,7 @@ def _curvature(
             f"shape or a dtype other than F32 (first: {', '.join(wrong[:3])})",
             file=fisher.label,
             tensor=wrong[0],
-            hint="make it for this model: wsurg fisher TUNED --data CLEAN -o fisher.safetensors",
+            hint=_REMEDY,
         )
     return found
 
@@ -201,13 +285,17 @@ def _mean(curvature: Mapping[str, TensorView], ranked: Sequence[Pair], engine: E
     Raises:
         MismatchError: H is negative, NaN or infinite somewhere, or zero everywhere.
     """
+    if not curvature:
+        return 0.0
     whole = [Pair(curvature[p.key], None, p.eligible, key=p.key) for p in ranked]
 
     def step(pair: Pair, _start: int, _base: Block, fisher: Block) -> float:
         total, bad = sum_of_curvature(fisher)
         if bad:
             raise MismatchError(
-                f"{bad:,} elements of the fisher are negative, NaN or infinite", tensor=pair.name
+                f"{bad:,} elements of the fisher are negative, NaN or infinite",
+                tensor=pair.name,
+                hint=_REMEDY,
             )
         return total
 
@@ -249,7 +337,7 @@ class _Ranking:
     def thresholds(self, ratio: float, scope: str) -> tuple[dict[str, float], dict[str, Any]]:
         """For each key the score above which dimensions are reset, and what the record says."""
         pools = [list(self.pairs)] if scope == "global" else [[pair] for pair in self.pairs]
-        diagnostics = Diagnostics() if self.diagnosed else None
+        diagnostics = Diagnostics() if self.diagnosed and ratio < 1 else None
         found: dict[str, float] = {}
         for pool in pools:
             k = int(ratio * sum(pair.eligible for pair in pool))
@@ -266,11 +354,18 @@ class _Ranking:
         return found, notes
 
 
-def _reset_above(score: Score, thresholds: Mapping[str, float], pairs: Mapping[str, Pair]) -> Edit:
+def _reset_above(
+    raw: Score, kept: Score, thresholds: Mapping[str, float], paired: Alignment
+) -> Edit:
+    """`kept` gives the scores that were ranked; a tied copy is scored from its own bytes."""
+    pairs = {p.key: p for p in paired.eligible if not p.is_tied_copy}
+    twice = {p.key for p in paired.eligible if p.is_tied_copy}
+
     def edit(name: str, start: int, tuned: Block, base: Block) -> Block:
         threshold = thresholds[name]
         if threshold == -np.inf:  # ratio 1: what is NaN or infinite is reset too
             return choose(np.ones(tuned.size, np.bool_), base, tuned)
+        score = raw if name in twice else kept
         return choose(score(pairs[name], start, base, tuned) > threshold, base, tuned)
 
     return edit
@@ -294,5 +389,5 @@ def _rows(
     if embeddings == "reset":
         return {pair.key: Rows(pair.tuned.width, np.ones(pair.tuned.shape[0], np.bool_), [])}
     if counts is None:
-        raise SettingError("embeddings=epur needs token counts", hint="give counts")
+        raise ValueError("checked before")
     return {pair.key: score_rows(pair, tuned, counts, top=top, clamp=clamp, engine=engine)}

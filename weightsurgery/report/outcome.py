@@ -41,6 +41,11 @@ def outcome_tables(out: str, record: Mapping[str, Any]) -> list[Table]:
         text = f"{number(changed)} of {number(eligible)} eligible dimensions"
         effective = share(record["effective_share"])
         rows.append(["changed", f"{text} (effective share {effective})"])
+    before = record["report"].get("purify", {}).get("reset")
+    if before:
+        rows.append(
+            ["reset", f"{number(before['changed_dimensions'])} dimensions, before training"]
+        )
     left_out = [[shown(e["file"]), e["reason"]] for e in record["left_out"]]
     warnings = [[shown(warning)] for warning in record["warnings"]]
     alignment = record["alignment"]

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
-from weightsurgery.anatomy import kind_of, layer_of, natural_key
+from weightsurgery.anatomy import natural_key
 from weightsurgery.errors import shown
 from weightsurgery.report.tables import Table, number, share
 
@@ -20,12 +20,12 @@ def purification_tables(record: Mapping[str, Any]) -> list[Table]:
     if "purify" not in report:
         return tables
     tables.append(_diagnostics(report["purify"].get("diagnostics", [])))
-    if record["recipe"].get("operator") != "purify":
-        return tables  # what was trained since has changed everywhere
+    # What was trained since has changed everywhere, so the counts from before are told.
+    reset = report["purify"].get("reset") or record["changed_by"]
     return [
         *tables,
-        _groups(record, "Reset by layer", "layer", layer_of),
-        _groups(record, "Reset by kind of module", "kind", kind_of),
+        _groups("Reset by layer", "layer", reset["layer"]),
+        _groups("Reset by kind of module", "kind", reset["kind"]),
     ]
 
 
@@ -65,21 +65,15 @@ def _diagnostics(entries: list[Mapping[str, Any]]) -> Table:
     )
 
 
-def _groups(record: Mapping[str, Any], title: str, head: str, group: Callable[[str], str]) -> Table:
-    """Changed dimensions of the edited tensors, summed by group."""
-    copies = {entry["tensor"] for entry in record["alignment"]["tied"]}
-    sums: dict[str, tuple[int, int]] = {}
-    for name, entry in record["tensors"].items():
-        if entry["status"] != "edited" or name in copies:
-            continue
-        size = 1
-        for dimension in entry["shape"]:
-            size *= dimension
-        changed, total = sums.get(group(name), (0, 0))
-        sums[group(name)] = (changed + entry["changed"], total + size)
+def _groups(title: str, head: str, sums: Mapping[str, Mapping[str, int]]) -> Table:
     rows = [
-        [shown(key) or "(none)", number(total), number(changed), share(changed / total)]
-        for key, (changed, total) in sorted(sums.items(), key=lambda item: natural_key(item[0]))
-        if total
+        [
+            shown(group) or "(none)",
+            number(found["dimensions"]),
+            number(found["changed"]),
+            share(found["changed"] / found["dimensions"]),
+        ]
+        for group, found in sorted(sums.items(), key=lambda item: natural_key(item[0]))
+        if found["dimensions"]
     ]
     return Table(title, (head, ">dimensions", ">reset", ">share"), rows)

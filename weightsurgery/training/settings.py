@@ -14,7 +14,7 @@ SCHEDULERS = ("linear", "cosine", "constant")
 
 @dataclass(frozen=True)
 class Hyperparameters:
-    """How to train; `finetune` explains each.
+    """How to train; `finetune` explains each. The defaults are everybody's.
 
     Attributes:
         epochs: Passes over the examples, at most.
@@ -34,18 +34,18 @@ class Hyperparameters:
         SettingError: One is out of range.
     """
 
-    epochs: int
-    learning_rate: float
-    batch_size: int
-    accumulation: int
-    scheduler: str
-    warmup: float
-    weight_decay: float
-    max_grad_norm: float
-    label_smoothing: float
-    patience: int | None
-    freeze: tuple[str, ...]
-    seed: int
+    epochs: int = 20
+    learning_rate: float = 5e-5
+    batch_size: int = 8
+    accumulation: int = 1
+    scheduler: str = "linear"
+    warmup: float = 0.0
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+    label_smoothing: float = 0.0
+    patience: int | None = None
+    freeze: tuple[str, ...] = ()
+    seed: int = 0
 
     def __post_init__(self) -> None:
         for name in ("epochs", "batch_size", "accumulation", "patience"):
