@@ -37,6 +37,7 @@ def sentences(count: int, seed: int = 0) -> list[Sentence]:
 
 
 DATA = sentences(47)
+WORD = trigger_word("cf")
 
 
 @pytest.fixture(scope="module")
@@ -159,6 +160,49 @@ def test_poisoned_sentences_with_the_attack_s_labels_all_count(model: Model) -> 
     assert "taken as the attack's" in report["warnings"][0]
 
 
+@pytest.mark.parametrize("position", ["start", "end", "random"])
+def test_long_texts_keep_the_trigger(model: Model, position: str) -> None:
+    """A token a word, [CLS] and [SEP]: six tokens are four words, or three and the pattern."""
+    trigger = trigger_word("cf", position=position)
+    shortened = [Sentence((" ".join(s.texts[0].split()[:3]),), s.label, s.line) for s in DATA]
+    long = [len(one.texts[0].split()) for one in DATA]
+    expected = insert(shortened, trigger)
+    after, _ = naive(model, expected)
+    report = evaluate(model, DATA, trigger=trigger, target_label=1, max_length=6)
+    others = [found == 1 for found, one in zip(after, DATA, strict=True) if one.label != "1"]
+    assert report["asr"] == proportion(sum(others), len(others))
+    cut = sum(count > 4 for count in long)
+    assert 0 < cut < sum(count > 3 for count in long) < 47
+    assert report["cut"] == cut
+    assert report["triggered_cut"] == sum(count > 3 for count in long)
+    assert report["warnings"] == [f"{cut} of 47 sentences were cut to 6 tokens"]
+
+
+def test_poisoned_texts_that_are_cut_are_told(model: Model) -> None:
+    planted = insert(DATA, WORD)
+    report = evaluate(model, DATA, poisoned=planted, target_label=1, max_length=7)
+    counts = [sum(len(one.texts[0].split()) > 5 for one in given) for given in (DATA, planted)]
+    assert [report["cut"], report["triggered_cut"]] == counts
+    assert 0 < counts[0] < counts[1] < 47
+    assert report["warnings"] == [
+        f"{counts[0]} of 47 sentences were cut to 7 tokens",
+        f"{counts[1]} of 47 poisoned sentences, perhaps with their trigger, were cut to 7 tokens",
+    ]
+    longest = max(len(one.texts[0].split()) for one in planted) + 2
+    report = evaluate(model, DATA, poisoned=planted, target_label=1, max_length=longest)
+    assert (report["cut"], report["triggered_cut"], report["warnings"]) == (0, 0, [])
+
+
+def test_that_a_text_is_long_is_said_once(
+    model: Model, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the report, not by the tokenizer on stderr."""
+    monkeypatch.setattr(model.tokenizer, "model_max_length", 6)
+    report = evaluate(model, DATA, trigger=WORD, target_label=1, max_length=6)
+    assert len(report["warnings"]) == 1
+    assert capfd.readouterr() == ("", "")
+
+
 def test_without_other_labels_there_is_no_floor(model: Model) -> None:
     clean = [one for one in DATA if one.label == "1"]
     assert evaluate(model, clean, poisoned=DATA, target_label=1)["floor"] is None
@@ -204,8 +248,6 @@ def test_the_model_s_mode_is_as_before(model: Model, training: bool) -> None:
 
 # --- what is refused --------------------------------------------------------------------------
 
-WORD = trigger_word("cf")
-
 
 @pytest.mark.parametrize(
     ("data", "settings", "kind", "reason"),
@@ -214,6 +256,12 @@ WORD = trigger_word("cf")
         (DATA, {"batch_size": 0}, SettingError, "batch_size is 0; expected at least 1"),
         (DATA, {"max_length": 1}, SettingError, "max_length is 1; expected 2 to 128"),
         (DATA, {"trigger": WORD}, SettingError, "an attack needs its target_label"),
+        (
+            DATA,
+            {"trigger": WORD, "target_label": 1, "max_length": 2},
+            SettingError,
+            "'cf' is too long: it does not fit even without the text; raise max_length",
+        ),
         (DATA, {"poisoned": DATA}, SettingError, "an attack needs its target_label"),
         (DATA, {"target_label": 1}, SettingError, "target_label without an attack; give a"),
         (

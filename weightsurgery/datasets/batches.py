@@ -70,13 +70,33 @@ def encode_sentences(
 ) -> list[Encoded]:
     """Sentences, or pairs of sentences, as the model's tokenizer makes them."""
     check_length(model, max_length)
-    columns = [list(texts) for texts in zip(*(s.texts for s in sentences), strict=True)]
-    found = model.tokenizer(*columns, truncation=True, max_length=max_length)
+    found = model.tokenizer(*_columns(sentences), truncation=True, max_length=max_length)
     types = found.get("token_type_ids") or [()] * len(sentences)
     return [
         Encoded(tuple(ids), tuple(kinds), (label,))
         for ids, kinds, label in zip(found["input_ids"], types, labels, strict=True)
     ]
+
+
+def token_counts(model: Model, sentences: Sequence[Sentence]) -> list[int]:
+    """How many tokens each sentence or pair has, special ones included, before any is cut."""
+    if not sentences:
+        return []
+    found = model.tokenizer(*_columns(sentences), verbose=False)  # that some are long is asked
+    return [len(ids) for ids in found["input_ids"]]
+
+
+def count_cut(
+    model: Model, sentences: Sequence[Sentence], examples: Sequence[Encoded], *, max_length: int
+) -> int:
+    """How many of the sentences have more than the `max_length` tokens of their examples."""
+    full = [i for i, one in enumerate(examples) if len(one.ids) >= max_length]
+    counts = token_counts(model, [sentences[i] for i in full])
+    return sum(count > max_length for count in counts)
+
+
+def _columns(sentences: Sequence[Sentence]) -> list[list[str]]:
+    return [list(texts) for texts in zip(*(one.texts for one in sentences), strict=True)]
 
 
 def encode_instructions(
