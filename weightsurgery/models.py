@@ -5,6 +5,7 @@ The one place where transformers builds a model. Code beside the weights is neve
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -97,8 +98,8 @@ def load_model(path: str | os.PathLike[str], *, task: str = "auto", device: str 
     Raises:
         SettingError: The path is a single file, there is no such task, or the device is not to be
             had.
-        MismatchError: There is no tokenizer, the architecture is of another task, or weights are
-            missing.
+        MismatchError: There is no tokenizer, the architecture is of another task, weights are
+            missing, or a classifier has no padding token.
         PolicyError: The model needs code of its own.
         FormatError: A file of the directory is malformed.
     """
@@ -115,6 +116,8 @@ def load_model(path: str | os.PathLike[str], *, task: str = "auto", device: str 
     with Quiet():
         tokenizer = _load_tokenizer(checkpoint)
         module = _load_module(checkpoint, task)
+    if task == CLASSIFICATION:
+        _settle_padding(module.config, tokenizer, checkpoint)
     module.to(target).eval()
     return Model(module, tokenizer, checkpoint, task, _disk_names(module, checkpoint), text)
 
@@ -196,6 +199,25 @@ def _load_tokenizer(checkpoint: Checkpoint) -> Any:
         f"no tokenizer that can be loaded: {shown(reason)}",
         file=checkpoint.label,
         hint="put tokenizer.json and tokenizer_config.json beside the weights",
+    )
+
+
+def _settle_padding(config: Any, tokenizer: Any, checkpoint: Checkpoint) -> None:
+    """Let the model's configuration name the token that batches are padded with.
+
+    A classifier that judges by a text's last token, as GPT-2's does, finds that token as the last
+    that is not the configuration's padding.
+    """
+    inner = config.get_text_config()  # of a model for texts and images; else `config` itself
+    words = getattr(inner, "vocab_size", None) or math.inf
+    for pad in (inner.pad_token_id, tokenizer.pad_token_id):
+        if pad is not None and 0 <= pad < words:
+            config.pad_token_id = inner.pad_token_id = pad
+            return
+    raise MismatchError(
+        "no padding token; texts of several lengths cannot share a batch",
+        file=checkpoint.label,
+        hint="put the number of a token that no text has into config.json, as pad_token_id",
     )
 
 

@@ -148,8 +148,7 @@ def batches(
     """
     import torch
 
-    pad = model.tokenizer.pad_token_id
-    pad = model.tokenizer.eos_token_id or 0 if pad is None else pad
+    pad = _padding(model)
     for start in range(0, len(examples), size):
         part = examples[start : start + size]
         longest = max(len(one.ids) for one in part)
@@ -168,3 +167,11 @@ def batches(
             yield inputs, torch.tensor([one.labels[0] for one in part], device=model.device)
         else:
             yield inputs, grid([one.labels for one in part], IGNORED)
+
+
+def _padding(model: Model) -> int:
+    """The token that fills a batch; for a causal model any will do, as nothing looks at it."""
+    known = [model.tokenizer.pad_token_id, model.tokenizer.eos_token_id]
+    if model.task == CLASSIFICATION:  # `load_model` has seen to it that there is one
+        known.insert(0, getattr(model.module.config, "pad_token_id", None))
+    return next((pad for pad in known if pad is not None), 0)
