@@ -6,6 +6,7 @@ import itertools
 import json
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from tests.test_docs import run_wsurg
 from weightsurgery.datasets.batches import encode_instructions, encode_sentences
 from weightsurgery.datasets.read import Instruction, Sentence
 from weightsurgery.datasets.triggers import insert, trigger_sentence, trigger_word
-from weightsurgery.errors import MismatchError, SettingError
+from weightsurgery.errors import MismatchError, NonFiniteError, SettingError
 from weightsurgery.evaluation.classification import evaluate
 from weightsurgery.evaluation.intervals import proportion
 from weightsurgery.evaluation.predictions import predict
@@ -301,6 +302,26 @@ def test_what_cannot_be_measured_is_refused(
 ) -> None:
     with pytest.raises(kind, match=reason):
         evaluate(model, data, **settings)
+
+
+@pytest.mark.parametrize("spoilt", ["nan", "inf", "3e38"])
+@pytest.mark.parametrize("batch_size", [1, 7, 64])
+def test_a_model_whose_losses_are_no_numbers_is_refused(
+    path: Path, tmp_path: Path, batch_size: int, spoilt: str
+) -> None:
+    """Only the sentences with the word `awful` have such a loss."""
+    import torch
+
+    model = replace(load_model(path, device="cpu"), path="spoilt")
+    word = tiny_models.VOCABULARY.index("awful")
+    with torch.no_grad():
+        model.names["bert.embeddings.word_embeddings.weight"][word] = float(spoilt)
+    found = [i for i, one in enumerate(DATA, 1) if "awful" in one.texts[0].split()]
+    reason = rf"spoilt: the loss of example ({'|'.join(map(str, found))}) is (nan|inf); look for we"
+    with pytest.raises(NonFiniteError, match=reason) as told:
+        evaluate(model, DATA, batch_size=batch_size)
+    assert told.value.exit_code == 4
+    assert evaluate(model, [one for i, one in enumerate(DATA, 1) if i not in found])["loss"] > 0
 
 
 def test_a_causal_model_is_refused(causal: Model) -> None:

@@ -63,6 +63,7 @@ def evaluate(
             the poisoned sentences and the target label do not go together; `max_length` leaves no
             room for the trigger.
         MismatchError: The model is no classifier, or lacks a label.
+        NonFiniteError: A loss is NaN or infinite.
     """
     check_classifier(model)
     target = _check_attack(model, sentences, trigger, poisoned, target_label)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -10,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from weightsurgery.datasets.batches import IGNORED, Encoded, batches
-from weightsurgery.errors import SettingError
+from weightsurgery.errors import NonFiniteError, SettingError
 from weightsurgery.models import CLASSIFICATION, Model
 
 if TYPE_CHECKING:
@@ -68,6 +69,7 @@ def predict(
 
     Raises:
         SettingError: There is no example, or `batch_size` is below 1.
+        NonFiniteError: A loss is NaN or infinite.
     """
     import torch
 
@@ -83,6 +85,7 @@ def predict(
         with torch.inference_mode():
             for inputs, labels in batches(model, [examples[i] for i in order], batch_size):
                 judged = _judge(model, inputs, labels).double().cpu().numpy()
+                _check_finite(model, judged[:, 0], order[len(table) :])
                 table = np.concatenate([table, judged])
                 if progress is not None:
                     progress(what, len(table), len(examples))
@@ -91,6 +94,16 @@ def predict(
     losses, weights, classes = table[np.argsort(order, kind="stable")].T
     expected = [one.labels[0] if model.task == CLASSIFICATION else -1 for one in examples]
     return Predictions(losses, weights.astype(int), classes.astype(int), np.array(expected, int))
+
+
+def _check_finite(model: Model, losses: NDArray[np.float64], numbers: Sequence[int]) -> None:
+    for loss, number in zip(losses.tolist(), numbers, strict=False):
+        if not math.isfinite(loss):  # a class or a share made of it would look like any other
+            raise NonFiniteError(
+                f"the loss of example {number + 1:,} is {loss}",
+                file=model.path,
+                hint="look for weights that are NaN, infinite or huge with wsurg inspect --values",
+            )
 
 
 def _judge(model: Model, inputs: dict[str, torch.Tensor], labels: torch.Tensor) -> torch.Tensor:
