@@ -14,13 +14,17 @@ from typing import TYPE_CHECKING, Any
 from weightsurgery.checkpoint import Checkpoint
 from weightsurgery.errors import MismatchError, PolicyError, SettingError, shown
 from weightsurgery.formats import open_checkpoint
+from weightsurgery.formats.code_keys import names_kernel
 from weightsurgery.formats.layout import fits
 from weightsurgery.kernels import to_float
+from weightsurgery.quantised import require_unquantised
 
 if TYPE_CHECKING:
     import torch
 
 CLASSIFICATION, CAUSAL = "classification", "causal"
+_ATTENTION = ("eager", "sdpa")  # what torch has, on all devices
+_EXPERTS = ("eager", "batched_mm", "grouped_mm")
 _VOCABULARIES = ("tokenizer.json", "vocab.*", "*.model", "spiece*", "sentencepiece*")
 
 
@@ -85,7 +89,8 @@ def load_model(path: str | os.PathLike[str], *, task: str = "auto", device: str 
     """Load a model directory in float32 with its tokenizer.
 
     The weights go through the strict reader's checks first. Weights that the directory lacks are
-    an error: a head of random numbers would give random answers.
+    an error: a head of random numbers would give random answers. Attention is computed by torch
+    alone, as the configuration says if it says eager or sdpa.
 
     Args:
         path: A model directory.
@@ -100,7 +105,7 @@ def load_model(path: str | os.PathLike[str], *, task: str = "auto", device: str 
             had.
         MismatchError: There is no tokenizer, the architecture is of another task, weights are
             missing, or a classifier has no padding token.
-        PolicyError: The model needs code of its own.
+        PolicyError: The model needs code of its own or from a repository, or is quantised.
         FormatError: A file of the directory is malformed.
     """
     text = os.fspath(path)
@@ -111,6 +116,8 @@ def load_model(path: str | os.PathLike[str], *, task: str = "auto", device: str 
         raise SettingError(
             "a single file; expected a model directory with config.json and tokenizer", file=text
         )
+    _refuse_kernels(checkpoint.config, checkpoint)
+    require_unquantised(checkpoint)
     task = _task(checkpoint) if task == "auto" else task
     target = pick_device(device)
     with Quiet():
@@ -126,6 +133,34 @@ def _folder(checkpoint: Checkpoint) -> str:
     return os.path.dirname(checkpoint.files[0].path)
 
 
+def _refuse_kernels(value: Any, checkpoint: Checkpoint) -> None:
+    """Refuse a configuration in which code from a repository is to compute, at any depth."""
+    if isinstance(value, list):
+        for inner in value:
+            _refuse_kernels(inner, checkpoint)
+    if isinstance(value, Mapping):
+        for key, inner in value.items():
+            if names_kernel(key, inner):
+                raise PolicyError(
+                    f"config.json's {shown(key)} names code from a repository: '{shown(inner)}'",
+                    file=checkpoint.label,
+                    hint="take the key out of config.json",
+                )
+            _refuse_kernels(inner, checkpoint)
+
+
+def _use_torch_alone(config: Any) -> None:
+    """Let no part of the model compute with kernels that transformers would fetch or import.
+
+    Not an argument of from_pretrained: that does not reach what the file calls
+    `_attn_implementation`. None leaves the choice among torch's own to transformers.
+    """
+    for key, known in (("_attn_implementation", _ATTENTION), ("_experts_implementation", _EXPERTS)):
+        if hasattr(config, key):  # experts came with transformers 5
+            chosen = getattr(config, key)
+            setattr(config, key, chosen if chosen in known else None)  # and in all its parts
+
+
 def _load_module(checkpoint: Checkpoint, task: str) -> Any:
     import torch
     import transformers
@@ -134,9 +169,15 @@ def _load_module(checkpoint: Checkpoint, task: str) -> Any:
         CLASSIFICATION: transformers.AutoModelForSequenceClassification,
         CAUSAL: transformers.AutoModelForCausalLM,
     }
+    folder = _folder(checkpoint)
     try:
+        config = transformers.AutoConfig.from_pretrained(
+            folder, trust_remote_code=False, local_files_only=True
+        )
+        _use_torch_alone(config)
         module, info = kinds[task].from_pretrained(
-            _folder(checkpoint),
+            folder,
+            config=config,
             dtype=torch.float32,
             use_safetensors=True,
             trust_remote_code=False,
