@@ -11,8 +11,9 @@ import pytest
 
 from tests import tiny_models
 from weightsurgery.curvature.fisher import fisher
-from weightsurgery.datasets.batches import read_examples
-from weightsurgery.errors import MismatchError
+from weightsurgery.datasets.batches import encode_sentences, read_examples
+from weightsurgery.datasets.read import Sentence
+from weightsurgery.errors import MismatchError, SettingError
 from weightsurgery.evaluation.predictions import predict
 from weightsurgery.models import load_model
 
@@ -76,3 +77,27 @@ def test_a_classifier_without_padding_is_refused(
     with pytest.raises(MismatchError, match=r"made: no padding token; .* as pad_token_id") as told:
         load_model(path, device="cpu")
     assert told.value.exit_code == 4
+
+
+@pytest.mark.parametrize(("padding", "most"), [(0, 17), (1, 16)])
+def test_the_longest_example_can_be_computed(padding: int, most: int, tmp_path: Path) -> None:
+    """RoBERTa's 18 positions are those of padding, of what is before it, and of a text."""
+    path = tiny_models.roberta(tmp_path / "roberta", pad_token_id=padding)
+    model = load_model(path, device="cpu")
+    long = [Sentence((" ".join(["film"] * 30),), "1", 2)]
+    examples = encode_sentences(model, long, [1], max_length=most)
+    assert len(examples[0].ids) == most
+    assert predict(model, examples).losses > 0
+    with pytest.raises(
+        SettingError, match=f"max_length is {most + 1}; expected 2 to {most} tokens"
+    ):
+        encode_sentences(model, long, [1], max_length=most + 1)
+
+
+@pytest.mark.parametrize("kind", ["bert", "gpt2_classifier"])
+def test_other_models_have_room_in_all_positions(kind: str, tmp_path: Path) -> None:
+    model = load_model(getattr(tiny_models, kind)(tmp_path / kind), device="cpu")
+    long = [Sentence((" ".join(["film"] * 200),), "1", 2)]
+    assert predict(model, encode_sentences(model, long, [1], max_length=128)).losses > 0
+    with pytest.raises(SettingError, match="max_length is 129; expected 2 to 128 tokens"):
+        encode_sentences(model, long, [1], max_length=129)

@@ -135,6 +135,13 @@ def check_length(model: Model, max_length: int) -> None:
         SettingError: It is below 2 or beyond the model's positions.
     """
     most = getattr(model.module.config, "max_position_embeddings", None) or max_length
+    for name, module in model.module.named_modules():
+        # RoBERTa and its kin count a text's positions from the one after padding's.
+        if (
+            name.endswith("position_embeddings")
+            and getattr(module, "padding_idx", None) is not None
+        ):
+            most = min(most, module.num_embeddings - module.padding_idx - 1)
     if not 2 <= max_length <= most:
         raise SettingError(f"max_length is {max_length}; expected 2 to {most:,} tokens")
 
