@@ -106,6 +106,23 @@ def test_every_row_is_what_the_steps_give_by_hand(folder: Path) -> None:
     assert report["rows"][1]["before"]["loss"] != report["rows"][1]["after"]["loss"]
 
 
+def test_warnings_of_the_measurements_are_kept_once(folder: Path) -> None:
+    """Five words and [CLS] and [SEP] are seven tokens."""
+    model, data = load_model("tuned", device="cpu"), read_sentences("data.tsv")
+    poisoned = [one for one in data if one.label == "1"]
+    settings: dict[str, Any] = {"poisoned": poisoned, "target_label": 1, "max_length": 7}
+    report = sweep(lambda _: model.checkpoint, model, None, data, ratios=[0, 0.5], **settings)
+    expected = evaluate(model, data, **settings)["warnings"]
+    assert report["warnings"] == expected
+    assert [warning.partition(" ")[2] for warning in expected] == [
+        "of 6 sentences were cut to 7 tokens",
+        "of 3 poisoned sentences, perhaps with their trigger, were cut to 7 tokens",
+        "poisoned sentence has the target label: taken as the attack's, so all count",
+    ]
+    quiet = sweep(lambda _: model.checkpoint, model, None, data, ratios=[0])
+    assert quiet["warnings"] == []
+
+
 def row(ratio: float, before: float, after: float | None = None) -> dict[str, Any]:
     numbers = {"after": None if after is None else {"accuracy": {"share": after}}}
     return {"ratio": ratio, "before": {"accuracy": {"share": before}}, **numbers}
