@@ -262,16 +262,21 @@ def _settle_padding(config: Any, tokenizer: Any, checkpoint: Checkpoint) -> None
     )
 
 
+def stored_name(name: str, module: Any, checkpoint: Checkpoint) -> str | None:
+    """A parameter's name on disk, with or without the model's prefix; None if there is none."""
+    prefix = f"{module.base_model_prefix}."
+    spellings = (name, name.removeprefix(prefix), f"{prefix}{name}")
+    return next((spelling for spelling in spellings if spelling in checkpoint), None)
+
+
 def _disk_names(module: Any, checkpoint: Checkpoint) -> dict[str, Any]:
     """Name on disk to parameter; a tied parameter once."""
     found: dict[str, Any] = {}
     seen: dict[int, str] = {}
-    prefix = f"{module.base_model_prefix}."
     for name, parameter in module.named_parameters(remove_duplicate=False):
         if not parameter.requires_grad:
             continue
-        spellings = (name, name.removeprefix(prefix), f"{prefix}{name}")
-        stored = next((s for s in spellings if s in checkpoint), None)
+        stored = stored_name(name, module, checkpoint)
         if stored is None or id(parameter) in seen:
             continue
         view = checkpoint[stored]

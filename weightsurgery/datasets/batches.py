@@ -146,6 +146,11 @@ def check_length(model: Model, max_length: int) -> None:
         raise SettingError(f"max_length is {max_length}; expected 2 to {most:,} tokens")
 
 
+def longest_first(examples: Sequence[Encoded]) -> list[int]:
+    """An order of little padding, in which what memory is needed is needed at once."""
+    return sorted(range(len(examples)), key=lambda i: -len(examples[i].ids))
+
+
 def batches(
     model: Model, examples: Sequence[Encoded], size: int
 ) -> Iterator[tuple[dict[str, torch.Tensor], torch.Tensor]]:

@@ -13,8 +13,9 @@ from weightsurgery.datasets.read import Sentence, label_ids
 from weightsurgery.datasets.triggers import Trigger, insert, insert_within
 from weightsurgery.errors import MismatchError, SettingError, shown
 from weightsurgery.evaluation.intervals import proportion
-from weightsurgery.evaluation.predictions import Predictions, Progress, predict
+from weightsurgery.evaluation.predictions import Predictions, predict
 from weightsurgery.models import CLASSIFICATION, Model
+from weightsurgery.stream import Progress
 
 SCHEMA = "wsurg.evaluation/1"
 

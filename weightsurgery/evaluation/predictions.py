@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from weightsurgery.datasets.batches import IGNORED, Encoded, batches
+from weightsurgery.datasets.batches import IGNORED, Encoded, batches, longest_first
 from weightsurgery.errors import NonFiniteError, SettingError
 from weightsurgery.models import CLASSIFICATION, Model
+from weightsurgery.stream import Progress
 
 if TYPE_CHECKING:
     import torch
-
-Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
@@ -77,7 +76,7 @@ def predict(
         raise SettingError(f"batch_size is {batch_size}; expected at least 1")
     if not examples:
         raise SettingError("no examples")
-    order = sorted(range(len(examples)), key=lambda i: -len(examples[i].ids))
+    order = longest_first(examples)
     table: NDArray[Any] = np.empty((0, 3))
     was_training = model.module.training
     model.module.eval()

@@ -21,10 +21,10 @@ from weightsurgery.datasets.triggers import Trigger
 from weightsurgery.errors import SettingError
 from weightsurgery.evaluation.classification import evaluate
 from weightsurgery.models import Model, with_weights
+from weightsurgery.stream import Progress
 from weightsurgery.training.finetune import finetune
 
 SCHEMA = "wsurg.sweep/1"
-Progress = Callable[[str, int, int], None]
 
 
 def sweep(

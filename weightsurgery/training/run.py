@@ -15,11 +15,10 @@ import numpy as np
 from weightsurgery.datasets.batches import IGNORED, Encoded, batches
 from weightsurgery.errors import NonFiniteError, SettingError
 from weightsurgery.models import CLASSIFICATION, Model, Quiet
+from weightsurgery.stream import Progress
 
 if TYPE_CHECKING:
     import torch
-
-Progress = Callable[[str, int, int], None]
 
 
 @dataclass
