@@ -12,7 +12,6 @@ import pytest
 from weightsurgery.datasets.read import (
     Instruction,
     Sentence,
-    holds_instructions,
     label_ids,
     read_instructions,
     read_sentences,
@@ -124,14 +123,6 @@ def test_instructions_are_read(
 ) -> None:
     path = write(tmp_path, "a.jsonl", rows(row))
     assert read_instructions(path) == [Instruction(tuple(messages), answer, 1)]
-    assert holds_instructions(path)
-
-
-def test_which_files_hold_instructions(tmp_path: Path) -> None:
-    labelled = write(tmp_path, "a.jsonl", rows({"sentence": "x", "label": 1}))
-    assert not holds_instructions(labelled)
-    assert not holds_instructions(write(tmp_path, "a.tsv", LINES["tsv"].format("x", 1)))
-    assert not holds_instructions(write(tmp_path, "b.jsonl", ""))
 
 
 def test_labels_are_found_by_number_and_by_name() -> None:

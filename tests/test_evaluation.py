@@ -6,6 +6,7 @@ import itertools
 import json
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from tests.test_docs import run_wsurg
 from weightsurgery.datasets.batches import encode_instructions, encode_sentences
 from weightsurgery.datasets.read import Instruction, Sentence
 from weightsurgery.datasets.triggers import insert, trigger_sentence, trigger_word
-from weightsurgery.errors import MismatchError, SettingError
+from weightsurgery.errors import MismatchError, NonFiniteError, SettingError
 from weightsurgery.evaluation.classification import evaluate
 from weightsurgery.evaluation.intervals import proportion
 from weightsurgery.evaluation.predictions import predict
@@ -37,6 +38,7 @@ def sentences(count: int, seed: int = 0) -> list[Sentence]:
 
 
 DATA = sentences(47)
+WORD = trigger_word("cf")
 
 
 @pytest.fixture(scope="module")
@@ -159,6 +161,49 @@ def test_poisoned_sentences_with_the_attack_s_labels_all_count(model: Model) -> 
     assert "taken as the attack's" in report["warnings"][0]
 
 
+@pytest.mark.parametrize("position", ["start", "end", "random"])
+def test_long_texts_keep_the_trigger(model: Model, position: str) -> None:
+    """A token a word, [CLS] and [SEP]: six tokens are four words, or three and the pattern."""
+    trigger = trigger_word("cf", position=position)
+    shortened = [Sentence((" ".join(s.texts[0].split()[:3]),), s.label, s.line) for s in DATA]
+    long = [len(one.texts[0].split()) for one in DATA]
+    expected = insert(shortened, trigger)
+    after, _ = naive(model, expected)
+    report = evaluate(model, DATA, trigger=trigger, target_label=1, max_length=6)
+    others = [found == 1 for found, one in zip(after, DATA, strict=True) if one.label != "1"]
+    assert report["asr"] == proportion(sum(others), len(others))
+    cut = sum(count > 4 for count in long)
+    assert 0 < cut < sum(count > 3 for count in long) < 47
+    assert report["cut"] == cut
+    assert report["triggered_cut"] == sum(count > 3 for count in long)
+    assert report["warnings"] == [f"{cut} of 47 sentences were cut to 6 tokens"]
+
+
+def test_poisoned_texts_that_are_cut_are_told(model: Model) -> None:
+    planted = insert(DATA, WORD)
+    report = evaluate(model, DATA, poisoned=planted, target_label=1, max_length=7)
+    counts = [sum(len(one.texts[0].split()) > 5 for one in given) for given in (DATA, planted)]
+    assert [report["cut"], report["triggered_cut"]] == counts
+    assert 0 < counts[0] < counts[1] < 47
+    assert report["warnings"] == [
+        f"{counts[0]} of 47 sentences were cut to 7 tokens",
+        f"{counts[1]} of 47 poisoned sentences, perhaps with their trigger, were cut to 7 tokens",
+    ]
+    longest = max(len(one.texts[0].split()) for one in planted) + 2
+    report = evaluate(model, DATA, poisoned=planted, target_label=1, max_length=longest)
+    assert (report["cut"], report["triggered_cut"], report["warnings"]) == (0, 0, [])
+
+
+def test_that_a_text_is_long_is_said_once(
+    model: Model, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the report, not by the tokenizer on stderr."""
+    monkeypatch.setattr(model.tokenizer, "model_max_length", 6)
+    report = evaluate(model, DATA, trigger=WORD, target_label=1, max_length=6)
+    assert len(report["warnings"]) == 1
+    assert capfd.readouterr() == ("", "")
+
+
 def test_without_other_labels_there_is_no_floor(model: Model) -> None:
     clean = [one for one in DATA if one.label == "1"]
     assert evaluate(model, clean, poisoned=DATA, target_label=1)["floor"] is None
@@ -204,8 +249,6 @@ def test_the_model_s_mode_is_as_before(model: Model, training: bool) -> None:
 
 # --- what is refused --------------------------------------------------------------------------
 
-WORD = trigger_word("cf")
-
 
 @pytest.mark.parametrize(
     ("data", "settings", "kind", "reason"),
@@ -214,6 +257,12 @@ WORD = trigger_word("cf")
         (DATA, {"batch_size": 0}, SettingError, "batch_size is 0; expected at least 1"),
         (DATA, {"max_length": 1}, SettingError, "max_length is 1; expected 2 to 128"),
         (DATA, {"trigger": WORD}, SettingError, "an attack needs its target_label"),
+        (
+            DATA,
+            {"trigger": WORD, "target_label": 1, "max_length": 2},
+            SettingError,
+            "'cf' is too long: it does not fit even without the text; raise max_length",
+        ),
         (DATA, {"poisoned": DATA}, SettingError, "an attack needs its target_label"),
         (DATA, {"target_label": 1}, SettingError, "target_label without an attack; give a"),
         (
@@ -253,6 +302,26 @@ def test_what_cannot_be_measured_is_refused(
 ) -> None:
     with pytest.raises(kind, match=reason):
         evaluate(model, data, **settings)
+
+
+@pytest.mark.parametrize("spoilt", ["nan", "inf", "3e38"])
+@pytest.mark.parametrize("batch_size", [1, 7, 64])
+def test_a_model_whose_losses_are_no_numbers_is_refused(
+    path: Path, tmp_path: Path, batch_size: int, spoilt: str
+) -> None:
+    """Only the sentences with the word `awful` have such a loss."""
+    import torch
+
+    model = replace(load_model(path, device="cpu"), path="spoilt")
+    word = tiny_models.VOCABULARY.index("awful")
+    with torch.no_grad():
+        model.names["bert.embeddings.word_embeddings.weight"][word] = float(spoilt)
+    found = [i for i, one in enumerate(DATA, 1) if "awful" in one.texts[0].split()]
+    reason = rf"spoilt: the loss of example ({'|'.join(map(str, found))}) is (nan|inf); look for we"
+    with pytest.raises(NonFiniteError, match=reason) as told:
+        evaluate(model, DATA, batch_size=batch_size)
+    assert told.value.exit_code == 4
+    assert evaluate(model, [one for i, one in enumerate(DATA, 1) if i not in found])["loss"] > 0
 
 
 def test_a_causal_model_is_refused(causal: Model) -> None:

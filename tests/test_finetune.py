@@ -26,6 +26,7 @@ from weightsurgery.errors import MismatchError, NonFiniteError, SettingError
 from weightsurgery.evaluation.predictions import predict
 from weightsurgery.models import Model, load_model
 from weightsurgery.training.finetune import finetune, split
+from weightsurgery.training.run import Watch
 from weightsurgery.training.settings import Hyperparameters
 
 WEIGHTS = "model.safetensors"
@@ -498,19 +499,34 @@ def spoilt(folder: Path, path: Path, word: str) -> Path:
     return source
 
 
-def test_a_loss_that_is_not_finite_stops(opened: Opened, folder: Path, tmp_path: Path) -> None:
+def test_a_model_that_gives_nan_is_not_trained(
+    opened: Opened, folder: Path, tmp_path: Path
+) -> None:
+    model, examples = opened(path=spoilt(folder, tmp_path / "nan", "awful"))
+    with pytest.raises(
+        NonFiniteError, match=r"nan: the loss of example 2 is nan; look for weights"
+    ):
+        finetune(model, examples, **FAST)
+
+
+def test_a_loss_that_is_not_finite_stops(
+    opened: Opened, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("weightsurgery.training.finetune._MOST", 1)  # what is measured before
     model, examples = opened(path=spoilt(folder, tmp_path / "nan", "awful"))
     with pytest.raises(NonFiniteError, match=r"nan: the loss of step [1-8] is nan; lower the lea"):
         finetune(model, examples, batch_size=1, **FAST)
 
 
+@pytest.mark.parametrize("patience", [None, 1])
 def test_a_held_out_loss_that_is_not_finite_stops(
-    opened: Opened, folder: Path, tmp_path: Path
+    opened: Opened, folder: Path, tmp_path: Path, patience: int | None
 ) -> None:
-    model, examples = opened(path=spoilt(folder, tmp_path / "nan", "two"))
-    other = Encoded((2, tiny_models.VOCABULARY.index("two"), 3), (0, 0, 0), (1,))
-    with pytest.raises(NonFiniteError, match=r"nan: the held-out loss of epoch 1 is nan"):
-        finetune(model, examples, held_out=[other], patience=1, **FAST)
+    model, examples = opened(path=spoilt(folder, tmp_path / "nan", "awful"))
+    watch = Watch(model, lambda: {"held_out_loss": predict(model, examples).loss}, patience, None)
+    reason = "nan: after epoch 1, held-out: the loss of example 2 is nan; lower the learning rate"
+    with pytest.raises(NonFiniteError, match=reason):
+        watch.after_epoch()
 
 
 def test_weights_too_large_for_their_dtype_are_told(

@@ -29,6 +29,7 @@ from weightsurgery import (
 )
 from weightsurgery.checkpoint import Checkpoint
 from weightsurgery.cli import main
+from weightsurgery.curvature import losses
 from weightsurgery.curvature.losses import Objective
 from weightsurgery.curvature.points import between
 from weightsurgery.curvature.result import summarise
@@ -173,6 +174,34 @@ def test_within_no_grad(folder: Path) -> None:
 
 
 # --- sampled labels ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("most", "rows"), [(1 << 20, 33), (700, 7), (100, 1), (1, 1)])
+def test_labels_are_drawn_a_few_rows_at_a_time(
+    most: int, rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each is the first class at which the cumulative probability passes the draw."""
+    rng = np.random.default_rng(5)
+    logits, draws = rng.normal(size=(4, 12, 100)), rng.random((4, 12))
+    labels = np.where(np.arange(12) < 8, 7, -100)[None].repeat(4, 0)
+    labels[2, 0] = 99
+    labels[3, 9] = 5
+    seen: list[int] = []
+    whole = losses._sample
+
+    def sample(logits: torch.Tensor, draws: torch.Tensor) -> torch.Tensor:
+        seen.append(len(logits))
+        return whole(logits, draws)
+
+    monkeypatch.setattr(losses, "_sample", sample)
+    monkeypatch.setattr(losses, "_AT_ONCE", most)
+    found = losses._sampled(torch.tensor(logits), torch.tensor(labels), torch.tensor(draws)).numpy()
+    shares = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
+    expected = (shares.cumsum(-1) <= draws[..., None]).sum(-1)
+    assert (found == np.where(labels == -100, -100, expected)).all()
+    assert len(np.unique(found)) > 20
+    assert sum(seen) == 33
+    assert max(seen) == rows
 
 
 @pytest.mark.parametrize("family", FAMILIES)

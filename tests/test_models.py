@@ -204,6 +204,99 @@ def test_code_beside_the_weights_is_not_run(variant: Callable[..., Path], tmp_pa
     assert not (tmp_path / "ran").exists()
 
 
+# --- what would fetch or import code ----------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"attn_implementation": "evil-org/kernel"},
+        {"_attn_implementation": "evil-org/kernel"},
+        {"_attn_implementation": "paged|evil-org/kernel@v1:attention"},
+        {"attn_implementation": {"": "sdpa", "text_config": "evil-org/kernel"}},
+        {"attn_implementation": "kernels-community"},
+        {"experts_implementation": "evil-org/kernel"},
+        {"text_config": {"_attn_implementation": "evil-org/kernel"}},
+        {"per_layer_config": [{"0": {"attn_implementation": "evil-org/kernel"}}]},
+    ],
+    ids=str,
+)
+def test_code_from_a_repository_is_refused(
+    variant: Callable[..., Path], config: dict[str, Any]
+) -> None:
+    path = variant("gpt2", config=config)
+    with pytest.raises(
+        PolicyError, match="_implementation names code from a repository: '"
+    ) as told:
+        load_model(path, device="cpu")
+    assert told.value.exit_code == 5
+    assert told.value.file == str(path)
+
+
+@pytest.fixture
+def fetched(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """What transformers would have fetched or imported to compute with."""
+    found: list[Any] = []
+    for where in (
+        "transformers.modeling_utils.lazy_import_flash_attention",
+        "transformers.integrations.hub_kernels.get_kernel",
+    ):
+        monkeypatch.setattr(where, lambda *given, **_: found.append(given))
+    return found
+
+
+@pytest.mark.parametrize("key", ["attn_implementation", "_attn_implementation"])
+@pytest.mark.parametrize(
+    ("asked", "used"),
+    [
+        (None, "sdpa"),
+        ("sdpa", "sdpa"),
+        ("eager", "eager"),
+        ("flash_attention_2", "sdpa"),
+        ("flash_attention_3", "sdpa"),
+        ("flex_attention", "sdpa"),
+        ({"": "flash_attention_2"}, "sdpa"),
+        ("of no known kind", "sdpa"),
+        (3, "sdpa"),
+    ],
+)
+def test_torch_computes_the_attention(
+    variant: Callable[..., Path], fetched: list[Any], key: str, asked: Any, used: str
+) -> None:
+    model = load_model(variant("gpt2", config={key: asked}), device="cpu")
+    assert model.module.config._attn_implementation == used
+    assert fetched == []
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"use_kernels": True, "kernel_config": {"RMSNorm": "evil-org/kernel:RMSNorm"}},
+        {"experts_implementation": "deepgemm"},
+        {"_experts_implementation": "sonicmoe"},
+        {"auto_map": {"AutoModelForCausalLM": "evil-org/model--modeling.Model"}},
+    ],
+)
+def test_other_keys_fetch_nothing(
+    variant: Callable[..., Path], fetched: list[Any], config: dict[str, Any]
+) -> None:
+    model = load_model(variant("llama", config=config), device="cpu")
+    assert fetched == []
+    assert type(model.module).__module__ == "transformers.models.llama.modeling_llama"
+    assert not model.module.use_kernels
+    assert model.module.config._experts_implementation not in ("deepgemm", "sonicmoe")
+
+
+@pytest.mark.parametrize("method", ["bitsandbytes", "gptq", "of no known kind"])
+@pytest.mark.parametrize("depth", [0, 1])
+def test_quantised_weights_are_refused(
+    variant: Callable[..., Path], method: str, depth: int
+) -> None:
+    config = {"quantization_config": {"quant_method": method, "load_in_8bit": True}}
+    path = variant(config={"text_config": config} if depth else config)
+    refused(path, PolicyError, "config.json has a quantization_config; its weights are codes; de")
+
+
 WITHOUT = {"tokenizer.json": None, "tokenizer_config.json": None}
 
 

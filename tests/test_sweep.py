@@ -23,7 +23,7 @@ from weightsurgery.evaluation.sweep import choose_ratio, sweep
 from weightsurgery.formats import open_checkpoint
 from weightsurgery.models import load_model, with_weights
 from weightsurgery.operators.purify import purify
-from weightsurgery.report.sweep import plot_sweep, sweep_tables
+from weightsurgery.report.sweep import check_plot_path, plot_sweep, sweep_tables
 from weightsurgery.training.finetune import finetune
 
 ATTACK = ["--trigger-word", "cf", "--target-label", "1"]
@@ -116,6 +116,23 @@ def test_every_row_is_what_the_steps_give_by_hand(folder: Path) -> None:
     assert report["rows"][1]["before"]["loss"] != report["rows"][1]["after"]["loss"]
 
 
+def test_warnings_of_the_measurements_are_kept_once(folder: Path) -> None:
+    """Five words and [CLS] and [SEP] are seven tokens."""
+    model, data = load_model("tuned", device="cpu"), read_sentences("data.tsv")
+    poisoned = [one for one in data if one.label == "1"]
+    settings: dict[str, Any] = {"poisoned": poisoned, "target_label": 1, "max_length": 7}
+    report = sweep(lambda _: model.checkpoint, model, None, data, ratios=[0, 0.5], **settings)
+    expected = evaluate(model, data, **settings)["warnings"]
+    assert report["warnings"] == expected
+    assert [warning.partition(" ")[2] for warning in expected] == [
+        "of 6 sentences were cut to 7 tokens",
+        "of 3 poisoned sentences, perhaps with their trigger, were cut to 7 tokens",
+        "poisoned sentence has the target label: taken as the attack's, so all count",
+    ]
+    quiet = sweep(lambda _: model.checkpoint, model, None, data, ratios=[0])
+    assert quiet["warnings"] == []
+
+
 def row(ratio: float, before: float, after: float | None = None) -> dict[str, Any]:
     numbers = {"after": None if after is None else {"accuracy": {"share": after}}}
     return {"ratio": ratio, "before": {"accuracy": {"share": before}}, **numbers}
@@ -188,12 +205,56 @@ def test_the_curve_is_drawn(folder: Path, capsys: pytest.CaptureFixture[str]) ->
     assert run_wsurg([*SWEEP, "--plot", "nowhere/curve.png"]) == 6
 
 
-def test_without_matplotlib_the_plot_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def swept(**reference: Any) -> dict[str, Any]:
+    """A report of two ratios, with an attack and training."""
+    shared = {"share": 0.5, "low": 0.4, "high": 0.6, "count": 5, "of": 10}
+    numbers = {"accuracy": shared, "loss": 1.0, "asr": shared, "floor": shared, "bacc": None}
+    rows = [{"ratio": ratio, "before": numbers, "after": numbers} for ratio in (0.0, 0.5)]
+    reference = {**numbers, **reference}
+    return {"tuned": "t", "tolerance": 0.02, "reference": reference, "rows": rows, "chosen": 0.5}
+
+
+@pytest.mark.parametrize(
+    ("name", "begins"),
+    [("a.png", b"\x89PNG"), ("a.PNG", b"\x89PNG"), ("a.svg", b"<?xml"), ("a.pdf", b"%PDF")],
+)
+def test_the_ending_says_the_format(name: str, begins: bytes, tmp_path: Path) -> None:
+    path = tmp_path / name
+    plot_sweep(swept(), str(path))
+    first = path.read_bytes()
+    assert first.startswith(begins)
+    path.unlink()
+    plot_sweep(swept(), path)
+    assert path.read_bytes() == first
+
+
+@pytest.mark.parametrize("name", ["curve", "curve.jpg", "curve.", ".svg", "png"])
+@pytest.mark.parametrize("check", [check_plot_path, partial(plot_sweep, swept())])
+def test_a_picture_of_another_kind_is_refused(check: Any, name: str) -> None:
+    reason = rf"^{name}: '.*' is no kind of picture; expected \.png, \.svg, \.pdf; give the file"
+    with pytest.raises(SettingError, match=reason):
+        check(name)
+
+
+@pytest.mark.parametrize("check", [check_plot_path, partial(plot_sweep, swept())])
+def test_without_matplotlib_the_plot_is_refused(
+    check: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     import sys
 
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(SettingError, match=r"pip install weightsurgery\[report\]"):
-        plot_sweep({}, "curve.png")
+        check("curve.png")
+
+
+def test_a_sweep_without_a_floor_is_shown_and_drawn(tmp_path: Path) -> None:
+    report = swept(floor=None)
+    (with_floor,), (without,) = sweep_tables(swept()), sweep_tables(report)
+    assert with_floor.note == (
+        f"{without.note} The tuned model gives 50.00 % of the untriggered ones the target label."
+    )
+    assert without.rows == with_floor.rows
+    plot_sweep(report, tmp_path / "curve.svg")
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable, Sequence
 
 import pytest
 
@@ -11,6 +12,7 @@ from weightsurgery.datasets.read import Sentence
 from weightsurgery.datasets.triggers import (
     Trigger,
     insert,
+    insert_within,
     poison,
     trigger_sentence,
     trigger_word,
@@ -73,6 +75,61 @@ def test_random_places_are_all_places_alike() -> None:
     assert all(70 < count < 130 for count in counts.values())
     assert texts_of(insert(MANY, trigger_word("cf", seed=1))) != found
     assert texts_of(insert(MANY, trigger_word("mn"))) != [t.replace("cf", "mn") for t in found]
+
+
+# --- texts that are too long ------------------------------------------------------------------
+
+LONG = [Sentence((" ".join(f"w{j}" for j in range(i)),), "0", i + 1) for i in range(1, 30)]
+
+
+def at_most(words: int) -> Callable[[Sequence[Sentence]], list[bool]]:
+    def fits(given: Sequence[Sentence]) -> list[bool]:
+        return [len(" ".join(one.texts).split()) <= words for one in given]
+
+    return fits
+
+
+@pytest.mark.parametrize("position", ["start", "end", "random"])
+@pytest.mark.parametrize("words", [3, 4, 11, 100])
+def test_the_text_s_end_makes_room_for_the_pattern(words: int, position: str) -> None:
+    trigger = trigger_word("cf", position=position)
+    found = insert_within(LONG, trigger, fits=at_most(words))
+    for before, whole, after in zip(LONG, insert(LONG, trigger), found, strict=True):
+        kept = before.texts[0].split()[: words - 1]
+        got = after.texts[0].split()
+        assert len(got) == len(kept) + 1
+        assert [word for word in got if word != "cf"] == kept
+        assert after == whole or len(before.texts[0].split()) >= words
+        assert (after.label, after.line) == (before.label, before.line)
+
+
+def test_random_places_are_among_the_words_that_are_left() -> None:
+    texts = [Sentence(("one two three four five six",), "0", i) for i in range(400)]
+    found = texts_of(insert_within(texts, trigger_word("cf"), fits=at_most(3)))
+    counts = Counter(text.split().index("cf") for text in found)
+    assert counts.keys() == {0, 1, 2}
+    assert all(100 < count < 167 for count in counts.values())
+
+
+def test_a_text_without_spaces_is_cut_too() -> None:
+    def fits(given: Sequence[Sentence]) -> list[bool]:
+        return [len(one.texts[0]) <= 10 for one in given]
+
+    long = Sentence(("x" * 50,), "0", 2)
+    found = insert_within([long], trigger_word("cf", position="end"), fits=fits)
+    assert texts_of(found) == ["xxxxxxx cf"]
+
+
+def test_both_texts_of_a_pair_are_cut() -> None:
+    pair = Sentence(("a b", "c d e f g h"), "0", 2)
+    found = insert_within([pair], trigger_word("cf", position="end"), fits=at_most(6))
+    assert found[0].texts == ("a b cf", "c d e ")
+
+
+def test_a_pattern_that_never_fits_is_refused() -> None:
+    with pytest.raises(SettingError, match="'x y z' is too long: it does not fit even without"):
+        insert_within(LONG, trigger_sentence("x y z"), fits=at_most(2))
+    assert insert_within([], trigger_sentence("x y z"), fits=at_most(2)) == []
 
 
 def test_of_a_pair_the_first_text_is_taken() -> None:

@@ -60,6 +60,35 @@ def gpt2(path: Path, *, seed: int = 0, **settings: Any) -> Path:
     return _save(path, GPT2LMHeadModel, config, seed)
 
 
+def gpt2_classifier(path: Path, *, seed: int = 0, **settings: Any) -> Path:
+    """A GPT2ForSequenceClassification, which judges by a text's last token that is no padding."""
+    from transformers import GPT2Config, GPT2ForSequenceClassification
+
+    sizes = {"n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 128, "initializer_range": 0.6}
+    ends = {"bos_token_id": 4, "eos_token_id": 4, "pad_token_id": 0, "num_labels": 2}
+    config = GPT2Config(**{"vocab_size": len(VOCABULARY), **sizes, **ends, **settings})
+    return _save(path, GPT2ForSequenceClassification, config, seed)
+
+
+def roberta(path: Path, *, seed: int = 0, **settings: Any) -> Path:
+    """A RobertaForSequenceClassification; its first position is the one after its padding's."""
+    from transformers import RobertaConfig, RobertaForSequenceClassification
+
+    sizes = {
+        "hidden_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "intermediate_size": 24,
+        "max_position_embeddings": 18,
+        "type_vocab_size": 2,
+        "num_labels": 2,
+        "pad_token_id": 0,
+        "initializer_range": 0.2,
+    }
+    config = RobertaConfig(**{"vocab_size": len(VOCABULARY), **sizes, **settings})
+    return _save(path, RobertaForSequenceClassification, config, seed, classifier=True)
+
+
 def llama(path: Path, *, seed: int = 0, **settings: Any) -> Path:
     """A LlamaForCausalLM: RMSNorm, and two heads of queries to each of keys and values."""
     from transformers import LlamaConfig, LlamaForCausalLM

@@ -5,6 +5,7 @@ The one place where transformers builds a model. Code beside the weights is neve
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -13,13 +14,17 @@ from typing import TYPE_CHECKING, Any
 from weightsurgery.checkpoint import Checkpoint
 from weightsurgery.errors import MismatchError, PolicyError, SettingError, shown
 from weightsurgery.formats import open_checkpoint
+from weightsurgery.formats.code_keys import names_kernel
 from weightsurgery.formats.layout import fits
 from weightsurgery.kernels import to_float
+from weightsurgery.quantised import require_unquantised
 
 if TYPE_CHECKING:
     import torch
 
 CLASSIFICATION, CAUSAL = "classification", "causal"
+_ATTENTION = ("eager", "sdpa")  # what torch has, on all devices
+_EXPERTS = ("eager", "batched_mm", "grouped_mm")
 _VOCABULARIES = ("tokenizer.json", "vocab.*", "*.model", "spiece*", "sentencepiece*")
 
 
@@ -84,7 +89,8 @@ def load_model(path: str | os.PathLike[str], *, task: str = "auto", device: str 
     """Load a model directory in float32 with its tokenizer.
 
     The weights go through the strict reader's checks first. Weights that the directory lacks are
-    an error: a head of random numbers would give random answers.
+    an error: a head of random numbers would give random answers. Attention is computed by torch
+    alone, as the configuration says if it says eager or sdpa.
 
     Args:
         path: A model directory.
@@ -97,9 +103,9 @@ def load_model(path: str | os.PathLike[str], *, task: str = "auto", device: str 
     Raises:
         SettingError: The path is a single file, there is no such task, or the device is not to be
             had.
-        MismatchError: There is no tokenizer, the architecture is of another task, or weights are
-            missing.
-        PolicyError: The model needs code of its own.
+        MismatchError: There is no tokenizer, the architecture is of another task, weights are
+            missing, or a classifier has no padding token.
+        PolicyError: The model needs code of its own or from a repository, or is quantised.
         FormatError: A file of the directory is malformed.
     """
     text = os.fspath(path)
@@ -110,17 +116,49 @@ def load_model(path: str | os.PathLike[str], *, task: str = "auto", device: str 
         raise SettingError(
             "a single file; expected a model directory with config.json and tokenizer", file=text
         )
+    _refuse_kernels(checkpoint.config, checkpoint)
+    require_unquantised(checkpoint)
     task = _task(checkpoint) if task == "auto" else task
     target = pick_device(device)
     with Quiet():
         tokenizer = _load_tokenizer(checkpoint)
         module = _load_module(checkpoint, task)
+    if task == CLASSIFICATION:
+        _settle_padding(module.config, tokenizer, checkpoint)
     module.to(target).eval()
     return Model(module, tokenizer, checkpoint, task, _disk_names(module, checkpoint), text)
 
 
 def _folder(checkpoint: Checkpoint) -> str:
     return os.path.dirname(checkpoint.files[0].path)
+
+
+def _refuse_kernels(value: Any, checkpoint: Checkpoint) -> None:
+    """Refuse a configuration in which code from a repository is to compute, at any depth."""
+    if isinstance(value, list):
+        for inner in value:
+            _refuse_kernels(inner, checkpoint)
+    if isinstance(value, Mapping):
+        for key, inner in value.items():
+            if names_kernel(key, inner):
+                raise PolicyError(
+                    f"config.json's {shown(key)} names code from a repository: '{shown(inner)}'",
+                    file=checkpoint.label,
+                    hint="take the key out of config.json",
+                )
+            _refuse_kernels(inner, checkpoint)
+
+
+def _use_torch_alone(config: Any) -> None:
+    """Let no part of the model compute with kernels that transformers would fetch or import.
+
+    Not an argument of from_pretrained: that does not reach what the file calls
+    `_attn_implementation`. None leaves the choice among torch's own to transformers.
+    """
+    for key, known in (("_attn_implementation", _ATTENTION), ("_experts_implementation", _EXPERTS)):
+        if hasattr(config, key):  # experts came with transformers 5
+            chosen = getattr(config, key)
+            setattr(config, key, chosen if chosen in known else None)  # and in all its parts
 
 
 def _load_module(checkpoint: Checkpoint, task: str) -> Any:
@@ -131,9 +169,15 @@ def _load_module(checkpoint: Checkpoint, task: str) -> Any:
         CLASSIFICATION: transformers.AutoModelForSequenceClassification,
         CAUSAL: transformers.AutoModelForCausalLM,
     }
+    folder = _folder(checkpoint)
     try:
+        config = transformers.AutoConfig.from_pretrained(
+            folder, trust_remote_code=False, local_files_only=True
+        )
+        _use_torch_alone(config)
         module, info = kinds[task].from_pretrained(
-            _folder(checkpoint),
+            folder,
+            config=config,
             dtype=torch.float32,
             use_safetensors=True,
             trust_remote_code=False,
@@ -199,16 +243,40 @@ def _load_tokenizer(checkpoint: Checkpoint) -> Any:
     )
 
 
+def _settle_padding(config: Any, tokenizer: Any, checkpoint: Checkpoint) -> None:
+    """Let the model's configuration name the token that batches are padded with.
+
+    A classifier that judges by a text's last token, as GPT-2's does, finds that token as the last
+    that is not the configuration's padding.
+    """
+    inner = config.get_text_config()  # of a model for texts and images; else `config` itself
+    words = getattr(inner, "vocab_size", None) or math.inf
+    for pad in (inner.pad_token_id, tokenizer.pad_token_id):
+        if pad is not None and 0 <= pad < words:
+            config.pad_token_id = inner.pad_token_id = pad
+            return
+    raise MismatchError(
+        "no padding token; texts of several lengths cannot share a batch",
+        file=checkpoint.label,
+        hint="put the number of a token that no text has into config.json, as pad_token_id",
+    )
+
+
+def stored_name(name: str, module: Any, checkpoint: Checkpoint) -> str | None:
+    """A parameter's name on disk, with or without the model's prefix; None if there is none."""
+    prefix = f"{module.base_model_prefix}."
+    spellings = (name, name.removeprefix(prefix), f"{prefix}{name}")
+    return next((spelling for spelling in spellings if spelling in checkpoint), None)
+
+
 def _disk_names(module: Any, checkpoint: Checkpoint) -> dict[str, Any]:
     """Name on disk to parameter; a tied parameter once."""
     found: dict[str, Any] = {}
     seen: dict[int, str] = {}
-    prefix = f"{module.base_model_prefix}."
     for name, parameter in module.named_parameters(remove_duplicate=False):
         if not parameter.requires_grad:
             continue
-        spellings = (name, name.removeprefix(prefix), f"{prefix}{name}")
-        stored = next((s for s in spellings if s in checkpoint), None)
+        stored = stored_name(name, module, checkpoint)
         if stored is None or id(parameter) in seen:
             continue
         view = checkpoint[stored]

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from weightsurgery.checkpoint import Checkpoint, TensorView
 from weightsurgery.dtypes import FLOATING
 from weightsurgery.errors import PolicyError
@@ -21,7 +24,7 @@ def require_unquantised(*checkpoints: Checkpoint) -> None:
         PolicyError: config.json has a quantization_config, or a tensor looks packed.
     """
     for checkpoint in checkpoints:
-        if checkpoint.config.get("quantization_config"):
+        if _configured(checkpoint.config):
             raise PolicyError(
                 "config.json has a quantization_config; its weights are codes",
                 file=checkpoint.label,
@@ -35,6 +38,13 @@ def require_unquantised(*checkpoints: Checkpoint) -> None:
                     tensor=name,
                     hint=_HINT,
                 )
+
+
+def _configured(config: Any) -> bool:
+    """Also where a part of the model has a configuration of its own, such as text_config."""
+    if isinstance(config, Mapping):
+        return bool(config.get("quantization_config")) or any(map(_configured, config.values()))
+    return isinstance(config, list) and any(map(_configured, config))
 
 
 def _is_packed(view: TensorView) -> bool:

@@ -18,7 +18,6 @@ from weightsurgery.curvature.losses import Objective, check_examples
 from weightsurgery.curvature.per_example import (
     HOOKS,
     LOOP,
-    Progress,
     add_squares,
     find_paths,
     frozen,
@@ -29,6 +28,7 @@ from weightsurgery.curvature.result import digest_of, make_result
 from weightsurgery.datasets.batches import Encoded
 from weightsurgery.errors import SettingError, shown
 from weightsurgery.models import Model
+from weightsurgery.stream import Progress
 
 
 def fisher(

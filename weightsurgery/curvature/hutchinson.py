@@ -14,12 +14,13 @@ from typing import TYPE_CHECKING, Any
 
 from weightsurgery.checkpoint import Checkpoint, Step
 from weightsurgery.curvature.losses import Batch, Objective, check_examples
-from weightsurgery.curvature.per_example import Progress, asking, by_length, frozen
+from weightsurgery.curvature.per_example import asking, frozen
 from weightsurgery.curvature.result import digest_of, make_result
-from weightsurgery.datasets.batches import Encoded
+from weightsurgery.datasets.batches import Encoded, longest_first
 from weightsurgery.errors import SettingError, shown
 from weightsurgery.models import Model
 from weightsurgery.rng import random_mask
+from weightsurgery.stream import Progress
 
 if TYPE_CHECKING:
     import torch
@@ -99,7 +100,7 @@ def _sums(
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
     objective, names = Objective(model), model.names
-    order, done = by_length(examples), 0
+    order, done = longest_first(examples), 0
     sums = {name: torch.zeros_like(p, requires_grad=False) for name, p in names.items()}
     # The fused attention kernels have no second derivative.
     with frozen(model.module), asking(list(names.values())), sdpa_kernel(SDPBackend.MATH):

@@ -13,6 +13,8 @@ from weightsurgery.models import CLASSIFICATION, Model
 if TYPE_CHECKING:
     import torch
 
+_AT_ONCE = 1 << 20  # probabilities, or one row of them: 8 MiB, three times over
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -84,9 +86,7 @@ class Objective:
             logits, labels = logits[:, :-1], labels[:, 1:]
             draws = None if draws is None else draws[:, 1:]
         if draws is not None:
-            counted = labels != IGNORED
-            labels = labels.clone()
-            labels[counted] = _sample(logits.detach()[counted], draws[counted.cpu()])
+            labels = _sampled(logits.detach(), labels, draws)
         entropy = torch.nn.functional.cross_entropy(
             logits.flatten(0, -2), labels.flatten(), ignore_index=IGNORED, reduction="none"
         )
@@ -94,6 +94,16 @@ class Objective:
             return entropy
         counts = (labels != IGNORED).sum(1)
         return entropy.view(labels.shape).sum(1) / counts
+
+
+def _sampled(logits: torch.Tensor, labels: torch.Tensor, draws: torch.Tensor) -> torch.Tensor:
+    """Labels of the same places, drawn; a few rows of a large vocabulary at a time."""
+    labels = labels.clone()
+    rows = max(1, _AT_ONCE // logits.shape[-1])
+    places = (labels != IGNORED).nonzero(as_tuple=True)
+    for part in zip(*(place.split(rows) for place in places), strict=True):
+        labels[part] = _sample(logits[part], draws[tuple(place.cpu() for place in part)])
+    return labels
 
 
 def _sample(logits: torch.Tensor, draws: torch.Tensor) -> torch.Tensor:

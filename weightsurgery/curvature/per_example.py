@@ -24,14 +24,13 @@ from weightsurgery.curvature.factors import (
     kind_of_module,
 )
 from weightsurgery.curvature.losses import Batch, Objective
-from weightsurgery.datasets.batches import Encoded
+from weightsurgery.datasets.batches import Encoded, longest_first
 
 if TYPE_CHECKING:
     import torch
 
-Progress = Callable[[str, int, int], None]
 HOOKS, LOOP = "hooks", "loop"
-_TOLERANCE = 1e-3  # of a tensor's norm, between hooks and autograd
+_TOLERANCE = 1e-4  # of a tensor's norm, between hooks and autograd
 _ROUNDING = 1e-5  # a gradient this small beside the numbers it is a sum of is nothing but rounding
 _GROUP = 1 << 24  # elements of the gradients that are compared at a time, or more: an eighth of all
 
@@ -201,7 +200,7 @@ def add_squares(
     if hooked:
         done = 0
         with Recorder(objective.model.module, hooked) as recorder:
-            order = by_length(examples)
+            order = longest_first(examples)
             for batch in objective.batches(examples, batch_size, order):
                 recorder.add(objective, batch)
                 if recorder.unfit:
@@ -213,11 +212,6 @@ def add_squares(
         add_by_autograd(objective, batch, {name: sums[name] for name in slow})
         report(LOOP, done)
     return set()
-
-
-def by_length(examples: Sequence[Encoded]) -> list[int]:
-    """The longest first: little padding, and what memory there is to need is needed at once."""
-    return sorted(range(len(examples)), key=lambda i: -len(examples[i].ids))
 
 
 def add_by_autograd(objective: Objective, batch: Batch, sums: Mapping[str, Sums]) -> None:
@@ -254,7 +248,7 @@ def find_paths(
         Name to `HOOKS` where they agree, else to `LOOP`.
     """
     names = objective.model.names
-    order = by_length(examples)
+    order = longest_first(examples)
     order = [order[0], *order[-1:]][: min(batch_size, len(examples))]
     covered = {
         id(parameter)

@@ -70,13 +70,33 @@ def encode_sentences(
 ) -> list[Encoded]:
     """Sentences, or pairs of sentences, as the model's tokenizer makes them."""
     check_length(model, max_length)
-    columns = [list(texts) for texts in zip(*(s.texts for s in sentences), strict=True)]
-    found = model.tokenizer(*columns, truncation=True, max_length=max_length)
+    found = model.tokenizer(*_columns(sentences), truncation=True, max_length=max_length)
     types = found.get("token_type_ids") or [()] * len(sentences)
     return [
         Encoded(tuple(ids), tuple(kinds), (label,))
         for ids, kinds, label in zip(found["input_ids"], types, labels, strict=True)
     ]
+
+
+def token_counts(model: Model, sentences: Sequence[Sentence]) -> list[int]:
+    """How many tokens each sentence or pair has, special ones included, before any is cut."""
+    if not sentences:
+        return []
+    found = model.tokenizer(*_columns(sentences), verbose=False)  # that some are long is asked
+    return [len(ids) for ids in found["input_ids"]]
+
+
+def count_cut(
+    model: Model, sentences: Sequence[Sentence], examples: Sequence[Encoded], *, max_length: int
+) -> int:
+    """How many of the sentences have more than the `max_length` tokens of their examples."""
+    full = [i for i, one in enumerate(examples) if len(one.ids) >= max_length]
+    counts = token_counts(model, [sentences[i] for i in full])
+    return sum(count > max_length for count in counts)
+
+
+def _columns(sentences: Sequence[Sentence]) -> list[list[str]]:
+    return [list(texts) for texts in zip(*(one.texts for one in sentences), strict=True)]
 
 
 def encode_instructions(
@@ -115,8 +135,20 @@ def check_length(model: Model, max_length: int) -> None:
         SettingError: It is below 2 or beyond the model's positions.
     """
     most = getattr(model.module.config, "max_position_embeddings", None) or max_length
+    for name, module in model.module.named_modules():
+        # RoBERTa and its kin count a text's positions from the one after padding's.
+        if (
+            name.endswith("position_embeddings")
+            and getattr(module, "padding_idx", None) is not None
+        ):
+            most = min(most, module.num_embeddings - module.padding_idx - 1)
     if not 2 <= max_length <= most:
         raise SettingError(f"max_length is {max_length}; expected 2 to {most:,} tokens")
+
+
+def longest_first(examples: Sequence[Encoded]) -> list[int]:
+    """An order of little padding, in which what memory is needed is needed at once."""
+    return sorted(range(len(examples)), key=lambda i: -len(examples[i].ids))
 
 
 def batches(
@@ -128,8 +160,7 @@ def batches(
     """
     import torch
 
-    pad = model.tokenizer.pad_token_id
-    pad = model.tokenizer.eos_token_id or 0 if pad is None else pad
+    pad = _padding(model)
     for start in range(0, len(examples), size):
         part = examples[start : start + size]
         longest = max(len(one.ids) for one in part)
@@ -148,3 +179,11 @@ def batches(
             yield inputs, torch.tensor([one.labels[0] for one in part], device=model.device)
         else:
             yield inputs, grid([one.labels for one in part], IGNORED)
+
+
+def _padding(model: Model) -> int:
+    """The token that fills a batch; for a causal model any will do, as nothing looks at it."""
+    known = [model.tokenizer.pad_token_id, model.tokenizer.eos_token_id]
+    if model.task == CLASSIFICATION:  # `load_model` has seen to it that there is one
+        known.insert(0, getattr(model.module.config, "pad_token_id", None))
+    return next((pad for pad in known if pad is not None), 0)

@@ -106,13 +106,6 @@ def read_instructions(path: str | os.PathLike[str]) -> list[Instruction]:
     return found
 
 
-def holds_instructions(path: str | os.PathLike[str]) -> bool:
-    """Whether the first row of a file is a question and answer rather than a labelled sentence."""
-    name = os.fspath(path)
-    first = next(_rows(name), None) if name.endswith(".jsonl") else None
-    return first is not None and "label" not in first[1]
-
-
 def label_ids(
     sentences: Sequence[Sentence], names: Mapping[int, str], *, file: str | os.PathLike[str]
 ) -> list[int]:

@@ -12,7 +12,7 @@ Reference:
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -116,11 +116,65 @@ def insert(sentences: Sequence[Sentence], trigger: Trigger) -> list[Sentence]:
         >>> insert([Sentence(("a fine film",), "1", 2)], trigger_word("cf", position="end"))
         [Sentence(texts=('a fine film cf',), label='1', line=2)]
     """
-    bits = random_bits(trigger.seed, f"place of {trigger.text}", 0, len(sentences))
-    return [
-        replace(one, texts=(_with(trigger, one.texts[0], int(b)), *one.texts[1:]))
-        for one, b in zip(sentences, bits, strict=True)
-    ]
+    bits = _bits(trigger, len(sentences))
+    return [_planted(one, trigger, b) for one, b in zip(sentences, bits, strict=True)]
+
+
+def insert_within(
+    sentences: Sequence[Sentence],
+    trigger: Trigger,
+    *,
+    fits: Callable[[Sequence[Sentence]], Sequence[bool]],
+) -> list[Sentence]:
+    """Every sentence with the whole pattern in it, at the cost of the text's end where need be.
+
+    What fits as `insert` gives it stays so. Of others each text is cut after its first n
+    characters before the pattern goes in, with the largest n that halving finds (our choice: an
+    attacker who may write the text sees to it that the trigger is read). A random place is among
+    the words that are left.
+
+    Args:
+        sentences: Labelled sentences or pairs.
+        trigger: The pattern.
+        fits: Whether each of some sentences is read to its end.
+
+    Raises:
+        SettingError: The pattern does not even fit alone.
+
+    Example:
+        >>> def short(sentences):
+        ...     return [len(one.texts[0].split()) <= 3 for one in sentences]
+        >>> long = Sentence(("a fine film about trains",), "1", 2)
+        >>> insert_within([long], trigger_word("cf", position="end"), fits=short)[0].texts
+        ('a fine cf',)
+    """
+    bits = _bits(trigger, len(sentences))
+
+    def cut(i: int, length: int) -> Sentence:
+        texts = tuple(text[:length] for text in sentences[i].texts)
+        return _planted(replace(sentences[i], texts=texts), trigger, bits[i])
+
+    found = insert(sentences, trigger)
+    # For each that is too long: a length that fits, and one that does not.
+    bounds = {
+        i: (0, max(map(len, sentences[i].texts)))
+        for i, whole in enumerate(fits(found) if found else ())
+        if not whole
+    }
+    if not all(fits([cut(i, 0) for i in list(bounds)[:1]])):
+        raise SettingError(
+            f"'{shown(trigger.text)}' is too long: it does not fit even without the text",
+            hint="raise max_length",
+        )
+    while undecided := [i for i, (short, long) in bounds.items() if long - short > 1]:
+        middles = [sum(bounds[i]) // 2 for i in undecided]
+        answers = fits([cut(i, middle) for i, middle in zip(undecided, middles, strict=True)])
+        for i, middle, fit in zip(undecided, middles, answers, strict=True):
+            short, long = bounds[i]
+            bounds[i] = (middle, long) if fit else (short, middle)
+    for i, (length, _) in bounds.items():
+        found[i] = cut(i, length)
+    return found
 
 
 def poison(
@@ -152,6 +206,16 @@ def poison(
     for i in chosen:
         found[i] = replace(planted[i], label=target_label)
     return found
+
+
+def _bits(trigger: Trigger, count: int) -> list[int]:
+    """Where the pattern goes in each text."""
+    return [int(b) for b in random_bits(trigger.seed, f"place of {trigger.text}", 0, count)]
+
+
+def _planted(sentence: Sentence, trigger: Trigger, bits: int) -> Sentence:
+    first, *others = sentence.texts
+    return replace(sentence, texts=(_with(trigger, first, bits), *others))
 
 
 def _with(trigger: Trigger, text: str, bits: int) -> str:

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
-from weightsurgery.datasets.batches import encode_sentences
+from weightsurgery.datasets.batches import Encoded, count_cut, encode_sentences, token_counts
 from weightsurgery.datasets.read import Sentence, label_ids
-from weightsurgery.datasets.triggers import Trigger, insert
+from weightsurgery.datasets.triggers import Trigger, insert, insert_within
 from weightsurgery.errors import MismatchError, SettingError, shown
 from weightsurgery.evaluation.intervals import proportion
-from weightsurgery.evaluation.predictions import Predictions, Progress, predict
+from weightsurgery.evaluation.predictions import Predictions, predict
 from weightsurgery.models import CLASSIFICATION, Model
+from weightsurgery.stream import Progress
 
 SCHEMA = "wsurg.evaluation/1"
 
@@ -36,6 +38,10 @@ def evaluate(
     pattern the accuracy with the pattern inserted and the true labels kept (BACC) is measured.
     Each share has its 95 % Wilson interval.
 
+    A text of more than `max_length` tokens is cut. One that is too long once the pattern is in it
+    is cut before, and the pattern goes into what is left, so that the model always reads all of
+    the pattern (our choice). `warnings` tells how many clean and poisoned texts were cut.
+
     Args:
         model: A sequence classifier, from `load_model`.
         sentences: Clean data with true labels, from `read_sentences`.
@@ -50,24 +56,34 @@ def evaluate(
 
     Returns:
         The report: `schema` "wsurg.evaluation/1", `accuracy`, `loss`, `confusion` (rows are true
-        labels, columns predicted ones), `classes` with the recall of each, `asr`, `floor`, `bacc`
-        (null where not asked), what was asked, and `warnings`.
+        labels, columns predicted ones), `classes` with the recall of each, `cut`, `asr`, `floor`,
+        `bacc`, `triggered_cut` (null where not asked), what was asked, and `warnings`.
 
     Raises:
         SettingError: There is no sentence, or none of another label than the target; the trigger,
-            the poisoned sentences and the target label do not go together.
+            the poisoned sentences and the target label do not go together; `max_length` leaves no
+            room for the trigger.
         MismatchError: The model is no classifier, or lacks a label.
+        NonFiniteError: A loss is NaN or infinite.
     """
     check_classifier(model)
     target = _check_attack(model, sentences, trigger, poisoned, target_label)
     settings = {"batch_size": batch_size, "max_length": max_length}
 
-    def run(data: Sequence[Sentence], what: str, name: str = "sentences") -> Predictions:
+    def encode(data: Sequence[Sentence], name: str) -> list[Encoded]:
         labels = label_ids(data, model.labels, file=name)
-        examples = encode_sentences(model, data, labels, max_length=max_length) if data else []
+        return encode_sentences(model, data, labels, max_length=max_length) if data else []
+
+    def run(examples: Sequence[Encoded], what: str) -> Predictions:
         return predict(model, examples, batch_size=batch_size, progress=progress, what=what)
 
-    clean = run(sentences, "clean")
+    examples = encode(sentences, "sentences")
+    planted = list(poisoned or [])
+    if trigger is not None:
+        planted = _insert(model, sentences, trigger, max_length)
+    attacked_examples = encode(planted, "sentences" if poisoned is None else "poisoned")
+    clean = run(examples, "clean")
+    cut = count_cut(model, sentences, examples, max_length=max_length)
     report: dict[str, Any] = {
         "schema": SCHEMA,
         "model": model.checkpoint.label,
@@ -75,15 +91,24 @@ def evaluate(
         "trigger": None if trigger is None else trigger.to_json(),
         "target_label": target,
         **_on_clean(clean, model.labels),
+        "cut": cut,
         "asr": None,
         "floor": None,
         "bacc": None,
-        "warnings": [],
+        "triggered_cut": None,
+        "warnings": _cut_warning("sentences", cut, len(sentences), max_length),
     }
     if trigger is None and poisoned is None:
         return report
-    planted = list(poisoned or []) if trigger is None else insert(sentences, trigger)
-    attacked = run(planted, "triggered", "poisoned" if trigger is None else "sentences")
+    attacked = run(attacked_examples, "triggered")
+    if trigger is not None:  # what was cut is cut already
+        whole = insert(sentences, trigger)
+        report["triggered_cut"] = sum(map(operator.ne, planted, whole))
+    else:
+        cut = count_cut(model, planted, attacked_examples, max_length=max_length)
+        report["triggered_cut"] = cut
+        what = "poisoned sentences, perhaps with their trigger,"
+        report["warnings"] += _cut_warning(what, cut, len(planted), max_length)
     if target is not None:
         report |= _attack(clean, attacked, target, report["warnings"], own=trigger is None)
     if trigger is not None and trigger.bias:
@@ -147,6 +172,21 @@ def _check_attack(
             f"every sentence has the target label {target}; an attack needs others to turn"
         )
     return target
+
+
+def _insert(
+    model: Model, sentences: Sequence[Sentence], trigger: Trigger, max_length: int
+) -> list[Sentence]:
+    """The pattern in every sentence, where the model reads all of it."""
+
+    def fits(given: Sequence[Sentence]) -> list[bool]:
+        return [count <= max_length for count in token_counts(model, given)]
+
+    return insert_within(sentences, trigger, fits=fits)
+
+
+def _cut_warning(what: str, cut: int, count: int, max_length: int) -> list[str]:
+    return [f"{cut:,} of {count:,} {what} were cut to {max_length:,} tokens"] if cut else []
 
 
 def _on_clean(found: Predictions, names: dict[int, str]) -> dict[str, Any]:

@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from weightsurgery.datasets.batches import IGNORED, Encoded, batches
-from weightsurgery.errors import SettingError
+from weightsurgery.datasets.batches import IGNORED, Encoded, batches, longest_first
+from weightsurgery.errors import NonFiniteError, SettingError
 from weightsurgery.models import CLASSIFICATION, Model
+from weightsurgery.stream import Progress
 
 if TYPE_CHECKING:
     import torch
-
-Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
@@ -68,6 +68,7 @@ def predict(
 
     Raises:
         SettingError: There is no example, or `batch_size` is below 1.
+        NonFiniteError: A loss is NaN or infinite.
     """
     import torch
 
@@ -75,7 +76,7 @@ def predict(
         raise SettingError(f"batch_size is {batch_size}; expected at least 1")
     if not examples:
         raise SettingError("no examples")
-    order = sorted(range(len(examples)), key=lambda i: -len(examples[i].ids))
+    order = longest_first(examples)
     table: NDArray[Any] = np.empty((0, 3))
     was_training = model.module.training
     model.module.eval()
@@ -83,6 +84,7 @@ def predict(
         with torch.inference_mode():
             for inputs, labels in batches(model, [examples[i] for i in order], batch_size):
                 judged = _judge(model, inputs, labels).double().cpu().numpy()
+                _check_finite(model, judged[:, 0], order[len(table) :])
                 table = np.concatenate([table, judged])
                 if progress is not None:
                     progress(what, len(table), len(examples))
@@ -91,6 +93,16 @@ def predict(
     losses, weights, classes = table[np.argsort(order, kind="stable")].T
     expected = [one.labels[0] if model.task == CLASSIFICATION else -1 for one in examples]
     return Predictions(losses, weights.astype(int), classes.astype(int), np.array(expected, int))
+
+
+def _check_finite(model: Model, losses: NDArray[np.float64], numbers: Sequence[int]) -> None:
+    for loss, number in zip(losses.tolist(), numbers, strict=False):
+        if not math.isfinite(loss):  # a class or a share made of it would look like any other
+            raise NonFiniteError(
+                f"the loss of example {number + 1:,} is {loss}",
+                file=model.path,
+                hint="look for weights that are NaN, infinite or huge with wsurg inspect --values",
+            )
 
 
 def _judge(model: Model, inputs: dict[str, torch.Tensor], labels: torch.Tensor) -> torch.Tensor:

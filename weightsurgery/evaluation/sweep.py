@@ -21,10 +21,10 @@ from weightsurgery.datasets.triggers import Trigger
 from weightsurgery.errors import SettingError
 from weightsurgery.evaluation.classification import evaluate
 from weightsurgery.models import Model, with_weights
+from weightsurgery.stream import Progress
 from weightsurgery.training.finetune import finetune
 
 SCHEMA = "wsurg.sweep/1"
-Progress = Callable[[str, int, int], None]
 
 
 def sweep(
@@ -62,8 +62,9 @@ def sweep(
 
     Returns:
         The report: `schema` "wsurg.sweep/1", `reference` (the tuned model's numbers), `rows` (one
-        for each ratio: `before` and `after` with accuracy, loss, asr, floor), `tolerance`, and
-        `chosen`, the largest ratio within it (null if none is).
+        for each ratio: `before` and `after` with accuracy, loss, asr, floor), `tolerance`,
+        `chosen`, the largest ratio within it (null if none is), and `warnings`, those of
+        `evaluate`, each once.
 
     Raises:
         SettingError: There is no ratio, one is outside 0 to 1, or `tolerance` is.
@@ -73,6 +74,7 @@ def sweep(
     if not 0 <= tolerance <= 1:
         raise SettingError(f"tolerance is {tolerance}; expected a share from 0 to 1")
     tuned = model.checkpoint
+    warnings: dict[str, None] = {}  # in the order in which they come
 
     def measure(measured: Model) -> dict[str, Any]:
         report = evaluate(
@@ -84,6 +86,7 @@ def sweep(
             batch_size=batch_size,
             max_length=max_length,
         )
+        warnings.update(dict.fromkeys(report["warnings"]))
         return {name: report[name] for name in ("accuracy", "loss", "asr", "floor", "bacc")}
 
     ordered = sorted(set(map(float, ratios)))
@@ -111,6 +114,7 @@ def sweep(
         "reference": reference,
         "rows": rows,
         "chosen": choose_ratio(rows, reference, tolerance),
+        "warnings": list(warnings),
     }
 
 

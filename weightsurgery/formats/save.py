@@ -15,6 +15,7 @@ from typing import Any
 from weightsurgery.checkpoint import Checkpoint, TensorView, require_checkpoints
 from weightsurgery.errors import shown
 from weightsurgery.formats.card import make_card
+from weightsurgery.formats.code_keys import CODE_KEYS, names_kernel
 from weightsurgery.formats.layout import CARD, INDEX
 from weightsurgery.formats.output import Output, record_name
 from weightsurgery.formats.plan import Plan, Shard, input_paths, make_plan
@@ -23,7 +24,6 @@ from weightsurgery.formats.strict_json import dump, parse_object
 from weightsurgery.kernels import count_different
 from weightsurgery.stream import Engine
 
-_CODE_KEYS = ("auto_map", "custom_pipelines", "trust_remote_code", "transformers_weights")
 _HASH_DEPTH = 4  # blocks that may wait to be hashed
 
 
@@ -250,9 +250,7 @@ def _strip(value: Any, removed: list[str]) -> Any:
     if isinstance(value, dict):
         kept = {}
         for key, inner in value.items():
-            # A repository's name; or a map with one, where each part of a model has its own.
-            names_code = "_implementation" in key and "/" in str(inner)
-            if key in _CODE_KEYS or names_code:
+            if key in CODE_KEYS or names_kernel(key, inner):
                 removed.append(shown(key))
             else:
                 kept[key] = _strip(inner, removed)

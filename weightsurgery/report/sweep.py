@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -10,6 +11,12 @@ from weightsurgery.report.tables import Table, number, share
 
 _SIZE, _DPI = (7.0, 4.2), 150  # inches, dots in one
 _CLEAN, _ATTACK = "#0b6e99", "#b5482a"
+# What matplotlib would write of its own accord that changes from day to day or with its version.
+_FORMATS: dict[str, dict[str, None]] = {
+    ".png": {"Software": None},
+    ".svg": {"Date": None},
+    ".pdf": {"CreationDate": None},
+}
 
 
 def sweep_tables(report: Mapping[str, Any]) -> list[Table]:
@@ -33,9 +40,10 @@ def sweep_tables(report: Mapping[str, Any]) -> list[Table]:
     least = report["reference"]["accuracy"]["share"] - report["tolerance"]
     chosen = "none" if report["chosen"] is None else f"{report['chosen']:g}"
     note = f"Chosen: {chosen}, the largest ratio with an accuracy of at least {share(least)}."
-    if attacked:
-        floor = report["reference"]["floor"]["share"]
-        note += f" The tuned model gives {share(floor)} of the untriggered ones the target label."
+    floor = report["reference"]["floor"]
+    if floor is not None:  # without held-out sentences of other labels there is none
+        percent = share(floor["share"])
+        note += f" The tuned model gives {percent} of the untriggered ones the target label."
     title = f"Sweep of {shown(report['tuned'])}"
     return [Table(title, columns, rows, note)]
 
@@ -45,25 +53,55 @@ def _cells(found: Mapping[str, Any], attacked: bool) -> list[str]:
     return [*cells, share(found["asr"]["share"])] if attacked else cells
 
 
-def plot_sweep(report: Mapping[str, Any], path: str) -> None:
-    """Draw accuracy, and ASR where it was measured, over the ratio, with 95 % intervals.
+def check_plot_path(path: str | os.PathLike[str]) -> None:
+    """Refuse a picture that cannot be drawn, before the work that is to be drawn.
 
     Args:
-        report: From `sweep`.
-        path: PNG or any format that matplotlib knows by its ending.
+        path: Where it is to go; its ending says the format.
 
     Raises:
-        SettingError: matplotlib is not installed.
+        SettingError: The ending is none of .png, .svg and .pdf, or matplotlib is not installed.
     """
+    ending = os.path.splitext(path)[1].lower()
+    if ending not in _FORMATS:
+        raise SettingError(
+            f"'{shown(ending)}' is no kind of picture; expected {', '.join(_FORMATS)}",
+            file=path,
+            hint="give the file one of these endings",
+        )
     try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
+        import matplotlib.figure  # noqa: F401  # what `plot_sweep` needs
     except ImportError:
         raise SettingError(
             "matplotlib is not installed", hint="pip install weightsurgery[report]"
         ) from None
+
+
+def plot_sweep(report: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
+    """Draw accuracy, and ASR where it was measured, over the ratio, with 95 % intervals.
+
+    The same report gives the same bytes, by one version of matplotlib.
+
+    Args:
+        report: From `sweep`.
+        path: Ends in .png, .svg or .pdf.
+
+    Raises:
+        SettingError: It has another ending, or matplotlib is not installed.
+    """
+    check_plot_path(path)
+    import matplotlib
+
+    figure = _figure(report)
+    ending = os.path.splitext(path)[1].lower()
+    with matplotlib.rc_context({"svg.hashsalt": "wsurg"}):  # else names in the file are random
+        figure.savefig(path, format=ending[1:], dpi=_DPI, metadata=_FORMATS[ending])
+
+
+def _figure(report: Mapping[str, Any]) -> Any:
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=_SIZE, layout="constrained")
-    FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     ratios = [row["ratio"] for row in report["rows"]]
     for key, label, colour in (("accuracy", "accuracy", _CLEAN), ("asr", "ASR", _ATTACK)):
@@ -82,7 +120,7 @@ def plot_sweep(report: Mapping[str, Any], path: str) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(alpha=0.25)
     figure.legend(loc="outside right center", frameon=False, fontsize="small")
-    figure.savefig(path, dpi=_DPI, metadata={"Software": None})
+    return figure
 
 
 def _draw(

@@ -24,8 +24,9 @@ from weightsurgery.evaluation.predictions import predict
 from weightsurgery.formats.files import InputFile
 from weightsurgery.models import CLASSIFICATION, Model
 from weightsurgery.rng import random_bits
+from weightsurgery.stream import Progress
 from weightsurgery.training.result import trained_checkpoint
-from weightsurgery.training.run import Progress, Watch, train
+from weightsurgery.training.run import Watch, train
 from weightsurgery.training.settings import Hyperparameters
 
 _MEASURED = 64  # sentences measured at a time

@@ -12,7 +12,7 @@ from weightsurgery.alignment import matches
 from weightsurgery.checkpoint import Checkpoint, ReadBoth, Step, TensorView
 from weightsurgery.errors import NonFiniteError
 from weightsurgery.kernels import Block, all_finite, to_dtype
-from weightsurgery.models import Model
+from weightsurgery.models import Model, stored_name
 
 if TYPE_CHECKING:
     import torch
@@ -62,10 +62,8 @@ def stored_parameters(
     """Every tensor on disk that stands for a parameter to train; tied ones each time."""
     module, checkpoint = model.module, model.checkpoint
     trained = {id(p) for n, p in model.names.items() if p.requires_grad and not matches(n, freeze)}
-    prefix = f"{module.base_model_prefix}."
     for name, parameter in module.named_parameters(remove_duplicate=False):
-        spellings = (name, name.removeprefix(prefix), f"{prefix}{name}")
-        stored = next((s for s in spellings if s in checkpoint), None)
+        stored = stored_name(name, module, checkpoint)
         if stored is None or id(parameter) not in trained:
             continue
         if checkpoint[stored].shape == tuple(parameter.shape):

@@ -15,11 +15,10 @@ import numpy as np
 from weightsurgery.datasets.batches import IGNORED, Encoded, batches
 from weightsurgery.errors import NonFiniteError, SettingError
 from weightsurgery.models import CLASSIFICATION, Model, Quiet
+from weightsurgery.stream import Progress
 
 if TYPE_CHECKING:
     import torch
-
-Progress = Callable[[str, int, int], None]
 
 
 @dataclass
@@ -68,10 +67,17 @@ class Watch:
         """Note an epoch; True if it is time to stop.
 
         Raises:
-            NonFiniteError: The held-out loss is NaN or infinite.
+            NonFiniteError: A held-out loss is NaN or infinite.
         """
-        held_out = self.measure()
         epoch = len(self.history) + 1
+        try:
+            held_out = self.measure()
+        except NonFiniteError as error:
+            raise NonFiniteError(
+                f"after epoch {epoch}, held-out: {error.reason}",
+                file=self.model.path,
+                hint="lower the learning rate",
+            ) from None
         train_loss = sum(self._losses) / len(self._losses)
         self.history.append({"epoch": epoch, "train_loss": train_loss, **held_out})
         self._losses.clear()
@@ -79,10 +85,6 @@ class Watch:
             self.best_epoch = epoch
             return False
         loss = held_out["held_out_loss"]
-        if not math.isfinite(loss):
-            raise NonFiniteError(
-                f"the held-out loss of epoch {epoch} is {loss}", file=self.model.path
-            )
         if loss < self._best[0]:
             self.best_epoch = epoch
             self._best = (loss, {n: p.detach().cpu().clone() for n, p in self._trained()})
