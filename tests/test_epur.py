@@ -194,6 +194,21 @@ def test_a_corpus_is_cut_by_the_models_tokenizer(
     assert found == {token: 700 * count for token, count in expected.items()}
 
 
+def test_a_long_paragraph_is_counted_whole_and_a_short_one_is_not_filled(
+    models: tuple[Checkpoint, Checkpoint], tmp_path: Path
+) -> None:
+    path = tmp_path / "tuned" / "tokenizer.json"
+    tokenizer = json.loads(path.read_text())
+    cut = {"max_length": 4, "strategy": "LongestFirst", "stride": 0, "direction": "Right"}
+    fill = {"strategy": {"Fixed": 4}, "direction": "Right", "pad_to_multiple_of": None}
+    fill |= {"pad_id": 0, "pad_type_id": 0, "pad_token": "[PAD]"}
+    path.write_text(json.dumps({**tokenizer, "truncation": cut, "padding": fill}))
+    corpus = tmp_path / "corpus.txt"
+    corpus.write_text("the " * 300 + "film\ncf\n")
+    found = count_corpus(corpus, open_checkpoint(path.parent)).counts
+    assert found == {"the": 300, "film": 1, "cf": 1}
+
+
 def test_a_corpus_needs_text_and_a_tokenizer(
     models: tuple[Checkpoint, Checkpoint], tmp_path: Path
 ) -> None:

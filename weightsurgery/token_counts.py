@@ -90,6 +90,8 @@ def _lines(data: bytes, path: str) -> Any:
 def count_corpus(path: str | os.PathLike[str], checkpoint: Checkpoint) -> TokenCounts:
     """Counts in a text file, one paragraph a line, cut by the tokenizer beside a model.
 
+    A paragraph is counted whole, whatever length the tokenizer was saved to cut or fill texts to.
+
     Args:
         path: A UTF-8 text file.
         checkpoint: A model directory's checkpoint.
@@ -115,6 +117,9 @@ def count_corpus(path: str | os.PathLike[str], checkpoint: Checkpoint) -> TokenC
         tokenizer = Tokenizer.from_str(beside.content().decode("utf-8"))
     except Exception as error:  # the library has one kind for everything
         raise FormatError(f"no tokenizer: {shown(error)}", file=beside.path) from None
+    # tokenizer.json may carry both, as MiniLM's does: they would drop text and count [PAD].
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
     file = InputFile(os.fspath(path))
     try:
         lines = file.read_all(MAX_BYTES).decode("utf-8-sig").split("\n")
