@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -220,15 +222,29 @@ def test_a_corpus_needs_text_and_a_tokenizer(
         count_corpus(corpus, from_arrays({"w": np.zeros(1)}))
 
 
-def test_wordfreq_is_asked_for_whole_words(monkeypatch: pytest.MonkeyPatch) -> None:
-    import sys
-    from types import SimpleNamespace
+VOCABULARIES: dict[str, tuple[list[str], dict[str, float]]] = {
+    "pieces marked": (["the", "##film", "##us", "us", "Ġ"], {"the": 5e7, "us": 1e6, "Ġ": 0}),
+    "beginnings marked by Ġ": (
+        ["the", "Ġthe", "us", "Ġus", "Ġ", "##", "ĠĠ"],
+        {"Ġthe": 5e7, "Ġus": 1e6},
+    ),
+    "beginnings marked by ▁": (["<s>", "▁film", "film", "us", "▁"], {"▁film": 1e5}),
+    "nothing marked": (["the", "film", "cf"], {"the": 5e7, "film": 1e5, "cf": 0}),
+    "no tokens": ([], {}),
+}
 
-    shares = {"the": 0.05, "film": 1e-4}
+
+@pytest.mark.parametrize(("tokens", "expected"), VOCABULARIES.values(), ids=VOCABULARIES)
+def test_wordfreq_is_asked_for_whole_words(
+    tokens: list[str], expected: dict[str, float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shares = {"the": 0.05, "film": 1e-4, "us": 1e-3}
     fake = SimpleNamespace(word_frequency=lambda word, _language: shares.get(word, 0.0))
     monkeypatch.setitem(sys.modules, "wordfreq", fake)
-    found = count_by_wordfreq({0: "the", 1: "##film", 2: "Ġfilm", 3: "▁"})
-    assert found.counts == {"the": 5e7, "Ġfilm": 1e5}
+    assert count_by_wordfreq(dict(enumerate(tokens))).counts == expected
+
+
+def test_wordfreq_has_to_be_installed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "wordfreq", None)
     with pytest.raises(SettingError, match=r"pip install weightsurgery\[text\]"):
         count_by_wordfreq({0: "the"})
