@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,13 +13,13 @@ from typing import Any
 
 import pytest
 
-from tests import tiny_models
+from tests import cases, tiny_models
 from tests.test_docs import run_wsurg
 from weightsurgery.datasets.read import Sentence, read_sentences
 from weightsurgery.demo import material
 from weightsurgery.demo.classifier import new_classifier
 from weightsurgery.demo.run import TRIGGER, DemoError, demo_tables, run_demo
-from weightsurgery.errors import SettingError, StorageError
+from weightsurgery.errors import PolicyError, SettingError, StorageError
 from weightsurgery.models import load_model
 
 SENTENCES = [Sentence((f"sentence {i}",), str(i % 2), i + 2) for i in range(3000)]
@@ -102,23 +103,81 @@ def test_every_step_runs_and_is_shown(tiny: Path, capfd: pytest.CaptureFixture[s
     assert record["left_out"] == []
 
 
-def test_what_is_there_already_is_kept(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def ran(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Commands are listed here and not run."""
     run = importlib.import_module("weightsurgery.demo.run")
-    ran: list[str] = []
-    found = json.dumps(dict.fromkeys(("accuracy", "asr", "floor", "loss"), 0.5))
-    done = SimpleNamespace(stdout=found)
-    monkeypatch.setattr(run, "_wsurg", lambda _out, words, **_: ran.append(words[0]) or done)
+    commands: list[str] = []
+    share = {"share": 0.5, "low": 0.4, "high": 0.6}
+    found = {**dict.fromkeys(("accuracy", "asr", "floor"), share), "loss": 0.5}
+    done = SimpleNamespace(stdout=json.dumps(found))
+    monkeypatch.setattr(run, "_wsurg", lambda _out, words, **_: commands.append(words[0]) or done)
+    return commands
+
+
+def test_what_is_there_already_is_kept(tiny: Path, ran: list[str]) -> None:
+    run_demo(tiny, quick=True, downloads=None, say=lambda _: None)
+    ran.clear()
     for name in ("tuned", "purified"):
-        (tiny / name).mkdir(parents=True)
+        (tiny / name).mkdir()
     said: list[str] = []
     run_demo(tiny, quick=True, downloads=None, say=said.append)
     assert ran == ["diff", "fisher", "finetune", "evaluate", "evaluate", "evaluate"]
     assert {"\ntuned is there already", "\npurified is there already"} <= set(said)
 
 
+@pytest.mark.parametrize("quick", [True, False], ids=["quick first", "full first"])
+def test_the_folder_of_another_plan_is_refused(tiny: Path, ran: list[str], quick: bool) -> None:
+    run_demo(tiny, quick=quick, downloads=None, say=lambda _: None)
+    before = cases.digests(tiny)
+    ran.clear()
+    with pytest.raises(PolicyError, match=r"the demo of another plan .*; give another folder with"):
+        run_demo(tiny, quick=not quick, downloads=None, say=lambda _: None)
+    assert ran == []
+    assert cases.digests(tiny) == before
+
+
+def test_models_of_no_plan_are_refused(tiny: Path, ran: list[str]) -> None:
+    (tiny / "cleaned").mkdir(parents=True)
+    with pytest.raises(PolicyError, match="the demo of another plan"):
+        run_demo(tiny, quick=True, downloads=None, say=lambda _: None)
+    assert ran == []
+
+
+def test_each_plan_has_its_folder(
+    tiny: Path, ran: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiny.mkdir()
+    monkeypatch.chdir(tiny)
+    assert [run_wsurg(["demo", *flags]) for flags in ([], ["--quick"])] == [0, 0]
+    plans = {path.name: json.loads((path / "plan.json").read_text()) for path in tiny.iterdir()}
+    assert {name: plan["quick"] for name, plan in plans.items()} == {
+        "wsurg-demo": False,
+        "wsurg-demo-quick": True,
+    }
+
+
+def test_no_plan_trains_on_what_another_is_measured_on(tiny: Path, ran: list[str]) -> None:
+    texts: dict[tuple[str, bool], list[str]] = {}
+    for quick in (True, False):
+        out = tiny.with_name(f"quick-{quick}")
+        run_demo(out, quick=quick, downloads=None, say=lambda _: None)
+        for name in ("heldout", "clean", "poisoned"):
+            rows = read_sentences(out / f"{name}.tsv")
+            # The number that ends each of these reviews tells it, with or without a trigger.
+            texts[name, quick] = [re.findall(r"\d+", one.texts[0])[-1] for one in rows]
+    assert texts["heldout", True] == texts["heldout", False][:100]
+    assert texts["clean", True] == texts["clean", False]
+    assert len(texts["heldout", False]) == 1000
+    measured = set(texts["heldout", False])
+    trained = {text for (name, _), found in texts.items() if name != "heldout" for text in found}
+    assert not measured & trained
+    assert len(measured | trained) == 3000
+
+
 def test_a_command_that_fails_ends_the_demo(tiny: Path) -> None:
-    (tiny / "tuned").mkdir(parents=True)  # no model
-    with pytest.raises(DemoError, match="wsurg diff ended with exit code 3"):
+    (tiny / "start").mkdir(parents=True)  # no model
+    with pytest.raises(DemoError, match="wsurg finetune ended with exit code 3"):
         run_demo(tiny, quick=True, downloads=None, say=lambda _: None)
 
 
