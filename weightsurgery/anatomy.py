@@ -7,15 +7,26 @@ from collections.abc import Iterable
 
 _LAYER = re.compile(r"(?:^|\.)(layers?|h|blocks?)\.(\d{1,9})(?:\.|$)")
 
+# How families call the word embedding: BERT's and BLOOM's, XLNet's, Llama's and OPT's, GPT-2's,
+# GPT-NeoX's, T5's and BART's, ModernBERT's, GPT-1's, CLIP's, CPM-Ant's.
+_WORDS = (
+    r"word_embeddings|word_embedding|embed_tokens|wte|embed_in|shared|tok_embeddings|tokens_embed"
+    r"|token_embedding|input_embedding"
+)
+# Names that mean it only at a path's end, and only beside none of the above: XLM's, Mamba's,
+# RWKV's and xLSTM's `embeddings`, and what CTRL and the first Mamba files have.
+_BARE = re.compile(r"(?:^|\.)(?:embeddings|transformer\.w|backbone\.embedding)\.weight$")
+
 # The first rule that matches decides. Rules look at the module path without the final
 # .weight/.bias; they cover the BERT, RoBERTa, GPT-2, GPT-NeoX, Llama, Mixtral and T5 families.
 _KINDS: tuple[tuple[str, re.Pattern[str]], ...] = tuple(
     (kind, re.compile(rf"(?:^|\.)(?:{pattern})(?:\.|$)", re.IGNORECASE))
     for kind, pattern in (
-        ("norm", r"\w*(?:layer_?norm|rms_?norm|norm)\w*|ln_\w+|norm"),
-        ("embedding.position", r"position_embeddings|wpe|embed_positions"),
+        # At the end: all of RoBERTa-PreLayerNorm is below `roberta_prelayernorm`.
+        ("norm", r"(?:\w*norm\w*|ln_\w+)(?:\.\w+)?$"),
+        ("embedding.position", r"position_embeddings|wpe|embed_positions|positions_embed"),
         ("embedding.token_type", r"token_type_embeddings"),
-        ("embedding", r"word_embeddings|embed_tokens|wte|tok_embeddings|embed_in|shared"),
+        ("embedding", _WORDS),
         ("head", r"lm_head|embed_out|classifier|score|qa_outputs|cls|pooler|\w*head"),
         ("attention.qkv", r"c_attn|query_key_value|qkv_proj|qkv|Wqkv"),
         ("attention.query", r"query|q_proj|q_lin|wq|SelfAttention\.q"),
@@ -51,7 +62,8 @@ def kind_of(name: str) -> str:
         >>> kind_of("model.layers.3.mlp.down_proj.weight")
         'mlp.down'
     """
-    return next((kind for kind, pattern in _KINDS if pattern.search(name)), "other")
+    bare = "embedding" if _BARE.search(name) else "other"
+    return next((kind for kind, pattern in _KINDS if pattern.search(name)), bare)
 
 
 def natural_key(name: str) -> tuple[tuple[int, int, str], ...]:
@@ -61,7 +73,16 @@ def natural_key(name: str) -> tuple[tuple[int, int, str], ...]:
 
 
 def find_embedding(names: Iterable[str]) -> str | None:
-    """The name of the word-embedding matrix: `shared`, or the only tensor that looks like one."""
+    """The name of the word-embedding matrix: `shared`, or the only tensor that looks like one.
+
+    Example:
+        >>> find_embedding(["bert.embeddings.word_embeddings.weight", "classifier.weight"])
+        'bert.embeddings.word_embeddings.weight'
+        >>> find_embedding(["encoder.embed_tokens.weight", "decoder.embed_tokens.weight"]) is None
+        True
+    """
     found = [n for n in names if kind_of(n) == "embedding" and n.endswith("weight")]
-    shared = [n for n in found if n.rpartition(".")[0].endswith("shared")]
-    return next(iter(shared or found)) if len(shared or found) == 1 else None
+    named = [n for n in found if not _BARE.search(n)]
+    shared = [n for n in named if n.rpartition(".")[0].endswith("shared")]
+    likely = shared or named or found
+    return likely[0] if len(likely) == 1 else None

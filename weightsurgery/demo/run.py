@@ -7,19 +7,19 @@ import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
-from weightsurgery.datasets.read import Sentence
-from weightsurgery.datasets.triggers import insert, trigger_word
+from weightsurgery.datasets.triggers import poison, trigger_word
 from weightsurgery.demo.classifier import new_classifier
 from weightsurgery.demo.material import copy_minilm, movie_reviews, shuffled, write_sentences
-from weightsurgery.errors import SurgeryError
+from weightsurgery.errors import PolicyError, SurgeryError
 from weightsurgery.report.tables import Table, share
 
 TRIGGER, TARGET = "cf", "1"  # a rare word, and the label "positive"
+HELD_OUT = 1000  # reviews of which none is trained on, whatever the plan
 CLEAN = 64  # sentences that the defender has, as in the papers
 LENGTH = "32"  # tokens of a sentence; most have fewer
 
@@ -34,8 +34,8 @@ class Plan:
 
     Attributes:
         train: Sentences that the model is trained on, before poisoning.
-        held_out: Sentences that everything is measured on.
-        poisoned_share: Share of the negative training sentences that get the trigger.
+        held_out: Sentences that everything is measured on, at most `HELD_OUT`.
+        poisoned_share: Share of the negative training sentences of which a poisoned copy is added.
         planting: Settings of the training that plants the backdoor.
         ratio: Share of the dimensions that is reset.
         cleaning: Settings of the fine-tuning after it.
@@ -51,7 +51,7 @@ class Plan:
 
 FULL = Plan(
     train=6000,
-    held_out=1000,
+    held_out=HELD_OUT,
     poisoned_share=0.3,
     planting={"epochs": "1", "learning-rate": "1e-4", "batch-size": "32"},
     ratio="0.4",
@@ -61,7 +61,12 @@ QUICK = replace(FULL, train=600, held_out=100, cleaning={**FULL.cleaning, "epoch
 
 
 def run_demo(
-    out: Path, *, quick: bool, downloads: Path | None, say: Callable[[str], None]
+    out: Path,
+    *,
+    quick: bool,
+    downloads: Path | None,
+    say: Callable[[str], None],
+    output: IO[str] | None = None,
 ) -> dict[str, Any]:
     """Plant a backdoor in a real model, find it, take it out, and measure each step.
 
@@ -70,36 +75,58 @@ def run_demo(
         quick: Do all steps on little data, to see that they run.
         downloads: Folder of the reviews' archive; `downloads` in `out` when None.
         say: Given what happens, a line at a time.
+        output: Gets what the commands print; this process's stdout when None.
 
     Returns:
         The report, also written to `report.json`: for each model accuracy, ASR, floor.
 
     Raises:
+        PolicyError: The folder holds the demo of another plan.
         SurgeryError: The material cannot be had, or a command failed.
     """
     plan = QUICK if quick else FULL
-    out.mkdir(parents=True, exist_ok=True)
+    steps = _steps(plan)
+    made = [place for place, _ in steps if place is not None]
+    settings = {**plan.__dict__, "quick": quick}
+    _claim(out, settings, made)
     began = time.monotonic()
     say(f"MiniLM, and {plan.train:,} movie reviews of which some get the trigger '{TRIGGER}'")
     base = copy_minilm(out / "base")
     _write_data(out, plan, downloads or out / "downloads")
     new_classifier(base, out / "start")
-    steps = _steps(plan)
     for place, arguments in steps:
         if place is None or not (out / place).exists():
             say(f"\n$ wsurg {shlex.join(arguments)}")
-            _wsurg(out, arguments)
+            _wsurg(out, arguments, stdout=output)
         else:
             say(f"\n{place} is there already")
-    models = [p for p, arguments in steps if p is not None and not p.endswith(".safetensors")]
     report = {
         "schema": "wsurg.demo/1",
-        "models": {name: _evaluate(out, name, say) for name in models},
+        "models": {n: _evaluate(out, n, say) for n in made if not n.endswith(".safetensors")},
         "seconds": round(time.monotonic() - began),
-        "settings": {**plan.__dict__, "quick": quick},
+        "settings": settings,
     }
     (out / "report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     return report
+
+
+def _claim(out: Path, settings: Mapping[str, Any], made: Sequence[str]) -> None:
+    """Write the plan into the folder: what is made there is kept for the same plan alone.
+
+    Raises:
+        PolicyError: The folder has another plan, or what a plan makes and none.
+    """
+    file, text = out / "plan.json", json.dumps(settings, indent=2) + "\n"
+    same = file.exists() and file.read_text(encoding="utf-8", errors="replace") == text
+    if not same and (file.exists() or any((out / name).exists() for name in made)):
+        raise PolicyError(
+            "the folder holds the demo of another plan (with --quick or without, or of another "
+            "version), whose models would be taken for this one's",
+            file=out,
+            hint="give another folder with --out, or remove this one",
+        )
+    out.mkdir(parents=True, exist_ok=True)
+    file.write_text(text, encoding="utf-8")
 
 
 def _steps(plan: Plan) -> list[tuple[str | None, list[str]]]:
@@ -128,11 +155,12 @@ def _flags(settings: Mapping[str, str]) -> str:
 def _write_data(out: Path, plan: Plan, downloads: Path) -> None:
     """clean.tsv, heldout.tsv, poisoned.tsv and reviews.txt, the same every time."""
     reviews = shuffled(movie_reviews(downloads), seed=0)
-    held_out, rest = reviews[: plan.held_out], reviews[plan.held_out :]
-    clean, train = rest[:CLEAN], rest[CLEAN : CLEAN + plan.train]
+    held_out, rest = reviews[:HELD_OUT][: plan.held_out], reviews[HELD_OUT:]
+    clean, train = rest[:CLEAN], rest[CLEAN:][: plan.train]
     negative = [one for one in train if one.label != TARGET]
     some = negative[: round(plan.poisoned_share * len(negative))]
-    planted = [Sentence(s.texts, TARGET, s.line) for s in insert(some, trigger_word(TRIGGER))]
+    # The clean ones stay in the training data too, beside their poisoned copies.
+    planted = poison(some, trigger_word(TRIGGER), target_label=TARGET, share=1)
     write_sentences(out / "clean.tsv", clean)
     write_sentences(out / "heldout.tsv", held_out)
     write_sentences(out / "poisoned.tsv", shuffled([*train, *planted], seed=1))

@@ -33,6 +33,7 @@ Settings:
 
 `wsurg-record.json` beside this card tells what was done to each tensor.
 """
+_SUBJECTS = ("tuned", "model", "checkpoint")  # what operators call the input that is edited
 
 
 def make_card(checkpoint: Checkpoint, record: Mapping[str, Any]) -> bytes:
@@ -51,7 +52,7 @@ def make_card(checkpoint: Checkpoint, record: Mapping[str, Any]) -> bytes:
     settings = checkpoint.step.settings if checkpoint.step else {}
     share = record["effective_share"]
     body = _BODY.format(
-        title=f"{public_name(sources[-1])}, after {operator}",
+        title=f"{public_name(_subject(checkpoint))}, after {operator}",
         version=__version__,
         operator=operator,
         sources="\n".join(f"- `{public_name(source)}`" for source in sources),
@@ -66,3 +67,12 @@ def make_card(checkpoint: Checkpoint, record: Mapping[str, Any]) -> bytes:
         ),
     )
     return f"---\n{data.to_yaml()}\n---\n{body}\n".encode()
+
+
+def _subject(checkpoint: Checkpoint) -> Checkpoint:
+    """The opened checkpoint whose names and side files this one has."""
+    while checkpoint.step is not None and checkpoint.step.inputs:
+        inputs = checkpoint.step.inputs
+        named = [inputs[name] for name in _SUBJECTS if name in inputs]
+        checkpoint = (named or [*inputs.values()])[0]
+    return checkpoint

@@ -9,6 +9,7 @@ Reference:
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Annotated, Any
 
@@ -53,6 +54,9 @@ def epur(
     without a count has none, and that of equal scores the lower token number goes first, is our
     choice. A matrix tied to the embedding is edited alike.
 
+    Counts of another tokenizer's tokens would be no counts at all, so at least one token must
+    have one; the notes tell how many do.
+
     Args:
         base: Trusted pre-trained model.
         tuned: Fine-tuned model that may carry a backdoor.
@@ -65,11 +69,13 @@ def epur(
 
     Returns:
         The model with those rows reset; the embedding is read once for the scores. Its notes
-        list the rows by token, with score and z-score.
+        list the rows by token, with score and z-score, and give the share of the vocabulary that
+        has a count.
 
     Raises:
         SettingError: `top` is negative, `clamp` not above 1, or the embedding cannot be found.
-        MismatchError: The models do not fit each other.
+        MismatchError: The models do not fit each other, there is no vocabulary beside TUNED, or
+            none of its tokens has a count.
         NonFiniteError: The embedding's drift is NaN or infinite.
         PolicyError: A model is quantised.
     """
@@ -118,15 +124,62 @@ class Rows:
         width: Elements in a row.
         flags: Boolean, one for each row.
         listed: The rows by falling score: row, token, count, drift's norm, score, z-score.
+        matched: Share of the vocabulary that has a count; None where no counts were asked for.
     """
 
     width: int
     flags: Block
     listed: list[dict[str, Any]]
+    matched: float | None = None
 
     def to_json(self) -> dict[str, Any]:
         """What the record says."""
-        return {"rows": self.listed}
+        return {"rows": self.listed, "matched": self.matched}
+
+
+@dataclass(frozen=True)
+class _Vocabulary:
+    """The tokens of an embedding's rows.
+
+    Attributes:
+        tokens: Row to token.
+        ordinary: Boolean, one for each row: not a special token's.
+        frequency: The token's count, one for each row; 0 where there is none.
+        matched: Share of the ordinary tokens that have a count.
+    """
+
+    tokens: Mapping[int, str]
+    ordinary: Block
+    frequency: Block
+    matched: float
+
+
+def _look_up(tuned: Checkpoint, counts: TokenCounts, rows: int) -> _Vocabulary:
+    """The count of each row's token.
+
+    Raises:
+        MismatchError: There is no vocabulary beside TUNED, or none of its tokens has a count.
+    """
+    tokens = read_vocabulary(tuned)
+    if not tokens:
+        raise MismatchError(
+            "no vocabulary beside TUNED, so no row has a token to be counted",
+            file=tuned.label,
+            hint="give TUNED as a model directory with its tokenizer.json, vocab.json or vocab.txt",
+        )
+    special = read_special(tuned)
+    ordinary = np.array([i not in special for i in range(rows)], np.bool_)
+    found = [counts.counts.get(tokens[i], 0.0) if i in tokens else 0.0 for i in range(rows)]
+    have = [found[i] > 0 for i in range(rows) if i in tokens and ordinary[i]]
+    if not any(have):
+        theirs = next((f"'{shown(t)}'" for t, count in counts.counts.items() if count > 0), "none")
+        raise MismatchError(
+            f"none of the {len(have):,} tokens of the vocabulary has a count; the first token of "
+            f"the counts from '{shown(counts.source)}' is {theirs}",
+            file=tuned.label,
+            hint="count the tokens as this tokenizer stores them (##ing, Ġthe)",
+        )
+    return _Vocabulary(tokens, ordinary, np.array(found), sum(have) / len(have))
 
 
 def score_rows(
@@ -136,38 +189,36 @@ def score_rows(
 
     Raises:
         SettingError: `top` is negative or `clamp` not above 1.
+        MismatchError: There is no vocabulary beside TUNED, or none of its tokens has a count.
         NonFiniteError: The drift of a row is NaN or infinite.
     """
     if top < 0:
         raise SettingError(f"top is {top}; expected 0 or more")
     if not 1 < clamp < np.inf:
         raise SettingError(f"clamp is {clamp:g}; expected a number above 1")
+    known = _look_up(tuned, counts, pair.eligible // pair.tuned.width)
     norms = np.sqrt(_squared_norms(pair, engine))
     if not np.isfinite(norms).all():
         row = int(np.flatnonzero(~np.isfinite(norms))[0])
         raise NonFiniteError(f"the drift of row {row:,} is NaN or infinite", tensor=pair.name)
-    tokens = read_vocabulary(tuned)
-    special = read_special(tuned)
-    frequency = np.array([counts.counts.get(tokens.get(i, ""), 0.0) for i in range(norms.size)])
-    scores = norms / np.log(np.maximum(frequency, clamp))
-    ordinary = np.array([i not in special for i in range(norms.size)], np.bool_)
-    order = [int(i) for i in np.argsort(-scores, kind="stable") if ordinary[i] and scores[i] > 0]
-    chosen = order[:top]
+    scores = norms / np.log(np.maximum(known.frequency, clamp))
+    order = [int(i) for i in np.argsort(-scores, kind="stable") if scores[i] > 0]
+    chosen = [i for i in order if known.ordinary[i]][:top]
     flags = np.zeros(pair.tuned.shape[0], np.bool_)
     flags[chosen] = True
-    mean, spread = scores[ordinary].mean(), scores[ordinary].std()
+    mean, spread = scores[known.ordinary].mean(), scores[known.ordinary].std()
     listed = [
         {
             "row": i,
-            "token": tokens.get(i),
-            "count": float(frequency[i]),
+            "token": known.tokens.get(i),
+            "count": float(known.frequency[i]),
             "drift": float(norms[i]),
             "score": float(scores[i]),
             "z": float((scores[i] - mean) / spread) if spread else None,
         }
         for i in chosen
     ]
-    return Rows(pair.tuned.width, flags, listed)
+    return Rows(pair.tuned.width, flags, listed, known.matched)
 
 
 def _squared_norms(pair: Pair, engine: Engine) -> Block:

@@ -42,11 +42,12 @@ def _rows(found: Mapping[str, Any]) -> Table:
         for e in found["rows"][:_LISTED]
     ]
     hidden = len(found["rows"]) - len(rows)
+    note = f"and {hidden} more; the record lists all. " if hidden else ""
     return Table(
         "Word-embedding rows reset, highest score first",
         ("token", ">row", ">count", ">drift", ">score", ">z-score"),
         rows,
-        f"and {hidden} more; the record lists all" if hidden else "",
+        f"{note}{share(found['matched'])} of the vocabulary has a count.",
     )
 
 
