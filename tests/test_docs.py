@@ -535,7 +535,8 @@ ALIGNMENT = table_keys(REFERENCE / "record.md", "Alignment")
 
 
 def test_the_record_page_lists_its_keys(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    named = {**NAMED, "tensors": "<tensor>"}
+    groups = {"changed_by.layer": "<layer>", "changed_by.kind": "<kind>"}
+    named = {**NAMED, "tensors": "<tensor>", **groups}
     both = ["base/", "tuned/"]
     documents = [
         run_json(capsys, "mix", *both, "-o", "a/"),

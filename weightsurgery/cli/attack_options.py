@@ -39,9 +39,6 @@ def check(context: click.Context) -> None:
 
     Args:
         context: Of a command with `OPTIONS`.
-
-    Raises:
-        UsageError: With the flags.
     """
     params = context.params
     given = [name for name in _PATTERNS if params[name] is not None]

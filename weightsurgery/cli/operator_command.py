@@ -145,9 +145,6 @@ def check_usage(
         operator: Which.
         given: The command's parameters.
         used: Parameters that serve something besides the operator.
-
-    Raises:
-        UsageError: With the option, and what it is for.
     """
     for kind, _, _ in operator.settings.values():
         sources = [name for name in options.COUNTED if given.get(name)] if _is_counts(kind) else []

@@ -79,9 +79,6 @@ def refuse_typed(context: click.Context, names: Iterable[str], reason: str) -> N
         context: Of the command.
         names: Parameters.
         reason: What follows the flag in the message.
-
-    Raises:
-        UsageError: One was typed. What comes from wsurg.toml may be for other commands.
     """
     for name in names:
         if is_typed(context, name):

@@ -45,7 +45,6 @@ def check(context: click.Context) -> dict[str, Any]:
         Parameters that do not count, as None.
 
     Raises:
-        UsageError: Options do not go together.
         SettingError: A setting of the fine-tuning is out of range.
     """
     given = context.params

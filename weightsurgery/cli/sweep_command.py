@@ -23,7 +23,7 @@ from weightsurgery.datasets.read import label_ids, read_sentences
 from weightsurgery.errors import PolicyError, StorageError
 from weightsurgery.formats import open_checkpoint
 from weightsurgery.registry import OPERATORS, Operator
-from weightsurgery.report.sweep import plot_sweep, sweep_tables
+from weightsurgery.report.sweep import check_plot_path, plot_sweep, sweep_tables
 from weightsurgery.report.tables import show
 from weightsurgery.stream import Engine
 from weightsurgery.training.settings import Hyperparameters
@@ -94,6 +94,7 @@ def _sweep(base: str, tuned: str, **given: Any) -> None:
             max_length=given["max_length"],
             progress=progress,
         )
+    options.warn(report["warnings"])
     if given["as_json"]:
         options.print_json(report)
     else:
@@ -123,9 +124,6 @@ def _edit(
 
 def _check_usage(context: click.Context, operator: Operator, given: dict[str, Any]) -> None:
     """Refuse what does not go together, and what was typed and would do nothing.
-
-    Raises:
-        UsageError: With the flags.
     """
     attack_options.check(context)
     for other in _SWEPT.values():
@@ -145,6 +143,7 @@ def _check_usage(context: click.Context, operator: Operator, given: dict[str, An
 def _check_plot(path: str | None, *, overwrite: bool) -> None:
     if path is None:
         return
+    check_plot_path(path)
     folder = os.path.dirname(os.path.abspath(path))
     if not os.path.isdir(folder):
         raise StorageError("the folder to write to does not exist", file=folder)
@@ -238,7 +237,10 @@ command = options.Command(
             help="Of masks, trigger places and fine-tuning.",
         ),
         click.Option(
-            ["--plot"], type=click.Path(), metavar="OUT", help="Draw the curve into this file."
+            ["--plot"],
+            type=click.Path(),
+            metavar="OUT",
+            help="Draw the curve into this file (.png, .svg, .pdf).",
         ),
         click.Option(["--overwrite"], is_flag=True, help="Replace --plot's OUT if it exists."),
         model_options.MAX_LENGTH,

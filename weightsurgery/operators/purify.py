@@ -148,7 +148,8 @@ def purify(
 
     Raises:
         SettingError: A setting is out of range, or one that is needed is missing.
-        MismatchError: The models, the fisher or the mask do not fit each other.
+        MismatchError: The models, the fisher or the mask do not fit each other; with `epur`, there
+            is no vocabulary beside TUNED, or none of its tokens has a count.
         NonFiniteError: A score is NaN or infinite.
         PolicyError: A model is quantised.
     """
