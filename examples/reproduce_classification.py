@@ -18,8 +18,8 @@ import multiprocessing
 import os
 import statistics
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -45,6 +45,7 @@ from weightsurgery.demo.material import copy_minilm, shuffled
 from weightsurgery.evaluation.sweep import choose_ratio
 from weightsurgery.models import Model, with_weights
 
+RESULTS = "results.csv"
 COLUMNS = (
     "attack",
     "seed",
@@ -137,6 +138,14 @@ def read_data(folder: Path, plan: Plan, seed: int) -> Data:
 def model_folder(out: Path, attack: str, seed: int) -> Path:
     """Where a poisoned (or the clean) model of a seed lies."""
     return out / "models" / f"{attack.replace(' ', '-')}-{seed}"
+
+
+def make_start(out: Path, seeds: Sequence[int]) -> None:
+    """The base model, and a classifier with a new head for each seed, unless they are there."""
+    (out / "models").mkdir(parents=True, exist_ok=True)
+    base = copy_minilm(out / "base")
+    for seed in seeds:
+        new_classifier(base, model_folder(out, "start", seed), seed=seed)
 
 
 def make_model(out: Path, folder: Path, plan: Plan, attack: str, seed: int) -> str:
@@ -266,12 +275,9 @@ def run_grid(
     Raises:
         SettingError: The folder holds an experiment of other settings.
     """
-    (out / "models").mkdir(parents=True, exist_ok=True)
+    make_start(out, seeds)
     _check_settings(out / "settings.json", plan)
-    base = copy_minilm(out / "base")
-    for seed in seeds:
-        new_classifier(base, model_folder(out, "start", seed), seed=seed)
-    done = {key(row) for row in read_results(out)}
+    done = {key(row) for row in read_rows(out / RESULTS)}
     cells = [
         Cell(attack, seed, defence, with_epur)
         for seed in seeds
@@ -284,19 +290,38 @@ def run_grid(
     first = [(a, s) for a, s in needed if not ATTACKS[a].embedding_only]
     first += [("clean", s) for s in sorted({s for a, s in needed if ATTACKS[a].embedding_only})]
     last = [(a, s) for a, s in needed if ATTACKS[a].embedding_only]
+    for models in (first, last):
+        for what in spread(make_model, [(out, folder, plan, *one) for one in models], workers):
+            print(what, flush=True)
+    for row in spread(run_cell, [(out, folder, plan, cell) for cell in todo], workers):
+        append_row(out / RESULTS, COLUMNS, row)
+        print(_told(row), flush=True)
+
+
+def spread(
+    work: Callable[..., Any], jobs: Sequence[tuple[Any, ...]], workers: int
+) -> Iterator[Any]:
+    """Results of jobs as they come; the first failure cancels what has not begun.
+
+    Args:
+        work: A function of a module.
+        jobs: Its arguments.
+        workers: Processes, of one thread each.
+    """
+    began = time.monotonic()
     with ProcessPoolExecutor(
         workers, mp_context=multiprocessing.get_context("spawn"), initializer=_one_thread
     ) as pool:
-        for models in (first, last):
-            futures = [pool.submit(make_model, out, folder, plan, *one) for one in models]
-            for number, (what, _) in enumerate(_finished(futures), 1):
-                print(f"model {number} of {len(futures)}: {what}", flush=True)
-        began = time.monotonic()
-        futures = [pool.submit(run_cell, out, folder, plan, cell) for cell in todo]
-        for number, (row, _) in enumerate(_finished(futures), 1):
-            append_result(out, row)
-            left = (time.monotonic() - began) / number * (len(todo) - number)
-            print(f"{number} of {len(todo)}: {_told(row)}; {left / 60:.0f} min left", flush=True)
+        waiting = [pool.submit(work, *job) for job in jobs]
+        try:
+            for number, future in enumerate(as_completed(waiting), 1):
+                left = (time.monotonic() - began) / number * (len(waiting) - number)
+                print(f"[{number} of {len(waiting)}, {left / 60:.0f} min left] ", end="")
+                yield future.result()
+        except BaseException:
+            for other in waiting:
+                other.cancel()
+            raise
 
 
 def _one_thread() -> None:
@@ -305,18 +330,6 @@ def _one_thread() -> None:
 
     torch.set_num_threads(1)
     transformers.logging.set_verbosity_error()
-
-
-def _finished(futures: Iterable[Future[Any]]) -> Iterable[tuple[Any, Future[Any]]]:
-    """Results as they come; the first failure cancels what has not begun."""
-    waiting = list(futures)
-    for future in as_completed(waiting):
-        try:
-            yield future.result(), future
-        except BaseException:
-            for other in waiting:
-                other.cancel()
-            raise
 
 
 def _check_settings(path: Path, plan: Plan) -> None:
@@ -344,21 +357,19 @@ def key(row: Mapping[str, Any]) -> tuple[str, ...]:
     return tuple(str(row[name]) for name in Cell._fields)
 
 
-def read_results(out: Path) -> list[dict[str, str]]:
-    """The rows of `results.csv`; [] if there is none."""
-    path = out / "results.csv"
+def read_rows(path: Path) -> list[dict[str, str]]:
+    """The rows of a file of results; [] if there is none."""
     if not path.exists():
         return []
     with path.open(encoding="utf-8", newline="") as file:
         return list(csv.DictReader(file))
 
 
-def append_result(out: Path, row: Mapping[str, Any]) -> None:
-    """Add a row to `results.csv`."""
-    path = out / "results.csv"
+def append_row(path: Path, columns: Sequence[str], row: Mapping[str, Any]) -> None:
+    """Add a row to a file of results."""
     is_new = not path.exists()
     with path.open("a", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS)
+        writer = csv.DictWriter(file, columns)
         if is_new:
             writer.writeheader()
         writer.writerow(row)
@@ -368,7 +379,7 @@ def make_table(rows: Sequence[Mapping[str, str]]) -> str:
     """Means and standard deviations over seeds, as Markdown, in percent.
 
     Args:
-        rows: From `read_results`.
+        rows: Of `results.csv`.
 
     Returns:
         A table: one row for each defence without and with E-PUR, for each attack ACC and ASR (for
@@ -446,7 +457,7 @@ def main(
         )
     except SurgeryError as error:
         raise click.ClickException(str(error)) from error
-    table = make_table(read_results(out))
+    table = make_table(read_rows(out / RESULTS))
     (out / "table.md").write_text(table, encoding="utf-8")
     print(f"\n{table}")
 

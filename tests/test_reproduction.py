@@ -34,7 +34,7 @@ def _importable(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     before = set(sys.modules)
     yield
     for name in set(sys.modules) - before:
-        if name.startswith(("classification_", "reproduce_")):
+        if name.startswith(("classification_", "explore_", "reproduce_")):
             del sys.modules[name]
 
 
@@ -136,12 +136,12 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def run(folder: Path, **changes: Any) -> list[dict[str, str]]:
-    from reproduce_classification import FULL, read_results, run_grid
+    from reproduce_classification import FULL, RESULTS, read_rows, run_grid
 
     plan = replace(FULL, clean=4, ratios=(0.5,), training={"epochs": 1})
     given = {"attacks": ["BadWord", "EP"], "defences": ["none", "Fine-purifying"], "seeds": [0]}
     run_grid(folder / "out", folder, replace(plan, **changes), workers=1, **given)
-    return read_results(folder / "out")
+    return read_rows(folder / "out" / RESULTS)
 
 
 def test_the_grid_has_every_cell_once_and_goes_on(folder: Path) -> None:
@@ -183,7 +183,7 @@ def test_a_failed_cell_keeps_the_others(folder: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr(reproduce_classification, "measure", fail)
     with pytest.raises(OSError, match="the disk is gone"):
         run(folder)
-    done = reproduce_classification.read_results(folder / "out")
+    done = reproduce_classification.read_rows(folder / "out" / "results.csv")
     assert len(done) == 4
     assert {row["attack"] for row in done} == {"BadWord"}
 
@@ -285,3 +285,54 @@ def test_results_are_plain_csv(folder: Path) -> None:
     run(folder)
     with (folder / "out" / "results.csv").open(newline="") as file:
         assert tuple(next(csv.reader(file))) == COLUMNS
+
+
+# --- one thing at a time ----------------------------------------------------------------------
+
+
+def test_every_variant_edits_as_it_says(folder: Path) -> None:
+    from classification_attacks import encode
+    from classification_defences import Case
+    from explore_purifying import VARIANTS, edit
+
+    from weightsurgery.datasets.read import read_sentences
+    from weightsurgery.token_counts import read_counts
+
+    model = load_model(tiny_models.bert(folder / "tuned", seed=1), device="cpu")
+    examples = encode(model, read_sentences(folder / "sst2_dev.tsv"))
+    counts = read_counts(folder / "bert_wordpiece_freqs.json")
+    case = Case(open_checkpoint(folder / "out" / "base"), model, examples, counts, 0)
+    seen = {}
+    for variant, (settings, _) in VARIANTS.items():
+        edited = edit(case, {"ratio": 0.5, **settings})
+        assert edited.step.operator == ("mix" if "select" in settings else "purify")
+        of_fisher = (
+            edited.step.inputs["fisher"].step.settings if "fisher" in edited.step.inputs else {}
+        )
+        told = {**edited.step.settings, **of_fisher}
+        assert {n: v for n, v in settings.items() if n != "exclude"}.items() <= told.items()
+        seen[variant] = [edited[n].read(0, edited[n].size).tobytes() for n in sorted(edited)]
+    plain = seen["Fine-purifying, ratio 0.5"]
+    same = {variant for variant, stored in seen.items() if stored == plain}
+    schedules = {variant for variant, (settings, _) in VARIANTS.items() if not settings}
+    assert schedules <= same
+    assert not same & {"ratio 0.2", "score: drift", "score: random", "scope: tensor"}
+
+
+def test_exploring_goes_on_where_it_stopped(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import explore_purifying
+    import reproduce_classification
+    from click.testing import CliRunner
+
+    monkeypatch.setattr(explore_purifying, "FULL", replace(reproduce_classification.FULL, clean=4))
+    quick = {"a": ({"ratio": 0.2}, {"epochs": 1}), "b": ({"score": "drift"}, {"epochs": 1})}
+    monkeypatch.setattr(explore_purifying, "VARIANTS", quick)
+    arguments = ["--data", str(folder), "--out", str(folder / "out"), "--attack", "EP"]
+    for _ in range(2):
+        result = CliRunner().invoke(explore_purifying.main, arguments)
+        assert result.exit_code == 0, result.output
+        rows = explore_purifying.read_rows(folder / "out" / "exploration.csv")
+        assert [row["variant"] for row in rows] == ["a", "b"]
+        assert all(0 <= float(row["asr"]) <= 1 for row in rows)

@@ -123,8 +123,7 @@ def _edit(
 
 
 def _check_usage(context: click.Context, operator: Operator, given: dict[str, Any]) -> None:
-    """Refuse what does not go together, and what was typed and would do nothing.
-    """
+    """Refuse what does not go together, and what was typed and would do nothing."""
     attack_options.check(context)
     for other in _SWEPT.values():
         for name in {**other.optional, **other.settings}:
