@@ -394,6 +394,7 @@ def test_settings_file_complement_yields_to_the_command_line(folder: Path) -> No
         ("[mix]\nseed = 1.5", 2, "wsurg.toml: 'mix.seed' is 1.5; expected an integer"),
         ("seed = true", 2, "wsurg.toml: 'seed' is true; expected an integer"),
         ("overwrite = 1", 2, "wsurg.toml: 'overwrite' is 1; expected true or false"),
+        ("[finetune]\nheld-out = true", 2, "'finetune.held-out' is true; expected a share or a"),
         ("out = 3", 2, "wsurg.toml: 'out' is 3; expected a string"),
         ('out = "a\\u0000b"', 2, "wsurg.toml: 'out' is 'a\\x00b'; expected a string"),
         ('out = ["a"]', 2, "wsurg.toml: 'out' is a list; expected a string"),
@@ -407,7 +408,15 @@ def test_settings_file_complement_yields_to_the_command_line(folder: Path) -> No
     ],
     ids=[
         *("key", "table", "key of a table", "syntax", "scalar for a table", "float", "integer"),
-        *("bool for an integer", "integer for a flag", "string", "NUL", "list", "member"),
+        *(
+            "bool for an integer",
+            "integer for a flag",
+            "share or file",
+            "string",
+            "NUL",
+            "list",
+            "member",
+        ),
         *("nested", "huge", "range", "size", "digits", "length"),
     ],
 )

@@ -275,6 +275,18 @@ def test_an_unknown_public_name_is_an_attribute_error() -> None:
         _ = weightsurgery.nothing_such
 
 
+@EVERY
+def test_what_a_setting_counts_with_is_there(op: Operator) -> None:
+    declared = {**op.optional, **{name: found[1] for name, found in op.settings.items()}}
+    for name, setting in declared.items():
+        for other, values in setting.only_with.items():
+            assert other != name
+            if other in op.optional:
+                assert values in ((True,), (False,))
+            else:
+                assert set(values) <= set(get_args(op.settings[other][0]))
+
+
 def test_settings_must_be_declared() -> None:
     def undeclared(base: Checkpoint, *, ratio: float = 0.5) -> Checkpoint:
         return base

@@ -28,7 +28,7 @@ _WRITING = ("out", "overwrite", "dry_run", "max_shard_size", "hashes")
 def _finetune(
     model: str,
     data: str,
-    held_out: str | None,
+    held_out: float | str | None,
     out: str,
     overwrite: bool,
     dry_run: bool,
@@ -68,15 +68,12 @@ def _finetune(
 
 
 def _held_out(
-    model: Model, given: str | None, max_length: int
+    model: Model, given: float | str | None, max_length: int
 ) -> tuple[list[Encoded] | float | None, list[str]]:
     """What to hold out, and the file it is from, if it is from one."""
-    if given is None:
-        return None, []
-    try:
-        return float(given), []
-    except ValueError:
-        return read_examples(model, given, max_length=max_length), [given]
+    if given is None or isinstance(given, float):
+        return given, []
+    return read_examples(model, given, max_length=max_length), [given]
 
 
 def _show_plan(
@@ -165,6 +162,7 @@ command = options.Command(
         click.Option(["--data"], required=True, metavar="FILE", help="Clean examples."),
         click.Option(
             ["--held-out"],
+            type=options.ShareOrFile(),
             metavar="FILE|SHARE",
             help="Other clean examples, or the share of --data to hold out: their loss is "
             "measured after each epoch.",

@@ -119,6 +119,22 @@ class Complement(click.ParamType):  # type: ignore[type-arg]
         return number
 
 
+class ShareOrFile(click.ParamType):  # type: ignore[type-arg]
+    """A number, or else the path of a file."""
+
+    name = "share or file"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> float | str:
+        """A number where it is one."""
+        del param, ctx
+        try:
+            return float(value)
+        except ValueError:
+            return str(value)
+
+
 JSON = click.Option(["--json", "as_json"], is_flag=True, help="Print the result as JSON.")
 WORKERS = click.Option(
     ["--workers"],

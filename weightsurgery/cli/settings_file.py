@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 
-from weightsurgery.cli.options import Complement, Size
+from weightsurgery.cli.options import Complement, ShareOrFile, Size
 from weightsurgery.errors import FormatError, SettingError, shown
 from weightsurgery.formats.files import InputFile
 
@@ -28,6 +28,7 @@ _KINDS: tuple[tuple[type[Any], tuple[type, ...], str], ...] = (
     (click.types.FloatParamType, (int, float), "a number"),
     (Complement, (int, float, str), "a number"),
     (Size, (int, str), "a size such as '5GB'"),
+    (ShareOrFile, (int, float, str), "a share or a file"),
     (click.ParamType, (str,), "a string"),
 )
 

@@ -83,7 +83,11 @@ def purify(
         Setting("added to the curvature, as a multiple of its mean", only_with=_BY_CURVATURE),
     ] = 1e-8,
     seed: Annotated[
-        int, Setting("seed of the random scores", only_with={**_RANKED, "score": ("random",)})
+        int,
+        Setting(
+            "seed of the random scores, and of --finetune",
+            only_with={**_RANKED, "score": ("random",)},
+        ),
     ] = 0,
     counts: Annotated[
         TokenCounts | None, Setting("token counts, for embeddings=epur", only_with=_BY_EPUR)
