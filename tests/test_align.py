@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,9 @@ from tests import cases
 from tests.cases import zeros
 from weightsurgery.alignment import Alignment, align
 from weightsurgery.checkpoint import from_arrays
+from weightsurgery.comparison import diff
 from weightsurgery.errors import MismatchError, SettingError
+from weightsurgery.formats import save
 from weightsurgery.operators.mix import mix
 
 Shapes = dict[str, tuple[int, ...]]
@@ -194,3 +197,25 @@ def test_globs_need_a_match() -> None:
     assert found.only() is found
     with pytest.raises(SettingError, match=r"'v' matches no tensor; see `wsurg inspect`"):
         found.only(include=["v"])
+
+
+def test_a_head_that_only_base_has_looks_swapped() -> None:
+    base, tuned = cases.pair()
+    head = {"classifier.weight": np.zeros((2, 6), np.float32)}
+    right = align(from_arrays(base), from_arrays({**tuned, **head}))
+    swapped = align(from_arrays({**tuned, **head}), from_arrays(base))
+    assert right.warnings == ()
+    assert len(swapped.warnings) == 1
+    assert "'classifier.weight': are BASE and TUNED the right way round?" in swapped.warnings[0]
+    both = align(from_arrays({**base, "score.weight": head["classifier.weight"]}),
+                 from_arrays({**tuned, **head}))  # fmt: skip
+    assert both.warnings == ()
+
+
+def test_a_swapped_pair_is_told_by_diff_and_in_the_record(tmp_path: Path) -> None:
+    base, tuned = cases.pair()
+    head = {"classifier.weight": np.zeros((2, 6), np.float32)}
+    swapped = from_arrays({**tuned, **head}), from_arrays(base)
+    assert "right way round" in " ".join(diff(*swapped).warnings)
+    record = save(mix(*swapped, ratio=0.5), tmp_path / "out.safetensors")
+    assert ["right way round" in warning for warning in record["warnings"]] == [True]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import fnmatch
 import math
+import re
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -14,6 +15,9 @@ from weightsurgery.anatomy import find_embedding, kind_of
 from weightsurgery.checkpoint import Checkpoint, TensorView
 from weightsurgery.errors import MismatchError, SettingError, shown
 from weightsurgery.ties import is_output_head, says_tied, tied_to
+
+# What a fine-tuning adds to a model; a pre-trained one has a language model's head at most.
+_TASK_HEAD = re.compile(r"(?:^|\.)(?:classifier|score|qa_outputs|logits_proj)\.")
 
 
 @dataclass(frozen=True)
@@ -71,6 +75,15 @@ class Alignment:
     def eligible(self) -> tuple[Pair, ...]:
         """The pairs of which something may be edited."""
         return tuple(pair for pair in self.pairs if pair.eligible)
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """What looks like a mistake, though it may be none."""
+        lost = [name for name, _ in self.unused if _TASK_HEAD.search(name)]
+        if not lost or any(_TASK_HEAD.search(pair.name) for pair in self.pairs):
+            return ()
+        what = f"BASE has a head that TUNED lacks, '{shown(lost[0])}'"
+        return (f"{what}: are BASE and TUNED the right way round?",)
 
     @property
     def dimensions(self) -> int:

@@ -275,6 +275,7 @@ class _Collector:
 
     def _warnings(self) -> list[str]:
         found = [*self.alignment.base.warnings, *self.alignment.tuned.warnings]
+        found += self.alignment.warnings
         found += [self.vocabulary_warning] if self.vocabulary_warning else []
         bad = sum(entry["skipped"] for entry in self.tensors)
         if bad:

@@ -183,7 +183,8 @@ def map_tensors(
         pair.name: _edited(pair, edit, check, pair.tuned.dtype) if pair.eligible else pair.tuned
         for pair in alignment.pairs
     }
-    return replace(alignment.tuned, tensors=views, notes=notes)
+    warnings = (*alignment.tuned.warnings, *alignment.warnings)
+    return replace(alignment.tuned, tensors=views, notes=notes, warnings=warnings)
 
 
 def _whole(pair: Pair) -> Pair:
