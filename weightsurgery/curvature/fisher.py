@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from weightsurgery.checkpoint import Checkpoint, Step
 from weightsurgery.curvature.factors import Sums
-from weightsurgery.curvature.losses import Objective, check_examples
+from weightsurgery.curvature.losses import Objective
 from weightsurgery.curvature.per_example import (
     HOOKS,
     LOOP,
@@ -24,8 +24,8 @@ from weightsurgery.curvature.per_example import (
     zeros,
 )
 from weightsurgery.curvature.points import between
-from weightsurgery.curvature.result import digest_of, make_result
-from weightsurgery.datasets.batches import Encoded
+from weightsurgery.curvature.result import make_result
+from weightsurgery.datasets.batches import Encoded, check_examples, digest_of
 from weightsurgery.errors import SettingError, shown
 from weightsurgery.models import Model
 from weightsurgery.stream import Progress

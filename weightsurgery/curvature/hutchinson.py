@@ -13,10 +13,10 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from weightsurgery.checkpoint import Checkpoint, Step
-from weightsurgery.curvature.losses import Batch, Objective, check_examples
+from weightsurgery.curvature.losses import Batch, Objective
 from weightsurgery.curvature.per_example import asking, frozen
-from weightsurgery.curvature.result import digest_of, make_result
-from weightsurgery.datasets.batches import Encoded, longest_first
+from weightsurgery.curvature.result import make_result
+from weightsurgery.datasets.batches import Encoded, check_examples, digest_of, longest_first
 from weightsurgery.errors import SettingError, shown
 from weightsurgery.models import Model
 from weightsurgery.rng import random_mask

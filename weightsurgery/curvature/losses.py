@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from weightsurgery.datasets.batches import IGNORED, Encoded, batches
-from weightsurgery.errors import MismatchError, SettingError
 from weightsurgery.models import CLASSIFICATION, Model
 
 if TYPE_CHECKING:
@@ -113,29 +112,3 @@ def _sample(logits: torch.Tensor, draws: torch.Tensor) -> torch.Tensor:
     cumulative = logits.to("cpu", torch.float64).softmax(-1).cumsum(-1)
     found = torch.searchsorted(cumulative, draws[..., None], right=True)[..., 0]
     return found.clamp_(max=logits.shape[-1] - 1).to(logits.device)
-
-
-def check_examples(model: Model, examples: Sequence[Encoded]) -> None:
-    """Refuse what has no cross-entropy.
-
-    Raises:
-        SettingError: There are no examples.
-        MismatchError: The model is no single-label classifier, or an example has no token that
-            counts.
-    """
-    if not examples:
-        raise SettingError("no examples; expected at least one")
-    if model.task == CLASSIFICATION:
-        kind = getattr(model.module.config, "problem_type", None)
-        if len(model.labels) < 2 or kind not in (None, "single_label_classification"):
-            raise MismatchError(
-                f"a head with {len(model.labels)} label(s) of type {kind or 'regression'}; "
-                "expected a classifier that tells two or more labels apart",
-                file=model.path,
-            )
-        return
-    for number, one in enumerate(examples, 1):
-        if all(label == IGNORED for label in one.labels[1:]):
-            raise MismatchError(
-                f"example {number} has no answer token that the loss could cover", file=model.path
-            )

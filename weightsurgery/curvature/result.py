@@ -2,26 +2,18 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from weightsurgery.checkpoint import Checkpoint, Step, from_arrays
-from weightsurgery.datasets.batches import Encoded
 from weightsurgery.errors import NonFiniteError
 
 if TYPE_CHECKING:
     import torch
-
-
-def digest_of(examples: Sequence[Encoded]) -> str:
-    """SHA-256 of token ids and labels: which examples an estimate is of."""
-    rows = [[one.ids, one.types, one.labels] for one in examples]
-    return hashlib.sha256(json.dumps(rows, separators=(",", ":")).encode()).hexdigest()
 
 
 def make_result(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -14,7 +16,7 @@ from weightsurgery.datasets.read import (
     read_instructions,
     read_sentences,
 )
-from weightsurgery.errors import SettingError
+from weightsurgery.errors import MismatchError, SettingError
 from weightsurgery.models import CLASSIFICATION, Model
 
 if TYPE_CHECKING:
@@ -187,3 +189,35 @@ def _padding(model: Model) -> int:
     if model.task == CLASSIFICATION:  # `load_model` has seen to it that there is one
         known.insert(0, getattr(model.module.config, "pad_token_id", None))
     return next((pad for pad in known if pad is not None), 0)
+
+
+def check_examples(model: Model, examples: Sequence[Encoded]) -> None:
+    """Refuse what has no cross-entropy.
+
+    Raises:
+        SettingError: There are no examples.
+        MismatchError: The model is no single-label classifier, or an example has no token that
+            counts.
+    """
+    if not examples:
+        raise SettingError("no examples; expected at least one")
+    if model.task == CLASSIFICATION:
+        kind = getattr(model.module.config, "problem_type", None)
+        if len(model.labels) < 2 or kind not in (None, "single_label_classification"):
+            raise MismatchError(
+                f"a head with {len(model.labels)} label(s) of type {kind or 'regression'}; "
+                "expected a classifier that tells two or more labels apart",
+                file=model.path,
+            )
+        return
+    for number, one in enumerate(examples, 1):
+        if all(label == IGNORED for label in one.labels[1:]):
+            raise MismatchError(
+                f"example {number} has no answer token that the loss could cover", file=model.path
+            )
+
+
+def digest_of(examples: Sequence[Encoded]) -> str:
+    """SHA-256 of token ids and labels: which examples an estimate is of."""
+    rows = [[one.ids, one.types, one.labels] for one in examples]
+    return hashlib.sha256(json.dumps(rows, separators=(",", ":")).encode()).hexdigest()

@@ -15,9 +15,7 @@ from typing import Any
 
 from weightsurgery.alignment import check_glob, matches
 from weightsurgery.checkpoint import Checkpoint, Step
-from weightsurgery.curvature.losses import check_examples
-from weightsurgery.curvature.result import digest_of
-from weightsurgery.datasets.batches import Encoded
+from weightsurgery.datasets.batches import Encoded, check_examples, digest_of
 from weightsurgery.errors import SettingError, shown
 from weightsurgery.evaluation.intervals import proportion
 from weightsurgery.evaluation.predictions import predict
