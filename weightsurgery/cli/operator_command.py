@@ -182,7 +182,7 @@ def make_path_option(name: str, declaration: Setting) -> click.Option:
         name: The argument.
         declaration: Its declaration.
     """
-    text = declaration.help[:1].upper() + declaration.help[1:] + "."
+    text = _sentence(declaration)
     return click.Option([options.flag(name), name], metavar="PATH", help=text)
 
 
@@ -196,7 +196,7 @@ def make_options(name: str, kind: Any, declaration: Setting, default: Any) -> li
         default: Its default.
     """
     flag = options.flag(name)
-    text = declaration.help[:1].upper() + declaration.help[1:] + "."
+    text = _sentence(declaration)
     if kind is bool:
         return [click.Option([flag, name], is_flag=True, default=default, help=text)]
     if _is_counts(kind):
@@ -223,6 +223,17 @@ def make_options(name: str, kind: Any, declaration: Setting, default: Any) -> li
             )
         )
     return made
+
+
+def _sentence(declaration: Setting) -> str:
+    """The help of a setting, with what it counts beside."""
+    choices = [
+        f"{options.flag(other)} {' or '.join(map(str, values))}"
+        for other, values in declaration.only_with.items()
+        if not isinstance(values[0], bool)
+    ]
+    text = declaration.help[:1].upper() + declaration.help[1:]
+    return f"{text} (with {' and '.join(choices)})." if choices else f"{text}."
 
 
 def _is_counts(kind: Any) -> bool:
