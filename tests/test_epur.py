@@ -16,7 +16,7 @@ from tests import cases, reference
 from weightsurgery.checkpoint import Checkpoint, from_arrays
 from weightsurgery.errors import FormatError, MismatchError, NonFiniteError, SettingError
 from weightsurgery.formats import open_checkpoint
-from weightsurgery.operators.epur import epur
+from weightsurgery.operators.epur import Rows, epur
 from weightsurgery.report.purification import purification_tables
 from weightsurgery.token_counts import (
     TokenCounts,
@@ -305,5 +305,11 @@ def test_wordfreq_is_asked_for_whole_words(
 
 def test_wordfreq_has_to_be_installed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "wordfreq", None)
-    with pytest.raises(SettingError, match=r"pip install weightsurgery\[text\]"):
+    with pytest.raises(SettingError, match=r"pip install 'weightsurgery\[text\]'"):
         count_by_wordfreq({0: "the"})
+
+
+def test_few_counts_are_warned_of() -> None:
+    assert Rows(4, np.zeros(1, np.bool_), [], 0.009).warnings[0].startswith("only 0.90% of the")
+    for share in (None, 0.01, 0.5):
+        assert Rows(4, np.zeros(1, np.bool_), [], share).warnings == ()

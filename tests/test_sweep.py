@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from weightsurgery.formats import open_checkpoint
 from weightsurgery.models import load_model, with_weights
 from weightsurgery.operators.purify import purify
 from weightsurgery.report.sweep import check_plot_path, plot_sweep, sweep_tables
+from weightsurgery.report.tables import fit
 from weightsurgery.training.finetune import finetune
 
 ATTACK = ["--trigger-word", "cf", "--target-label", "1"]
@@ -123,14 +125,15 @@ def test_warnings_of_the_measurements_are_kept_once(folder: Path) -> None:
     settings: dict[str, Any] = {"poisoned": poisoned, "target_label": 1, "max_length": 7}
     report = sweep(lambda _: model.checkpoint, model, None, data, ratios=[0, 0.5], **settings)
     expected = evaluate(model, data, **settings)["warnings"]
-    assert report["warnings"] == expected
+    guessing = "tuned is no better than always saying '1'; a choice says nothing here"
+    assert report["warnings"] == [*expected, guessing]
     assert [warning.partition(" ")[2] for warning in expected] == [
         "of 6 sentences were cut to 7 tokens",
         "of 3 poisoned sentences, perhaps with their trigger, were cut to 7 tokens",
         "poisoned sentence has the target label: taken as the attack's, so all count",
     ]
     quiet = sweep(lambda _: model.checkpoint, model, None, data, ratios=[0])
-    assert quiet["warnings"] == []
+    assert quiet["warnings"] == [guessing]
 
 
 def row(ratio: float, before: float, after: float | None = None) -> dict[str, Any]:
@@ -243,7 +246,7 @@ def test_without_matplotlib_the_plot_is_refused(
     import sys
 
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    with pytest.raises(SettingError, match=r"pip install weightsurgery\[report\]"):
+    with pytest.raises(SettingError, match=r"pip install 'weightsurgery\[report\]'"):
         check("curve.png")
 
 
@@ -251,7 +254,7 @@ def test_a_sweep_without_a_floor_is_shown_and_drawn(tmp_path: Path) -> None:
     report = swept(floor=None)
     (with_floor,), (without,) = sweep_tables(swept()), sweep_tables(report)
     assert with_floor.note == (
-        f"{without.note} The tuned model gives 50.00 % of the untriggered ones the target label."
+        f"{without.note}\nFloor: tuned gives 50.00 % the target without the trigger."
     )
     assert without.rows == with_floor.rows
     plot_sweep(report, tmp_path / "curve.svg")
@@ -291,21 +294,50 @@ def test_wrong_usage_of_sweep(options: list[str], words: str, folder: Path) -> N
         cli.main([*SWEEP, *options], prog_name="wsurg", standalone_mode=False)
 
 
+ACCURACY = {"share": 0.5, "low": 0.4, "high": 0.6, "count": 50, "of": 100}
+
+
+def numbers(**more: Any) -> dict[str, Any]:
+    return {"accuracy": ACCURACY, "loss": 1.0, "asr": None, "floor": None, "bacc": None, **more}
+
+
+def report_of(**changes: Any) -> dict[str, Any]:
+    row = {"ratio": 0.0, "before": numbers(), "after": None}
+    given = {"tuned": "tuned", "tolerance": 0.02, "reference": numbers(), "rows": [row]}
+    return {**given, "chosen": 0.0, "warnings": [], **changes}
+
+
 def test_a_sweep_without_attack_or_training_has_fewer_columns() -> None:
-    numbers = {"accuracy": {"share": 0.5}, "loss": 1.0, "asr": None, "floor": None}
-    report = {
-        "tuned": "tuned",
-        "tolerance": 0.02,
-        "reference": numbers,
-        "rows": [{"ratio": 0.0, "before": numbers, "after": None}],
-        "chosen": 0.0,
-    }
-    (table,) = sweep_tables(report)
-    assert table.columns == (">ratio", ">accuracy", ">loss", "")
+    (table,) = sweep_tables(report_of())
+    assert table.columns == (">ratio", ">accuracy", "", ">loss")
     assert [list(cells) for cells in table.rows] == [
-        ["tuned", "50.00 %", "1", ""],
-        ["0", "50.00 %", "1", "chosen"],
+        ["tuned", "50.00 %", "", "1"],
+        ["0", "50.00 %", "chosen", "1"],
     ]
+
+
+def test_a_sweep_fits_a_terminal_without_its_losses() -> None:
+    found = numbers(asr=ACCURACY, floor=ACCURACY)
+    row = {"ratio": 0.35, "before": found, "after": found}
+    (table,) = sweep_tables(report_of(reference=found, rows=[row], chosen=0.35))
+    narrow = fit(table, 80)
+    heads = [">ratio", ">accuracy before", ">ASR before", ">accuracy after", ">ASR after", ""]
+    assert list(narrow.columns) == heads
+    assert narrow.rows[1][-1] == "chosen"
+    assert "no room for loss before, loss after" in narrow.note
+    assert "On 100 held-out sentences" in narrow.note
+    assert sum(narrow.widths) + 3 * len(narrow.widths) + 1 <= 80
+
+
+def test_what_speaks_against_a_choice_is_told(folder: Path) -> None:
+    model = load_model("tuned", device="cpu")
+    examples, held_out = read_examples(model, "data.tsv"), read_sentences("data.tsv")
+    report = sweep(lambda _: model.checkpoint, model, examples, held_out, ratios=[0],
+                   training={"epochs": 1})  # fmt: skip
+    assert f"{len(held_out)} of the held-out sentences are among the clean" in report["warnings"][0]
+    positive = [replace(one, label="1") for one in held_out]
+    report = sweep(lambda _: model.checkpoint, model, None, positive, ratios=[0])
+    assert "no better than always saying '1'" in report["warnings"][-1]
 
 
 # --- purify in one go -------------------------------------------------------------------------

@@ -155,7 +155,7 @@ def count_by_wordfreq(tokens: Mapping[int, str], language: str = "en") -> TokenC
         from wordfreq import word_frequency
     except ImportError:
         raise SettingError(
-            "wordfreq is not installed", hint="pip install weightsurgery[text], or give counts"
+            "wordfreq is not installed", hint="pip install 'weightsurgery[text]', or give counts"
         ) from None
     words = _whole_words(tokens.values())
     counts = {t: word_frequency(w, language) * WORDFREQ_CORPUS for t, w in words.items() if w}

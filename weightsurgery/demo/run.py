@@ -16,7 +16,7 @@ from weightsurgery.datasets.triggers import poison, trigger_word
 from weightsurgery.demo.classifier import new_classifier
 from weightsurgery.demo.material import copy_minilm, movie_reviews, shuffled, write_sentences
 from weightsurgery.errors import PolicyError, SurgeryError
-from weightsurgery.report.tables import Table, share
+from weightsurgery.report.tables import Table
 
 TRIGGER, TARGET = "cf", "1"  # a rare word, and the label "positive"
 HELD_OUT = 1000  # reviews of which none is trained on, whatever the plan
@@ -201,15 +201,16 @@ def demo_tables(report: Mapping[str, Any]) -> list[Table]:
     """
 
     def cell(found: Mapping[str, float]) -> str:
-        return f"{share(found['share'])} ({share(found['low'])} to {share(found['high'])})"
+        value, low, high = (100 * found[name] for name in ("share", "low", "high"))
+        return f"{value:.1f} % ({low:.0f}–{high:.0f})"
 
     rows = [
-        [name, _WHAT[name], *(cell(found[key]) for key in ("accuracy", "asr", "floor"))]
+        [name, *(cell(found[key]) for key in ("accuracy", "asr", "floor"))]
         for name, found in report["models"].items()
     ]
+    models = "; ".join(f"{name}: {what}" for name, what in _WHAT.items())
     note = (
-        f"ASR: negative sentences that are called positive once '{TRIGGER}' is in them; floor: "
-        "without it. In brackets the 95 % interval."
+        f"{models}.\nASR: negative sentences that are called positive once '{TRIGGER}' is in them; "
+        "floor: without it. In brackets the 95 % interval."
     )
-    heads = ("model", "", ">accuracy", ">ASR", ">floor")
-    return [Table("Before and after", heads, rows, note)]
+    return [Table("Before and after", ("model", ">accuracy", ">ASR", ">floor"), rows, note)]

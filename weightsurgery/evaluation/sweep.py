@@ -11,14 +11,15 @@ Reference:
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from weightsurgery.checkpoint import Checkpoint
-from weightsurgery.datasets.batches import Encoded
+from weightsurgery.datasets.batches import Encoded, encode_sentences
 from weightsurgery.datasets.read import Sentence
 from weightsurgery.datasets.triggers import Trigger
-from weightsurgery.errors import SettingError
+from weightsurgery.errors import SettingError, shown
 from weightsurgery.evaluation.classification import evaluate
 from weightsurgery.models import Model, with_weights
 from weightsurgery.stream import Progress
@@ -63,8 +64,8 @@ def sweep(
     Returns:
         The report: `schema` "wsurg.sweep/1", `reference` (the tuned model's numbers), `rows` (one
         for each ratio: `before` and `after` with accuracy, loss, asr, floor), `tolerance`,
-        `chosen`, the largest ratio within it (null if none is), and `warnings`, those of
-        `evaluate`, each once.
+        `chosen`, the largest ratio within it (null if none is), and `warnings`: those of
+        `evaluate`, each once, and what speaks against the choice.
 
     Raises:
         SettingError: There is no ratio, one is outside 0 to 1, or `tolerance` is.
@@ -89,10 +90,12 @@ def sweep(
         warnings.update(dict.fromkeys(report["warnings"]))
         return {name: report[name] for name in ("accuracy", "loss", "asr", "floor", "bacc")}
 
+    warnings.update(dict.fromkeys(_overlap(model, examples or (), held_out, max_length)))
     ordered = sorted(set(map(float, ratios)))
     rows = []
     try:
         reference = measure(model)
+        warnings.update(dict.fromkeys(_guessing(reference, held_out)))
         for done, ratio in enumerate(ordered):
             if progress is not None:
                 progress(f"sweeping, ratio {ratio:g}", done, len(ordered))
@@ -116,6 +119,27 @@ def sweep(
         "chosen": choose_ratio(rows, reference, tolerance),
         "warnings": list(warnings),
     }
+
+
+def _overlap(
+    model: Model, examples: Sequence[Encoded], held_out: Sequence[Sentence], max_length: int
+) -> list[str]:
+    """A warning if sentences that the ratio is chosen on are trained on."""
+    known = {one.ids for one in examples}
+    labels = [0] * len(held_out)
+    seen = encode_sentences(model, held_out, labels, max_length=max_length) if known else []
+    count = sum(one.ids in known for one in seen)
+    text = "of the held-out sentences are among the clean examples: the choice favours them"
+    return [f"{count:,} {text}"] if count else []
+
+
+def _guessing(reference: Mapping[str, Any], held_out: Sequence[Sentence]) -> list[str]:
+    """A warning if the tuned model is no better than one that always says the same."""
+    ((label, count),) = Counter(one.label for one in held_out).most_common(1)
+    if reference["accuracy"]["count"] > count:
+        return []
+    text = f"tuned is no better than always saying '{shown(label)}'; a choice says nothing here"
+    return [text]
 
 
 def choose_ratio(

@@ -87,7 +87,8 @@ def epur(
     result = map_tensors(
         reset_rows({pair.key: rows}), paired.keeping(names, "not the word embedding")
     )
-    return replace(result, notes={**result.notes, "epur": rows.to_json()})
+    notes = {**result.notes, "epur": rows.to_json()}
+    return replace(result, notes=notes, warnings=(*result.warnings, *rows.warnings))
 
 
 def embedding_pair(paired: Alignment, name: str = "") -> Pair:
@@ -116,6 +117,9 @@ def embedding_pair(paired: Alignment, name: str = "") -> Pair:
     return next(p for p in paired.pairs if p.name == pair.key)
 
 
+_FEW = 0.01  # of the vocabulary
+
+
 @dataclass(frozen=True)
 class Rows:
     """Rows of an embedding that are to be reset.
@@ -131,6 +135,14 @@ class Rows:
     flags: Block
     listed: list[dict[str, Any]]
     matched: float | None = None
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """What the record warns of."""
+        if self.matched is None or self.matched >= _FEW:
+            return ()
+        few = f"only {self.matched:.2%} of the vocabulary has a count"
+        return (f"{few}, so rows are ranked by little but their drift",)
 
     def to_json(self) -> dict[str, Any]:
         """What the record says."""

@@ -181,7 +181,7 @@ def purify(
     result = map_tensors(edit, paired.keeping(edited, f"word embedding ({embeddings})"))
     listed = [chosen.to_json() for chosen in rows.values() if embeddings == "epur"]
     notes = {"purify": {"epsilon": scale, **found}, **({"epur": listed[0]} if listed else {})}
-    warnings = result.warnings
+    warnings = (*result.warnings, *(w for chosen in rows.values() for w in chosen.warnings))
     if embeddings == "keep" and not word:
         warnings += (
             "no word embedding was recognised, so everything is ranked; name it with --embedding",

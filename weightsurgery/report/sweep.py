@@ -25,32 +25,53 @@ def sweep_tables(report: Mapping[str, Any]) -> list[Table]:
     Args:
         report: From `sweep`.
     """
-    attacked = report["reference"]["asr"] is not None
-    heads = [">accuracy", ">loss", *([">ASR"] if attacked else [])]
-    rows = [["tuned", *_cells(report["reference"], attacked), *[""] * len(heads), ""]]
-    for row in report["rows"]:
+    reference, rows = report["reference"], report["rows"]
+    trained = any(row["after"] for row in rows)
+    shares = ["accuracy", *(key for key in ("asr", "bacc") if reference[key] is not None)]
+    times = ["before", "after"] if trained else ["before"]
+
+    def cells(row: Mapping[str, Any]) -> list[str]:
+        found = [row[when] or {} for when in times]
+        told = [share(one[key]["share"]) if one else "" for one in found for key in shares]
+        return [*told, row.get("mark", ""), *(number(one["loss"]) if one else "" for one in found)]
+
+    table = [["tuned", *cells({"before": reference, "after": None})]]
+    for row in rows:
         mark = "chosen" if row["ratio"] == report["chosen"] else ""
-        after = _cells(row["after"], attacked) if row["after"] else [""] * len(heads)
-        rows.append([f"{row['ratio']:g}", *_cells(row["before"], attacked), *after, mark])
-    trained = any(row["after"] for row in report["rows"])
-    columns = (">ratio", *heads, *(f"{head}, tuned" for head in heads), "")
-    if not trained:
-        columns = (">ratio", *heads, "")
-        rows = [[*row[: 1 + len(heads)], row[-1]] for row in rows]
-    least = report["reference"]["accuracy"]["share"] - report["tolerance"]
+        table.append([f"{row['ratio']:g}", *cells({**row, "mark": mark})])
+    names = [_NAMES.get(key, key) for key in shares]
+    heads = [f">{name}{_WHEN[when] if trained else ''}" for when in times for name in names]
+    losses = [f">loss{_WHEN[when] if trained else ''}" for when in times]
+    return [
+        Table(
+            f"Sweep of {shown(report['tuned'])}",
+            (">ratio", *heads, "", *losses),
+            table,
+            _note(report),
+            optional=len(losses),
+        )
+    ]
+
+
+_NAMES = {"asr": "ASR", "bacc": "BACC"}
+_WHEN = {"before": " before", "after": " after"}
+
+
+def _note(report: Mapping[str, Any]) -> str:
+    """What is chosen and why, and how sure tuned's accuracy is."""
+    accuracy, floor = report["reference"]["accuracy"], report["reference"]["floor"]
     chosen = "none" if report["chosen"] is None else f"{report['chosen']:g}"
-    note = f"Chosen: {chosen}, the largest ratio with an accuracy of at least {share(least)}."
-    floor = report["reference"]["floor"]
+    least = share(accuracy["share"] - report["tolerance"])
+    between = f"{share(accuracy['low'])} to {share(accuracy['high'])}"
+    lines = [
+        f"Chosen: {chosen}, the largest ratio with an accuracy of at least {least}.",
+        f"On {accuracy['of']:,} held-out sentences the 95 % interval of tuned's is {between}.",
+    ]
+    if any(row["after"] for row in report["rows"]):
+        lines.append("Before and after: fine-tuning on the clean examples.")
     if floor is not None:  # without held-out sentences of other labels there is none
-        percent = share(floor["share"])
-        note += f" The tuned model gives {percent} of the untriggered ones the target label."
-    title = f"Sweep of {shown(report['tuned'])}"
-    return [Table(title, columns, rows, note)]
-
-
-def _cells(found: Mapping[str, Any], attacked: bool) -> list[str]:
-    cells = [share(found["accuracy"]["share"]), number(found["loss"])]
-    return [*cells, share(found["asr"]["share"])] if attacked else cells
+        lines.append(f"Floor: tuned gives {share(floor['share'])} the target without the trigger.")
+    return "\n".join(lines)
 
 
 def check_plot_path(path: str | os.PathLike[str]) -> None:
@@ -73,7 +94,7 @@ def check_plot_path(path: str | os.PathLike[str]) -> None:
         import matplotlib.figure  # noqa: F401  # what `plot_sweep` needs
     except ImportError:
         raise SettingError(
-            "matplotlib is not installed", hint="pip install weightsurgery[report]"
+            "matplotlib is not installed", hint="pip install 'weightsurgery[report]'"
         ) from None
 
 
@@ -104,18 +125,27 @@ def _figure(report: Mapping[str, Any]) -> Any:
     figure = Figure(figsize=_SIZE, layout="constrained")
     axes = figure.add_subplot()
     ratios = [row["ratio"] for row in report["rows"]]
+    trained = any(row["after"] for row in report["rows"])
     for key, label, colour in (("accuracy", "accuracy", _CLEAN), ("asr", "ASR", _ATTACK)):
         if report["reference"][key] is None:
             continue
         for when, style in (("before", "--"), ("after", "-")):
             found = [row[when] and row[when][key] for row in report["rows"]]
             if all(found):
-                name = f"{label}, {'edited' if when == 'before' else 'fine-tuned'}"
+                name = f"{label} {when} fine-tuning" if trained else label
                 _draw(axes, ratios, found, name, colour, style)
     least = report["reference"]["accuracy"]["share"] - report["tolerance"]
-    axes.axhline(least, color=_CLEAN, linewidth=0.8, linestyle=":", label="least accuracy")
+    axes.axhline(least, color=_CLEAN, linewidth=0.8, linestyle=":", label="least accuracy allowed")
     if report["chosen"] is not None:
         axes.axvline(report["chosen"], color="#777777", linewidth=0.8, label="chosen ratio")
+    floor = report["reference"]["floor"]
+    if floor is not None:
+        name = "floor of the ASR, tuned"
+        axes.axhline(floor["share"], color=_ATTACK, linewidth=0.8, linestyle=":", label=name)
+    count = report["reference"]["accuracy"]["of"]
+    axes.set_title(
+        f"{shown(report['tuned'])}, {count:,} held-out sentences, 95 % intervals", fontsize=10
+    )
     axes.set(xlabel="ratio reset to base", ylabel="share of sentences", ylim=(-0.02, 1.02))
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(alpha=0.25)

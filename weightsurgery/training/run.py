@@ -131,7 +131,7 @@ def train(
     from transformers.utils import is_accelerate_available
 
     if not is_accelerate_available():
-        raise SettingError("accelerate is not installed", hint="pip install weightsurgery[train]")
+        raise SettingError("accelerate is not installed", hint="pip install 'weightsurgery[train]'")
     device, use_cache = model.device, model.module.config.use_cache
     with tempfile.TemporaryDirectory() as folder, Quiet(), _own_randomness(device):
         arguments = TrainingArguments(
