@@ -184,10 +184,12 @@ def test_a_command_that_fails_ends_the_demo(tiny: Path) -> None:
 
 def test_the_table_is_before_and_after() -> None:
     found = {"share": 0.5, "low": 0.4, "high": 0.6}
-    numbers = {"accuracy": found, "asr": found, "floor": found}
+    sure = {"share": 1.0, "low": 0.9931, "high": 1.0}
+    numbers = {"accuracy": found, "asr": sure, "floor": found}
     (table,) = demo_tables({"models": {"tuned": numbers, "cleaned": numbers}})
     assert [row[0] for row in table.rows] == ["tuned", "cleaned"]
-    assert table.rows[0][2] == "50.00 % (40.00 % to 60.00 %)"
+    assert table.rows[0][1:3] == ["50.0 % (40–60)", "100.0 % (99–100)"]
+    assert sum(table.widths) + 3 * len(table.widths) + 1 <= 80  # a terminal shows all of it
 
 
 # --- on real weights --------------------------------------------------------------------------

@@ -424,6 +424,7 @@ def test_the_tables_show_what_was_measured(
             "--trigger-word and --bias-word exclude each other",
         ),
         (["--position", "end"], 2, "--position is for a pattern to insert"),
+        (["--seed", "4"], 2, "--seed is for a pattern to insert"),
         (
             ["--poisoned", "x.tsv", "--target-label", "1", "--position", "end"],
             2,

@@ -278,6 +278,7 @@ def test_a_sweep_without_a_floor_is_shown_and_drawn(tmp_path: Path) -> None:
         (["--fisher", "x", "--points", "2"], "--points is for the Fisher that --data makes"),
         (["--score", "drift", "--points", "2"], "--points is for the Fisher that --data makes"),
         (["--no-finetune", "--epochs", "2"], "--epochs is for --finetune"),
+        (["--overwrite"], "--overwrite is for --plot"),
         (
             ["--select", "drift", "--operator", "mix", "--seed", "1", "--no-finetune"],
             "--seed is for",

@@ -25,8 +25,11 @@ def _evaluate(
     as_json: bool,
     **pattern: Any,
 ) -> None:
-    attack_options.check(click.get_current_context())
+    context = click.get_current_context()
+    attack_options.check(context)
     trigger = attack_options.trigger_of({**pattern, "poisoned": poisoned})
+    if trigger is None:
+        options.refuse_typed(context, ["seed"], "is for a pattern to insert")
     sentences = read_sentences(data)
     planted = None if poisoned is None else read_sentences(poisoned)
     opened = load_model(model, device=device)

@@ -133,6 +133,8 @@ def _check_usage(context: click.Context, operator: Operator, given: dict[str, An
                 options.refuse_typed(context, typable, f"is for --operator {other.name}")
     used = ("seed",) if given["trains"] or attack_options.trigger_of(given) else ()
     check_usage(context, operator, given, used)
+    if given["plot"] is None:
+        options.refuse_typed(context, ["overwrite"], "is for --plot")
     if not given["trains"]:
         options.refuse_typed(context, ["epochs", "learning_rate"], "is for --finetune")
     if "fisher" not in operator.optional or given["fisher"] or operator.idle("fisher", given):

@@ -97,7 +97,10 @@ def run_demo(
     for place, arguments in steps:
         if place is None or not (out / place).exists():
             say(f"\n$ wsurg {shlex.join(arguments)}")
-            _wsurg(out, arguments, stdout=output)
+            # On a terminal progress goes where the words go: what relays the two streams apart,
+            # as tox does, would let a bar erase lines that are not its own.
+            together = subprocess.STDOUT if sys.stdout.isatty() else None
+            _wsurg(out, arguments, stdout=output, stderr=together)
         else:
             say(f"\n{place} is there already")
     report = {
