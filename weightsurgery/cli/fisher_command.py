@@ -12,8 +12,7 @@ from weightsurgery.cli import model_options, options
 from weightsurgery.dtypes import DTYPES
 from weightsurgery.errors import shown
 from weightsurgery.formats import open_checkpoint, save
-from weightsurgery.formats.output import check_outputs_apart
-from weightsurgery.formats.plan import make_plan
+from weightsurgery.formats.plan import check_outputs_apart, make_plan
 from weightsurgery.report.curvature import curvature_tables
 from weightsurgery.report.tables import show
 from weightsurgery.stream import Engine

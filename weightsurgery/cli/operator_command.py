@@ -14,8 +14,8 @@ import weightsurgery.operators
 from weightsurgery.checkpoint import Checkpoint
 from weightsurgery.cli import options
 from weightsurgery.formats import open_checkpoint, save
-from weightsurgery.formats.output import check_destination, check_outputs_apart
-from weightsurgery.formats.plan import input_paths, make_plan
+from weightsurgery.formats.output import check_destination
+from weightsurgery.formats.plan import check_outputs_apart, input_paths, make_plan
 from weightsurgery.masks import changed_mask
 from weightsurgery.registry import OPERATORS, Operator, Setting
 from weightsurgery.report.outcome import outcome_tables, plan_tables

@@ -70,12 +70,10 @@ def sweep(
     Raises:
         SettingError: There is no ratio, one is outside 0 to 1, or `tolerance` is.
     """
-    if not ratios or any(not 0 <= ratio <= 1 for ratio in ratios):
-        raise SettingError("ratios are shares from 0 to 1, at least one of them")
-    if not 0 <= tolerance <= 1:
-        raise SettingError(f"tolerance is {tolerance}; expected a share from 0 to 1")
+    _check(ratios, tolerance)
     tuned = model.checkpoint
-    warnings: dict[str, None] = {}  # in the order in which they come
+    overlap = _overlap(model, examples or (), held_out, max_length)
+    warnings = dict.fromkeys(overlap)  # in the order in which they come
 
     def measure(measured: Model) -> dict[str, Any]:
         report = evaluate(
@@ -90,9 +88,7 @@ def sweep(
         warnings.update(dict.fromkeys(report["warnings"]))
         return {name: report[name] for name in ("accuracy", "loss", "asr", "floor", "bacc")}
 
-    warnings.update(dict.fromkeys(_overlap(model, examples or (), held_out, max_length)))
-    ordered = sorted(set(map(float, ratios)))
-    rows = []
+    ordered, rows = sorted(set(map(float, ratios))), []
     try:
         reference = measure(model)
         warnings.update(dict.fromkeys(_guessing(reference, held_out)))
@@ -119,6 +115,13 @@ def sweep(
         "chosen": choose_ratio(rows, reference, tolerance),
         "warnings": list(warnings),
     }
+
+
+def _check(ratios: Sequence[float], tolerance: float) -> None:
+    if not ratios or any(not 0 <= ratio <= 1 for ratio in ratios):
+        raise SettingError("ratios are shares from 0 to 1, at least one of them")
+    if not 0 <= tolerance <= 1:
+        raise SettingError(f"tolerance is {tolerance}; expected a share from 0 to 1")
 
 
 def _overlap(

@@ -220,37 +220,13 @@ def check_destination(
             )
 
 
-def check_outputs_apart(outs: Sequence[tuple[str, bool]]) -> None:
-    """Refuse several outputs of one run that would overwrite each other.
-
-    Args:
-        outs: Path of each, and whether it will be a directory.
-
-    Raises:
-        PolicyError: Two are the same file, or one lies in another.
-    """
-    taken: list[str] = []
-    for out, is_directory in outs:
-        target = os.path.abspath(out)
-        record = os.path.join(os.path.dirname(target), record_name(target, is_directory=False))
-        places = [os.path.realpath(p) for p in ([target] if is_directory else [target, record])]
-        for place in places:
-            if any(_is_within(place, other) or _is_within(other, place) for other in taken):
-                raise PolicyError(
-                    "two outputs of this run would lie in the same place",
-                    file=out,
-                    hint="give each a place of its own",
-                )
-        taken += places
-
-
 def _check_apart(target: str, inputs: Sequence[str]) -> None:
     real = os.path.realpath(target)
     for path in inputs:
         source = os.path.realpath(path)
         same = os.path.exists(target) and os.path.exists(path) and os.path.samefile(target, path)
-        inside = os.path.isdir(source) and _is_within(real, source)
-        if same or inside or _is_within(source, real):
+        inside = os.path.isdir(source) and is_within(real, source)
+        if same or inside or is_within(source, real):
             raise PolicyError(
                 f"the output would overlap the input {shown(path)}",
                 file=target,
@@ -258,7 +234,8 @@ def _check_apart(target: str, inputs: Sequence[str]) -> None:
             )
 
 
-def _is_within(path: str, folder: str) -> bool:
+def is_within(path: str, folder: str) -> bool:
+    """Whether a path is a folder's own, or lies in it; both without links."""
     return path == folder or path.startswith(folder.rstrip(os.sep) + os.sep)
 
 

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from weightsurgery.checkpoint import BLOCK, Checkpoint, TensorView
-from weightsurgery.errors import SettingError, StorageError, shown
+from weightsurgery.errors import PolicyError, SettingError, StorageError, shown
 from weightsurgery.formats.layout import SINGLE
-from weightsurgery.formats.output import check_destination
+from weightsurgery.formats.output import check_destination, is_within, record_name
 from weightsurgery.formats.safetensors import file_order, header_bytes
 from weightsurgery.stream import Engine
 
@@ -241,3 +241,27 @@ def _named(groups: list[dict[str, TensorView]]) -> list[tuple[str, list[TensorVi
         (f"model-{i:05d}-of-{len(groups):05d}.safetensors", file_order(group))
         for i, group in enumerate(groups, 1)
     ]
+
+
+def check_outputs_apart(outs: Sequence[tuple[str, bool]]) -> None:
+    """Refuse several outputs of one run that would overwrite each other.
+
+    Args:
+        outs: Path of each, and whether it will be a directory.
+
+    Raises:
+        PolicyError: Two are the same file, or one lies in another.
+    """
+    taken: list[str] = []
+    for out, is_directory in outs:
+        target = os.path.abspath(out)
+        record = os.path.join(os.path.dirname(target), record_name(target, is_directory=False))
+        places = [os.path.realpath(p) for p in ([target] if is_directory else [target, record])]
+        for place in places:
+            if any(is_within(place, other) or is_within(other, place) for other in taken):
+                raise PolicyError(
+                    "two outputs of this run would lie in the same place",
+                    file=out,
+                    hint="give each a place of its own",
+                )
+        taken += places

@@ -45,10 +45,42 @@ Scores = Literal["fisher", "drift", "inverse-fisher", "random"]
 Embeddings = Literal["keep", "pool", "epur", "reset"]
 
 _REMEDY = "make it for this model: wsurg fisher TUNED --data CLEAN -o fisher.safetensors"
+
+# The settings, and beside which values of others they count.
 _RANKED = {"from_mask": (False,)}
 _BY_CURVATURE = {**_RANKED, "score": ("fisher", "inverse-fisher")}
+_AT_RANDOM = {**_RANKED, "score": ("random",)}
 _APART = {**_RANKED, "embeddings": ("keep", "epur", "reset")}
 _BY_EPUR = {**_RANKED, "embeddings": ("epur",)}
+
+
+def _only(text: str, only_with: Mapping[str, tuple[Any, ...]], complement: str = "") -> Setting:
+    return Setting(text, complement, only_with=only_with)
+
+
+Fisher = Annotated[
+    Checkpoint | None, _only("diagonal of the curvature, from `wsurg fisher`", _BY_CURVATURE)
+]
+Ratio = Annotated[
+    float, _only("share of the ranked dimensions that is reset, 0 to 1", _RANKED, "reserve")
+]
+RankedBy = Annotated[Scores, _only("what dimensions are ranked by", _RANKED)]
+Treatment = Annotated[Embeddings, _only("what becomes of the word embeddings", _RANKED)]
+Embedding = Annotated[
+    str, _only("name of the word-embedding matrix; found by itself if empty", _APART)
+]
+Scope = Annotated[
+    Literal["global", "tensor"], _only("rank over the whole model, or in each tensor", _RANKED)
+]
+Epsilon = Annotated[
+    float, _only("added to the curvature, as a multiple of its mean", _BY_CURVATURE)
+]
+Seed = Annotated[int, _only("seed of --finetune, and of the random scores", _AT_RANDOM)]
+Counts = Annotated[TokenCounts | None, _only("token counts, for embeddings=epur", _BY_EPUR)]
+Top = Annotated[int, _only("rows of highest score that are reset to BASE", _BY_EPUR)]
+Clamp = Annotated[float, _only("counts below this count as this, above 1", _BY_EPUR)]
+FromMask = Annotated[Checkpoint | None, "reset what this mask has set; nothing is ranked"]
+Invert = Annotated[bool, _only("reset what the mask does not have set", {"from_mask": (True,)})]
 
 
 @operator
@@ -56,54 +88,19 @@ def purify(
     base: Checkpoint,
     tuned: Checkpoint,
     *,
-    fisher: Annotated[
-        Checkpoint | None,
-        Setting("diagonal of the curvature, from `wsurg fisher`", only_with=_BY_CURVATURE),
-    ] = None,
-    ratio: Annotated[
-        float,
-        Setting("share of the ranked dimensions that is reset, 0 to 1", "reserve", "", _RANKED),
-    ] = 0.3,
-    score: Annotated[Scores, Setting("what dimensions are ranked by", only_with=_RANKED)] = (
-        "fisher"
-    ),
-    embeddings: Annotated[
-        Embeddings, Setting("what becomes of the word embeddings", only_with=_RANKED)
-    ] = "keep",
-    embedding: Annotated[
-        str,
-        Setting("name of the word-embedding matrix; found by itself if empty", only_with=_APART),
-    ] = "",
-    scope: Annotated[
-        Literal["global", "tensor"],
-        Setting("rank over the whole model, or in each tensor", only_with=_RANKED),
-    ] = "global",
-    epsilon: Annotated[
-        float,
-        Setting("added to the curvature, as a multiple of its mean", only_with=_BY_CURVATURE),
-    ] = 1e-8,
-    seed: Annotated[
-        int,
-        Setting(
-            "seed of the random scores, and of --finetune",
-            only_with={**_RANKED, "score": ("random",)},
-        ),
-    ] = 0,
-    counts: Annotated[
-        TokenCounts | None, Setting("token counts, for embeddings=epur", only_with=_BY_EPUR)
-    ] = None,
-    top: Annotated[
-        int, Setting("rows of highest score that are reset to BASE", only_with=_BY_EPUR)
-    ] = 200,
-    clamp: Annotated[
-        float, Setting("counts below this count as this, above 1", only_with=_BY_EPUR)
-    ] = 20.0,
-    from_mask: Annotated[Checkpoint | None, "reset what this mask has set; nothing is ranked"] = (
-        None
-    ),
-    invert: Annotated[
-        bool, Setting("reset what the mask does not have set", only_with={"from_mask": (True,)})
-    ] = False,
+    fisher: Fisher = None,
+    ratio: Ratio = 0.3,
+    score: RankedBy = "fisher",
+    embeddings: Treatment = "keep",
+    embedding: Embedding = "",
+    scope: Scope = "global",
+    epsilon: Epsilon = 1e-8,
+    seed: Seed = 0,
+    counts: Counts = None,
+    top: Top = 200,
+    clamp: Clamp = 20.0,
+    from_mask: FromMask = None,
+    invert: Invert = False,
     include: Include = (),
     exclude: Exclude = (),
     keep_mismatched: KeepMismatched = False,
@@ -181,12 +178,11 @@ def purify(
     result = map_tensors(edit, paired.keeping(edited, f"word embedding ({embeddings})"))
     listed = [chosen.to_json() for chosen in rows.values() if embeddings == "epur"]
     notes = {"purify": {"epsilon": scale, **found}, **({"epur": listed[0]} if listed else {})}
-    warnings = (*result.warnings, *(w for chosen in rows.values() for w in chosen.warnings))
+    warnings = [*result.warnings, *(w for chosen in rows.values() for w in chosen.warnings)]
     if embeddings == "keep" and not word:
-        warnings += (
-            "no word embedding was recognised, so everything is ranked; name it with --embedding",
-        )
-    return replace(result, notes={**result.notes, **notes}, warnings=warnings)
+        text = "no word embedding was recognised, so everything is ranked"
+        warnings.append(f"{text}; name it with --embedding")
+    return replace(result, notes={**result.notes, **notes}, warnings=tuple(warnings))
 
 
 def check(
