@@ -71,7 +71,7 @@ def sweep(
         SettingError: There is no ratio, one is outside 0 to 1, or `tolerance` is.
     """
     _check(ratios, tolerance)
-    tuned = model.checkpoint
+    tuned, tell = model.checkpoint, progress or (lambda *_: None)
     overlap = _overlap(model, examples or (), held_out, max_length)
     warnings = dict.fromkeys(overlap)  # in the order in which they come
 
@@ -93,8 +93,7 @@ def sweep(
         reference = measure(model)
         warnings.update(dict.fromkeys(_guessing(reference, held_out)))
         for done, ratio in enumerate(ordered):
-            if progress is not None:
-                progress(f"sweeping, ratio {ratio:g}", done, len(ordered))
+            tell(f"sweeping, ratio {ratio:g}", done, len(ordered))
             edited = with_weights(model, edit(ratio))
             row = {"ratio": ratio, "before": measure(edited), "after": None}
             if examples is not None:
@@ -104,8 +103,7 @@ def sweep(
             rows.append(row)
     finally:
         with_weights(model, tuned)
-    if progress is not None:
-        progress("sweeping", len(ordered), len(ordered))
+    tell("sweeping", len(ordered), len(ordered))
     return {
         "schema": SCHEMA,
         "tuned": tuned.label,
