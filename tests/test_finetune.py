@@ -542,7 +542,7 @@ def test_accelerate_is_needed(opened: Opened, monkeypatch: pytest.MonkeyPatch) -
     import transformers.utils
 
     monkeypatch.setattr(transformers.utils, "is_accelerate_available", lambda: False)
-    with pytest.raises(SettingError, match=r"accelerate is not installed; pip install weightsur"):
+    with pytest.raises(SettingError, match=r"accelerate is not installed; pip install 'weightsur"):
         finetune(*opened(), **FAST)
 
 
