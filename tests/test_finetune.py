@@ -539,6 +539,7 @@ def test_weights_too_large_for_their_dtype_are_told(
 
 
 def test_accelerate_is_needed(opened: Opened, monkeypatch: pytest.MonkeyPatch) -> None:
+    import transformers.training_args  # before it is told that there is no accelerate
     import transformers.utils
 
     monkeypatch.setattr(transformers.utils, "is_accelerate_available", lambda: False)
