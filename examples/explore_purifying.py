@@ -8,7 +8,6 @@ otherwise, fine-tunes on the 64 clean sentences, and is measured on the first 1,
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,9 @@ from classification_attacks import ATTACKS, LENGTH, encode
 from classification_defences import Case
 from reproduce_classification import (
     FULL,
+    OUT,
     TRAINING,
+    WORKERS,
     Cell,
     append_row,
     make_model,
@@ -126,18 +127,11 @@ def edit(case: Case, settings: Mapping[str, Any]) -> Any:
     required=True,
     help="As for reproduce_classification.py.",
 )
-@click.option(
-    "--out", type=click.Path(path_type=Path), default="reproduction", help="Folder to work in."
-)
+@OUT
 @click.option("--attack", type=click.Choice(list(ATTACKS)), default="BadWord", help="Which model.")
 @click.option("--seed", type=click.IntRange(min=0), default=0, help="Which model.")
 @click.option("--variant", multiple=True, type=click.Choice(list(VARIANTS)), help="Only these.")
-@click.option(
-    "--workers",
-    type=click.IntRange(min=1),
-    default=os.cpu_count() or 1,
-    help="Processes, of one thread each.",
-)
+@WORKERS
 def main(
     data: Path, out: Path, attack: str, seed: int, variant: tuple[str, ...], workers: int
 ) -> None:

@@ -415,6 +415,17 @@ def _mean(rows: Sequence[Mapping[str, str]], column: str) -> str:
     return f"{statistics.mean(values):.1f} ± {statistics.stdev(values):.1f}"
 
 
+WORKERS = click.option(
+    "--workers",
+    type=click.IntRange(min=1),
+    default=os.cpu_count() or 1,
+    help="Processes, of one thread each.",
+)
+OUT = click.option(
+    "--out", type=click.Path(path_type=Path), default="reproduction", help="Folder to work in."
+)
+
+
 @click.command(context_settings={"show_default": True})
 @click.option(
     "--data",
@@ -422,19 +433,12 @@ def _mean(rows: Sequence[Mapping[str, str]], column: str) -> str:
     required=True,
     help="Folder with sst2_train.tsv, sst2_dev.tsv, sst2_test.tsv and bert_wordpiece_freqs.json.",
 )
-@click.option(
-    "--out", type=click.Path(path_type=Path), default="reproduction", help="Folder to work in."
-)
+@OUT
 @click.option("--quick", is_flag=True, help="One seed, fewer sentences, two ratios.")
 @click.option("--seeds", type=click.IntRange(min=1), default=3, help="How many; --quick takes 1.")
 @click.option("--attack", multiple=True, type=click.Choice(list(ATTACKS)), help="Only these.")
 @click.option("--defence", multiple=True, type=click.Choice(DEFENCES), help="Only these.")
-@click.option(
-    "--workers",
-    type=click.IntRange(min=1),
-    default=os.cpu_count() or 1,
-    help="Processes, of one thread each.",
-)
+@WORKERS
 def main(
     data: Path,
     out: Path,
