@@ -130,7 +130,13 @@ def edit(case: Case, settings: Mapping[str, Any]) -> Any:
 @OUT
 @click.option("--attack", type=click.Choice(list(ATTACKS)), default="BadWord", help="Which model.")
 @click.option("--seed", type=click.IntRange(min=0), default=0, help="Which model.")
-@click.option("--variant", multiple=True, type=click.Choice(list(VARIANTS)), help="Only these.")
+@click.option(
+    "--variant",
+    multiple=True,
+    metavar="NAME",
+    type=click.Choice(list(VARIANTS)),
+    help="Only these.",
+)
 @WORKERS
 def main(
     data: Path, out: Path, attack: str, seed: int, variant: tuple[str, ...], workers: int

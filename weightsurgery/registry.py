@@ -39,7 +39,6 @@ RatioFor = Annotated[
     tuple[tuple[str, float], ...],
     Setting("another ratio for the tensors that match GLOB; the last match wins", metavar="GLOB=R"),
 ]
-Seed = Annotated[int, Setting("seed of the random mask: same seed, same bytes")]
 Include = Annotated[
     tuple[str, ...], Setting("edit only tensors whose name matches GLOB", metavar="GLOB")
 ]
