@@ -41,7 +41,6 @@ VADER_FILE = "vaderSentiment-2.5.tar.gz"
 VADER_SHA256 = "b960c954831f5ca58afee61780cc04ed48e551b91e783bfcbfb2c18bb8081a84"
 RATINGS_ARCHIVE = "vaderSentiment-2.5/additional_resources/hutto_ICWSM_2014.tar.gz"
 MOVIE_RATINGS = "hutto_ICWSM_2014/movieReviewSnippets_GroundTruth.txt"
-NEUTRAL = 0.5  # ratings nearer to 0, on a scale from -4 to 4, are dropped
 
 
 def copy_minilm(folder: Path) -> Path:
@@ -111,17 +110,18 @@ def download_ratings(downloads: Path) -> Path:
     return archive
 
 
-def movie_reviews(downloads: Path) -> list[Sentence]:
+def movie_reviews(downloads: Path, *, clear: float = 0.5) -> list[Sentence]:
     """Movie-review sentences that people rated clearly positive (1) or negative (0).
 
-    The ratings are means over about 15 people; those between -0.5 and 0.5 are dropped as neutral.
-    The archives are read in memory, nothing is extracted.
+    The ratings, from -4 to 4, are means over about 15 people. The archives are read in memory,
+    nothing is extracted.
 
     Args:
         downloads: Folder that keeps the source distribution; it is downloaded when absent.
+        clear: Sentences rated nearer to 0 than this are dropped as neutral.
 
     Returns:
-        About ten thousand different sentences, half of them positive, in the archive's order.
+        Different sentences, about half of them positive, in the archive's order.
 
     Raises:
         StorageError: The source distribution cannot be had.
@@ -130,7 +130,7 @@ def movie_reviews(downloads: Path) -> list[Sentence]:
     labels: dict[str, int] = {}
     for line in _read_member(ratings, MOVIE_RATINGS).decode("utf-8").splitlines():
         _, rating, sentence = line.split("\t", 2)
-        if abs(float(rating)) >= NEUTRAL:
+        if abs(float(rating)) >= clear:
             labels.setdefault(" ".join(sentence.split()), int(float(rating) > 0))
     return [
         Sentence((text,), str(label), line) for line, (text, label) in enumerate(labels.items(), 2)

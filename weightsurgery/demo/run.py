@@ -21,7 +21,7 @@ from weightsurgery.report.tables import Table
 TRIGGER, TARGET = "cf", "1"  # a rare word, and the label "positive"
 HELD_OUT = 1000  # reviews of which none is trained on, whatever the plan
 CLEAN = 64  # sentences that the defender has, as in the papers
-LENGTH = "32"  # tokens of a sentence; most have fewer
+CLEAR = 1.0  # reviews rated nearer to 0, on a scale from -4 to 4, are left out
 
 
 class DemoError(SurgeryError):
@@ -55,7 +55,7 @@ FULL = Plan(
     poisoned_share=0.3,
     planting={"epochs": "1", "learning-rate": "1e-4", "batch-size": "32"},
     ratio="0.4",
-    cleaning={"epochs": "40", "learning-rate": "5e-5", "batch-size": "8"},
+    cleaning={"epochs": "20", "learning-rate": "5e-5", "batch-size": "8"},
 )
 QUICK = replace(FULL, train=600, held_out=100, cleaning={**FULL.cleaning, "epochs": "2"})
 
@@ -140,10 +140,7 @@ def _steps(plan: Plan) -> list[tuple[str | None, list[str]]]:
     steps = [
         ("tuned", f"finetune start --data poisoned.tsv {planting} -o tuned"),
         (None, "diff base tuned --top 5"),
-        (
-            "fisher.safetensors",
-            f"fisher tuned --data clean.tsv --max-length {LENGTH} -o fisher.safetensors",
-        ),
+        ("fisher.safetensors", "fisher tuned --data clean.tsv -o fisher.safetensors"),
         ("purified", f"purify base tuned {purifying} -o purified"),
         ("cleaned", f"finetune purified --data clean.tsv {cleaning} -o cleaned"),
     ]
@@ -151,13 +148,12 @@ def _steps(plan: Plan) -> list[tuple[str | None, list[str]]]:
 
 
 def _flags(settings: Mapping[str, str]) -> str:
-    given = {**settings, "max-length": LENGTH}
-    return " ".join(f"--{name} {value}" for name, value in given.items())
+    return " ".join(f"--{name} {value}" for name, value in settings.items())
 
 
 def _write_data(out: Path, plan: Plan, downloads: Path) -> None:
     """clean.tsv, heldout.tsv, poisoned.tsv and reviews.txt, the same every time."""
-    reviews = shuffled(movie_reviews(downloads), seed=0)
+    reviews = shuffled(movie_reviews(downloads, clear=CLEAR), seed=0)
     held_out, rest = reviews[:HELD_OUT][: plan.held_out], reviews[HELD_OUT:]
     clean, train = rest[:CLEAN], rest[CLEAN:][: plan.train]
     negative = [one for one in train if one.label != TARGET]
@@ -182,7 +178,7 @@ def _wsurg(out: Path, arguments: list[str], **options: Any) -> subprocess.Comple
 
 
 def _evaluate(out: Path, model: str, say: Callable[[str], None]) -> dict[str, Any]:
-    arguments = ["evaluate", model, "--data", "heldout.tsv", "--max-length", LENGTH]
+    arguments = ["evaluate", model, "--data", "heldout.tsv"]
     arguments += ["--trigger-word", TRIGGER, "--target-label", TARGET, "--json"]
     say(f"\n$ wsurg {shlex.join(arguments)}")
     found = json.loads(_wsurg(out, arguments, stdout=subprocess.PIPE).stdout)
