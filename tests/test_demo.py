@@ -52,6 +52,14 @@ def test_what_pip_says_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         material.download_ratings(tmp_path / "downloads")
 
 
+def test_a_model_that_is_there_needs_no_package(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
+    (tmp_path / "base").mkdir()
+    assert material.copy_minilm(tmp_path / "base") == tmp_path / "base"
+
+
 def test_without_minilm_the_way_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
     with pytest.raises(

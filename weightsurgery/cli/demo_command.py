@@ -27,7 +27,10 @@ def _demo(out: str | None, quick: bool, downloads: str | None, as_json: bool) ->
     show(demo_tables(report))
     click.echo(f"\nAll models and data are in {out}; the report is {out}/report.json.")
     if quick:
-        click.echo("Little was trained: without --quick the backdoor is planted for good.")
+        click.echo(
+            "Too little was trained for these numbers to mean anything: the backdoor is hardly "
+            "planted. Without --quick it is."
+        )
 
 
 command = options.Command(

