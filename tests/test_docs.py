@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import importlib
+import importlib.util
 import inspect
 import json
 import os
@@ -15,7 +17,9 @@ import sys
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import click
@@ -32,6 +36,7 @@ from weightsurgery.cli import cli
 from weightsurgery.errors import SurgeryError
 from weightsurgery.formats.files import InputFile
 from weightsurgery.formats.hub import is_hub_id
+from weightsurgery.models import load_model
 from weightsurgery.registry import OPERATORS
 
 generate = importlib.import_module("generate")  # docstring_lint put docs/ on the path
@@ -85,6 +90,45 @@ def words(line: str) -> list[str]:
     found = shlex.split(line)
     ends = [i for i, word in enumerate(found) if word in ("|", ">", "&&")]
     return found[: min(ends, default=len(found))]
+
+
+def example_lines(page: Path) -> list[list[str]]:
+    """What follows `$ python ../examples/make_causal.py` in console blocks, as words."""
+    start = "$ python ../examples/make_causal.py"
+    lines = [line for fence in fences(page) for line in fence.text.splitlines()]
+    return [shlex.split(line.removeprefix(start)) for line in lines if line.startswith(start)]
+
+
+OUTPUTS = {
+    flag
+    for command in COMMANDS.values()
+    for option in command.params
+    if option.metavar == "OUT"
+    for flag in option.opts
+}
+
+
+def writes(page: Path) -> set[str]:
+    """The files and folders that a page's blocks, commands and Python twins make."""
+    return {name.rstrip("/") for fence in fences(page) for name in written_by(fence)}
+
+
+def written_by(fence: Fence) -> Iterator[str]:
+    if fence.title:
+        yield fence.title
+    if fence.language in ("console", "bash"):
+        prompt = "$ " if fence.language == "console" else ""
+        for line in fence.text.splitlines():
+            if line.startswith(prompt):
+                pairs = pairwise(shlex.split(line.removeprefix(prompt)))
+                yield from (name for flag, name in pairs if flag in {*OUTPUTS, ">"})
+    if fence.language == "python":
+        for call in ast.walk(ast.parse(fence.text)):
+            match call:
+                case ast.Call(ast.Name("save"), [_, ast.Constant(str(name))]):
+                    yield name
+                case ast.Call(ast.Name("open"), [ast.Constant(str(name)), ast.Constant("w")]):
+                    yield name
 
 
 def table_keys(page: Path, heading: str = "") -> dict[str, str]:
@@ -161,10 +205,21 @@ def stand_in(page: Path, folder: Path) -> None:
     save_file(base, folder / "base" / "model.safetensors", metadata={"format": "pt"})
     for name in ("base", "tuned"):
         shutil.copy(folder / name / "model.safetensors", folder / f"{name}.safetensors")
-    tiny_models.gpt2(folder / "causal")
+    for arguments in example_lines(page):
+        example("make_causal").main(arguments, standalone_mode=False)
     for name in ("clean.tsv", "heldout.tsv"):
         tiny_models.write_sentences(folder / name)
     (folder / "reviews.txt").write_text("the film was good .\n")
+
+
+def example(name: str) -> ModuleType:
+    """A script of examples/ as a module."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / "examples" / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def run_wsurg(arguments: list[str]) -> int:
@@ -387,6 +442,60 @@ def lines_and_codes(text: str) -> Iterator[tuple[str, int]]:
         if line.startswith("$ wsurg"):
             shown = lines[i + 2] if lines[i + 1 : i + 2] == ["$ echo $?"] else "0"
             yield line.removeprefix("$ wsurg"), int(shown)
+
+
+SAMPLE = """
+```json title="names.json"
+```
+```console
+$ wsurg mix base/ tuned/ -o a/ --mask b.safetensors
+wrote -o not-a-command/
+$ wsurg inspect base/ --json > c.json
+$ python ../examples/make_causal.py --out d/
+```
+```bash
+wsurg fisher tuned/ --data clean.tsv -o e.safetensors --standard-error f.safetensors
+```
+```python
+save(mix(base, open_checkpoint("read"), include=["*"]), "g", overwrite=True)
+open("h.json", "w"), open("read.json")
+```
+"""
+
+
+def test_the_names_that_a_page_writes_are_found(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text(SAMPLE)
+    files = {"b.safetensors", "c.json", "e.safetensors", "f.safetensors", "h.json", "names.json"}
+    assert writes(page) == files | {"a", "d", "g"}
+
+
+def test_no_two_pages_write_the_same_name() -> None:
+    """So that one can follow page after page in one folder."""
+    owners: dict[str, list[str]] = {}
+    for page in WRITTEN:
+        for name in writes(page):
+            owners.setdefault(name, []).append(page_id(page))
+    assert {name: pages for name, pages in owners.items() if len(pages) > 1} == {}
+
+
+@pytest.mark.parametrize("page", [DOCS / "tutorial-purify.md", *HOW_TO], ids=page_id)
+def test_no_page_writes_what_the_demo_makes(page: Path) -> None:
+    made = table_keys(DOCS / "how-to" / "demo.md", "Go on in its folder")
+    demo = {name.rstrip("/") for name in made}
+    assert {"base", "tuned", "clean.tsv", "fisher.safetensors", "report.json"} <= demo
+    assert writes(page) & demo == set()
+
+
+def test_the_causal_model_of_the_examples(folder: Path) -> None:
+    base, make = tiny_models.bert(folder / "bert"), example("make_causal")
+    for out in ("one", "two"):
+        make.main(["--base", str(base), "--out", out], standalone_mode=False)
+    assert load_model("one").task == "causal"  # pages run it through fisher and finetune
+    weights = [(folder / out / "model.safetensors").read_bytes() for out in ("one", "two")]
+    assert weights[0] == weights[1]
+    with pytest.raises(click.UsageError, match="one exists already"):
+        make.main(["--base", str(base), "--out", "one"], standalone_mode=False)
 
 
 def session_of(page: Path) -> str:
