@@ -59,6 +59,7 @@ class Operator:
         name: The command's name: the function's, with dashes.
         function: The function itself.
         inputs: Names of its checkpoint arguments, in order.
+        variadic: The last of them, if it takes any number of checkpoints, else "".
         optional: Name to declaration of the checkpoints that may be left out.
         settings: Name to (type, declaration, default) of its keyword arguments.
     """
@@ -66,6 +67,7 @@ class Operator:
     name: str
     function: Callable[..., Checkpoint]
     inputs: tuple[str, ...]
+    variadic: str
     optional: Mapping[str, Setting]
     settings: Mapping[str, tuple[Any, Setting, Any]]
 
@@ -98,7 +100,7 @@ OPERATORS: dict[str, Operator] = {}
 def operator(function: Callable[..., Checkpoint]) -> Callable[..., Checkpoint]:
     """Register a function from checkpoints to a checkpoint as an operator.
 
-    Positional arguments are checkpoints, keyword-only arguments are settings, or checkpoints that
+    Positional arguments are checkpoints, a starred one any number of them; keyword-only arguments are settings, or checkpoints that
     may be left out (`Annotated[Checkpoint | None, "help"] = None`). An `engine` argument, where
     there is one, says how to run folds and is not a setting. The result remembers the operator,
     its settings and its inputs, which is what the record of an output shows.
@@ -114,6 +116,7 @@ def operator(function: Callable[..., Checkpoint]) -> Callable[..., Checkpoint]:
     signature = inspect.signature(function)
     parameters = signature.parameters
     inputs = tuple(n for n, p in parameters.items() if p.kind is not p.KEYWORD_ONLY)
+    variadic = next((n for n, p in parameters.items() if p.kind is p.VAR_POSITIONAL), "")
     declared = {
         name: (*_declared(hints[name]), parameter.default)
         for name, parameter in parameters.items()
@@ -134,16 +137,25 @@ def operator(function: Callable[..., Checkpoint]) -> Callable[..., Checkpoint]:
         }
         bound = signature.bind(*checkpoints, **given, **run).arguments
         present = {n: bound[n] for n in (*inputs, *optional) if bound.get(n) is not None}
+        present |= _numbered(variadic, present.pop(variadic, ()))
         require_checkpoints(*present.values())
         result = function(*checkpoints, **given, **run)
         full = {n: given.get(n, default) for n, (_, _, default) in settings.items()}
         counts = {n for n in (*optional, *settings) if made.idle(n, given) is None}
         told = _described({n: value for n, value in full.items() if n in counts})
-        read = {n: one for n, one in present.items() if n in inputs or n in counts}
+        read = {n: one for n, one in present.items() if n not in optional or n in counts}
         return result.made_by(Step(name, told, read))
 
-    made = OPERATORS[name] = Operator(name, recorded, inputs, optional, settings)
+    made = OPERATORS[name] = Operator(
+        name, recorded, inputs, variadic, optional, settings
+    )
     return recorded
+
+
+def _numbered(name: str, given: tuple[Checkpoint, ...]) -> dict[str, Checkpoint]:
+    """Checkpoints under a plural's singular: adapter, or adapter 1, adapter 2 …"""
+    one = name.removesuffix("s")
+    return {one if len(given) == 1 else f"{one} {i}": c for i, c in enumerate(given, 1)}
 
 
 def _plain(value: Any) -> Any:

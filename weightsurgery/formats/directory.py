@@ -8,6 +8,7 @@ from typing import Any
 
 from weightsurgery.checkpoint import Checkpoint, FileRef, TensorView
 from weightsurgery.errors import FormatError, PolicyError, SettingError, StorageError, shown
+from weightsurgery.formats.adapter import is_adapter, open_adapter
 from weightsurgery.formats.files import InputFile, open_member
 from weightsurgery.formats.layout import CARD, INDEX, PICKLES, RECORD, SIDE_FILES, SINGLE, fits
 from weightsurgery.formats.safetensors import open_safetensors, refuse_pickle
@@ -36,6 +37,8 @@ def open_directory(directory: str, *, label: str, weights: str | None = None) ->
         entries = sorted(os.listdir(directory))
     except OSError as error:
         raise StorageError(f"cannot list: {error.strerror}", file=directory) from error
+    if weights is None and is_adapter(entries):
+        return open_adapter(directory, entries, label=label)
     config = _read_config(directory, entries)
     if weights is not None and weights not in entries:
         raise SettingError(f"there is no {shown(weights)} to take the weights from", file=directory)

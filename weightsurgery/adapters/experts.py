@@ -1,0 +1,73 @@
+"""Adapters of a parameter itself, such as the fused matrices of a layer's experts.
+
+PEFT names them by the module that has the parameter, and nests them where it has several; which
+pair of factors belongs to which parameter only their shapes tell. Where those leave a doubt, the
+adapter is refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from weightsurgery.adapters.updates import LowRank
+from weightsurgery.checkpoint import TensorView
+from weightsurgery.kernels import Block
+
+Arrange = Callable[[Block, Block], tuple[Block, Block]]
+
+
+def candidates(module: str, parameters: Sequence[str]) -> list[str]:
+    """Full names of the parameters that a module's factors may belong to.
+
+    Args:
+        module: As the adapter names it.
+        parameters: target_parameters of its configuration.
+    """
+    bare = module.replace(".base_layer", "")
+    names = [f"{bare}.{one.rpartition('.')[2]}" for one in parameters]
+    return [n for n, one in zip(names, parameters, strict=True) if f".{n}".endswith(f".{one}")]
+
+
+def fit(target: TensorView, a: TensorView, b: TensorView, rank: int, scale: float) -> list[LowRank]:
+    """The ways in which a pair of factors fits a parameter; one, where there is no doubt.
+
+    Args:
+        target: Shape (rows, columns), or (experts, …, …).
+        a: Shape (experts × rank, inputs), expert after expert.
+        b: Shape (outputs, rank × experts), rank after rank.
+        rank: Of each expert.
+        scale: Of the product.
+    """
+    if len(target.shape) not in (2, 3) or len(a.shape) != 2 or len(b.shape) != 2:
+        return []
+    experts = 1 if len(target.shape) == 2 else target.shape[0]
+    rows, columns = target.shape[-2:]
+    if a.shape[0] != experts * rank or b.shape[1] != experts * rank:
+        return []
+    found = []
+    if (rows, columns) == (b.shape[0], a.shape[1]):
+        arrange = _outputs_first(experts)
+        found.append(LowRank(b, a, scale, experts, (rows, columns), arrange))
+    if (rows, columns) == (a.shape[1], b.shape[0]) and len(target.shape) == 3:
+        arrange = _inputs_first(experts)
+        found.append(LowRank(a, b, scale, experts, (rows, columns), arrange))
+    return found
+
+
+def _outputs_first(experts: int) -> Arrange:
+    def arrange(b: Block, a: Block) -> tuple[Block, Block]:
+        left = b.reshape(b.shape[0], -1, experts).transpose(2, 0, 1)
+        return left.reshape(experts * b.shape[0], -1), a.reshape(experts, -1, a.shape[1])
+
+    return arrange
+
+
+def _inputs_first(experts: int) -> Arrange:
+    def arrange(a: Block, b: Block) -> tuple[Block, Block]:
+        left = a.reshape(experts, -1, a.shape[1]).transpose(0, 2, 1)
+        right = np.ascontiguousarray(b.reshape(b.shape[0], -1, experts).transpose(2, 1, 0))
+        return left.reshape(experts * a.shape[1], -1), right
+
+    return arrange

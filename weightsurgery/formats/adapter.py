@@ -1,0 +1,59 @@
+"""PEFT adapters on disk: `adapter_config.json` and `adapter_model.safetensors`."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Collection
+
+from weightsurgery.checkpoint import Checkpoint
+from weightsurgery.errors import FormatError
+from weightsurgery.formats.files import open_member
+from weightsurgery.formats.layout import ADAPTER, ADAPTER_CONFIG, SINGLE
+from weightsurgery.formats.safetensors import open_safetensors, refuse_pickle
+from weightsurgery.formats.strict_json import parse_object
+
+_MAX_CONFIG = 100_000_000  # bytes
+
+
+def is_adapter(entries: Collection[str]) -> bool:
+    """True for a directory that holds an adapter and no weights of a model.
+
+    Args:
+        entries: The names in it.
+    """
+    return ADAPTER_CONFIG in entries and not any(name.startswith("model") for name in entries)
+
+
+def open_adapter(directory: str, entries: Collection[str], *, label: str) -> Checkpoint:
+    """Open an adapter: its tensors by their own names, its configuration in `config`.
+
+    Args:
+        directory: The adapter's.
+        entries: The names in it.
+        label: What to call it in messages.
+
+    Raises:
+        FormatError: A file is missing or breaks its format's rules.
+        PolicyError: Its weights are a pickle.
+        StorageError: A file cannot be read.
+    """
+    if ADAPTER not in entries:
+        pickles = [name for name in sorted(entries) if name.startswith("adapter_model.")]
+        if pickles:
+            raise refuse_pickle(os.path.join(directory, pickles[0]))
+        raise FormatError(f"{ADAPTER_CONFIG} without {ADAPTER}", file=directory)
+    config = open_member(directory, ADAPTER_CONFIG)
+    settings = parse_object(config.read_all(_MAX_CONFIG), file=config.path, what="configuration")
+    if not isinstance(settings.get("peft_type"), str):
+        raise FormatError("no peft_type; expected a PEFT adapter's", file=config.path)
+    weights = open_member(directory, ADAPTER)
+    tensors, metadata = open_safetensors(weights)
+    return Checkpoint(
+        tensors,
+        label=label,
+        metadata=metadata,
+        layout=dict.fromkeys(tensors, SINGLE),
+        is_directory=True,
+        files=(config.ref(), weights.ref()),
+        config=settings,
+    )

@@ -1,0 +1,89 @@
+"""The kernels of adapters: low-rank updates of a run of a matrix's elements."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from weightsurgery.buffers import empty
+from weightsurgery.kernels import Block, Lanes, jit
+
+_COLUMNS = 1024  # of a row at a time: the sum and four rows of the right factor stay in the cache
+
+
+@jit
+def _row_segment(left: Lanes, right: Lanes, row: int, matrix: int, first: int, out: Lanes) -> None:
+    """out = left[row] @ right[matrix][:, first:], four ranks at a time, always in this order."""
+    rank = left.shape[1]
+    for c in range(out.size):
+        out[c] = 0
+    whole = rank // 4 * 4
+    for k in range(0, whole, 4):
+        a, b, c, d = left[row, k], left[row, k + 1], left[row, k + 2], left[row, k + 3]
+        for i in range(out.size):
+            j = first + i
+            out[i] += (a * right[matrix, k, j] + b * right[matrix, k + 1, j]) + (
+                c * right[matrix, k + 2, j] + d * right[matrix, k + 3, j]
+            )
+    for k in range(whole, rank):
+        a = left[row, k]
+        for i in range(out.size):
+            out[i] += a * right[matrix, k, first + i]
+
+
+@jit
+def _add(
+    values: Lanes, left: Lanes, right: Lanes, rows: int, start: int, scale: Lanes, out: Lanes
+) -> None:
+    width = right.shape[2]
+    product = np.empty(_COLUMNS, left.dtype)
+    done = 0
+    while done < out.size:
+        row, first = (start + done) // width, (start + done) % width
+        count = min(_COLUMNS, width - first, out.size - done)
+        _row_segment(left, right, row, row // rows, first, product[:count])
+        for i in range(count):
+            out[done + i] = values[done + i] + scale * product[i]
+        done += count
+
+
+def add_low_rank(values: Block, left: Block, right: Block, start: int, scale: float) -> Block:
+    """values + scale · (left @ right), for a run of the elements, matrix after matrix.
+
+    Args:
+        values: Elements from `start` on, float32 or float64.
+        left: All rows of all matrices, shape (matrices × rows, rank), of the same dtype.
+        right: Shape (matrices, rank, columns), of the same dtype.
+        start: Index of the first element.
+        scale: Of the product.
+
+    Returns:
+        The sums, in the same dtype; each product is summed in it in one fixed order, scaled, and
+        added once.
+    """
+    out = empty(values.size, values.dtype)
+    rows = max(1, left.shape[0] // right.shape[0])
+    _add(values, left, right, rows, start, values.dtype.type(scale), out)
+    return out
+
+
+@jit
+def _squares(values: Lanes, start: int, width: int, by_column: bool, out: Lanes) -> None:
+    for i in range(values.size):
+        x = np.float64(values[i])
+        place = (start + i) % width if by_column else (start % width + i) // width
+        out[place] += x * x
+
+
+def squared_lines(values: Block, start: int, width: int, *, by_column: bool) -> Block:
+    """Sum of squares of each row that a run of a matrix touches, or of each column; float64.
+
+    Args:
+        values: Elements from `start` on, float32 or float64.
+        start: Index of the first element in the matrix.
+        width: Elements in a row.
+        by_column: Sum over columns in place of rows; the result then has one for each column.
+    """
+    rows = (start % width + values.size + width - 1) // width
+    out = np.zeros(width if by_column else rows)
+    _squares(values, start, width, by_column, out)
+    return out

@@ -1,0 +1,159 @@
+"""Fold adapters into the weights of the model that they were trained on.
+
+References:
+    Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", ICLR 2022, arXiv:2106.09685,
+    equation 3. The files and their scales are those of the library PEFT.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Annotated, Any, Literal
+
+import numpy as np
+
+from weightsurgery.adapters.config import read_config
+from weightsurgery.adapters.layout import Target, read_adapter
+from weightsurgery.adapters.updates import LowRank, Shift, Update
+from weightsurgery.checkpoint import Checkpoint, TensorView
+from weightsurgery.errors import MismatchError, NonFiniteError, PolicyError, SettingError, shown
+from weightsurgery.kernels import Block, all_finite, to_dtype, to_float
+from weightsurgery.quantised import require_unquantised
+from weightsurgery.registry import AllowNonfinite, Setting, operator
+
+
+@operator
+def apply_adapter(
+    base: Checkpoint,
+    *adapters: Checkpoint,
+    weight: Annotated[
+        tuple[float, ...],
+        Setting("multiplies an adapter's change, -1 takes it back; one for each", metavar="NUMBER"),
+    ] = (),
+    rounding: Annotated[
+        Literal["once", "peft"],
+        "round the sum once, or the change first and then the sum, as PEFT's safe merge does",
+    ] = "once",
+    force_base: Annotated[bool, "accept an adapter that names another base"] = False,
+    allow_nonfinite: AllowNonfinite = False,
+) -> Checkpoint:
+    """Fold adapters into BASE.
+
+    W becomes W + s·B·A, in float32 (float64 for F64), for every matrix that an adapter adapts;
+    several adapters add up in the order given, and the sum is rounded once to BASE's dtype. What
+    no adapter touches keeps its bytes. Every tensor of an adapter is accounted for: one that
+    fits nothing in BASE is an error.
+
+    Args:
+        base: The model that the adapters were trained on.
+        adapters: PEFT adapters of type LORA.
+        weight: One number for each adapter, or none.
+        rounding: "once" or "peft".
+        force_base: Do not compare the name of its base that an adapter gives with BASE's.
+        allow_nonfinite: Let NaN and infinity pass instead of refusing them.
+
+    Returns:
+        The merged model; nothing but headers is read until it is saved.
+
+    Raises:
+        SettingError: There is no adapter, or not one `weight` for each.
+        FormatError: An adapter is incomplete, or contradicts its configuration.
+        MismatchError: An adapter does not fit BASE.
+        PolicyError: An adapter is of a kind that is not folded in, names another base, or a model
+            is quantised.
+    """
+    if not adapters:
+        raise SettingError("no adapter is given")
+    if weight and len(weight) != len(adapters):
+        raise SettingError(f"{len(weight)} weights for {len(adapters)} adapters")
+    require_unquantised(base)
+    notes, warnings = [], list(base.warnings)
+    edited: dict[str, list[Update]] = {}
+    for adapter, by in zip(adapters, weight or [1.0] * len(adapters), strict=True):
+        warnings += _check_base(base, adapter, force_base)
+        targets = read_adapter(base, adapter, weight=by)
+        for target in targets:
+            edited.setdefault(target.name, []).extend(target.updates)
+        notes.append(_described(adapter, by, targets))
+    tensors = {
+        name: _merged(view, edited[name], rounding, allow_nonfinite) if name in edited else view
+        for name, view in base.items()
+    }
+    found = {**base.notes, "adapters": notes}
+    return replace(base, tensors=tensors, notes=found, warnings=tuple(warnings))
+
+
+def _merged(
+    view: TensorView, updates: Sequence[Update], rounding: str, allow_nonfinite: bool
+) -> TensorView:
+    """The tensor after all updates, rounded to its own dtype."""
+
+    def read_both(start: int, stop: int) -> tuple[Block, Block]:
+        stored, subject = view.read_both(start, stop)
+        values = to_float(subject)
+        for update in updates:
+            if rounding == "peft":
+                values = _rounded_twice(update, values, start, view.dtype.numpy)
+            else:
+                values = update.apply(values, start)
+        result = to_dtype(values, view.dtype.numpy)
+        if not allow_nonfinite and not all_finite(result):
+            raise NonFiniteError(
+                f"NaN or infinity among elements {start:,} to {stop:,}",
+                tensor=view.name,
+                hint="see `wsurg diff`; --allow-nonfinite lets it pass",
+            )
+        return stored, result
+
+    return replace(view, read_both=read_both, status="edited")
+
+
+def _rounded_twice(update: Update, values: Block, start: int, dtype: np.dtype[Any]) -> Block:
+    """The values after an update; what it adds is rounded to the stored dtype, and so is the sum."""
+    if isinstance(update, (LowRank, Shift)):
+        change = to_float(to_dtype(update.apply(np.zeros_like(values), start), dtype))
+        return to_float(to_dtype(values + change, dtype))
+    return to_float(to_dtype(update.apply(values, start), dtype))
+
+
+def _check_base(base: Checkpoint, adapter: Checkpoint, force: bool) -> list[str]:
+    """Warnings, if the adapter's word for its base cannot be compared.
+
+    Raises:
+        PolicyError: The adapter names another base.
+    """
+    named = read_config(adapter).base
+    if not named:
+        return [f"{shown(adapter.label)} does not say which base it was trained on"]
+    ours = (base.hub_id, base.label, str(base.config.get("_name_or_path") or ""))
+    if force or _last(named) in {_last(one) for one in ours if one}:
+        return []
+    raise PolicyError(
+        f"the adapter was trained on '{shown(named)}', BASE is '{shown(base.label)}'",
+        file=adapter.label,
+        hint="--force-base applies it all the same, if you know that they are one model",
+    )
+
+
+def _last(name: str) -> str:
+    """The last part of a path or hub id, without its revision."""
+    return os.path.basename(name.partition("@")[0].rstrip("/").replace("\\", "/")).casefold()
+
+
+def _described(adapter: Checkpoint, weight: float, targets: Sequence[Target]) -> dict[str, object]:
+    if not targets:
+        raise MismatchError("the adapter changes nothing of BASE", file=adapter.label)
+    return {
+        "adapter": adapter.label,
+        "weight": weight,
+        "targets": [
+            {
+                "tensor": target.name,
+                "updates": [type(update).__name__ for update in target.updates],
+                "from": sorted({s for update in target.updates for s in update.sources}),
+            }
+            for target in targets
+        ],
+    }
