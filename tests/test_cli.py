@@ -116,6 +116,15 @@ def test_dry_run_writes_nothing(folder: Path, capsys: pytest.CaptureFixture[str]
     assert sorted(os.listdir()) == before
 
 
+def test_dry_run_tells_the_warnings(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    base = load_file("base.safetensors")
+    save_file({**base, "classifier.weight": np.zeros((2, 8), np.float32)}, "base.safetensors")
+    assert run("mix", *PAIR, "-o", "o.safetensors", "--dry-run", "--json") == 0
+    captured = capsys.readouterr()
+    assert captured.err.startswith("warning: BASE has a head that TUNED lacks")
+    assert json.loads(captured.out)["schema"].startswith("wsurg.")
+
+
 def test_diff_shows_tensors_and_csv(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run("diff", *PAIR) == 0
     text = capsys.readouterr().out
