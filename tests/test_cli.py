@@ -16,7 +16,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from weightsurgery import OPERATORS, SurgeryError, errors
-from weightsurgery.cli import cli, main, operator_summaries
+from weightsurgery.cli import _OWN, cli, main, operator_summaries
 
 WSURG = [sys.executable, "-m", "weightsurgery"]
 
@@ -705,6 +705,19 @@ def test_a_terminal_gets_colour_and_no_color_is_honoured(folder: Path) -> None:
 
     assert b"\x1b[1m" in on_terminal(NO_COLOR="")
     assert b"\x1b[3" not in on_terminal(NO_COLOR="1")
+
+
+@pytest.mark.parametrize("name", ["", *_OWN, *OPERATORS])
+def test_help_fits_a_terminal_of_80_columns(
+    name: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    assert run(*name.split(), "--help") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line for line in lines if len(line) > 80] == []
+    examples = lines[next(i for i, line in enumerate(lines) if line.startswith("  Example")) :]
+    broken = [i for i, line in enumerate(examples) if line.endswith("\\")]
+    assert all(examples[i + 1].startswith(" " * 8) for i in broken)
 
 
 def test_commands_are_documented() -> None:

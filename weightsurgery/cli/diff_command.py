@@ -100,7 +100,8 @@ command = options.Command(
       wsurg diff base.safetensors tuned.safetensors
       wsurg diff base/ tuned/ --top 20 --json > report.json
       wsurg diff base/ tuned/ --drift drift.safetensors
-      wsurg diff base/ tuned/ --fail-if 'relative_l2 > 0.1' --fail-if '*.bias: max_abs > 1'
+      wsurg diff base/ tuned/ --fail-if 'relative_l2 > 0.1' \\
+          --fail-if '*.bias: max_abs > 1'
     """,
     params=[
         click.Argument(["base"], metavar="BASE", type=click.Path()),

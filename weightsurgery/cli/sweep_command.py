@@ -177,8 +177,10 @@ command = options.Command(
     \b
     Examples:
       wsurg sweep base/ tuned/ --data clean.tsv --held-out dev.tsv
-      wsurg sweep base/ tuned/ --data clean.tsv --held-out dev.tsv --plot curve.png
-      wsurg sweep base/ tuned/ --data clean.tsv --held-out dev.tsv --operator mix --ratios 0.3,0.5
+      wsurg sweep base/ tuned/ --data clean.tsv --held-out dev.tsv \\
+          --plot curve.png
+      wsurg sweep base/ tuned/ --data clean.tsv --held-out dev.tsv \\
+          --operator mix --ratios 0.3,0.5
     """,
     params=[
         click.Argument(["base"], metavar="BASE", type=click.Path()),
