@@ -136,6 +136,31 @@ def test_diff_shows_tensors_and_csv(folder: Path, capsys: pytest.CaptureFixture[
     assert len(lines) == 3
 
 
+@pytest.mark.parametrize(
+    ("arguments", "rows"),
+    [
+        ([], 20),
+        (["--top", "3"], 3),
+        (["--top", "22"], 22),
+        (["--top", "0"], 20),
+        (["--top", "3", "--all"], 25),
+        (["--top", "3", "--csv"], 25),
+    ],
+    ids=str,
+)
+def test_top_and_all_say_how_many_tensors_are_listed(
+    arguments: list[str], rows: int, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for path, value in zip(PAIR, (0, 1), strict=True):
+        many = {f"layers.{i}.weight": np.full((2, 2), i * value, np.float32) for i in range(25)}
+        save_file(many, path)
+    assert run("diff", *PAIR, *arguments) == 0
+    first = capsys.readouterr().out.partition("\n\n")[0].splitlines()
+    assert len([line for line in first if line.startswith("layers.")]) == rows
+    note = f"{25 - rows} tensors of smaller drift are not shown; --all shows them"
+    assert (note in first) == (rows < 25)
+
+
 def test_diff_writes_the_drift(folder: Path) -> None:
     assert run("diff", *PAIR, "--drift", "drift.safetensors") == 0
     base, tuned, drift = map(load_file, [*PAIR, "drift.safetensors"])

@@ -144,7 +144,9 @@ class Rows:
         found = []
         if self.top > self.flags.size:
             rows = f"the word embedding has {self.flags.size:,} rows"
-            found.append(f"top is {self.top:,}, but {rows}: every ordinary row that drifted is reset")
+            found.append(
+                f"top is {self.top:,}, but {rows}: every ordinary row that drifted is reset"
+            )
         if self.matched is not None and self.matched < _FEW:
             few = f"only {self.matched:.2%} of the vocabulary has a count"
             found.append(f"{few}, so rows are ranked by little but their drift")
