@@ -277,7 +277,7 @@ def test_weights_are_looked_for_in_the_hubs_cache(
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["diff", *PAIR], "base.safetensors: `weights` names a file of a model directory"),
+        (["diff", *PAIR], "base.safetensors: --weights names a file of a model directory"),
         (["mix", *PAIR, "-o", "o.safetensors"], "but this is a file"),
         (["inspect", "base.safetensors"], "but this is a file"),
         (["diff", "base.safetensors", "model"], "model: there is no absent.safetensors"),
