@@ -17,6 +17,7 @@ from typing import Any
 from weightsurgery.version import __version__
 
 _HOMES = {
+    "verify_adapter": "adapters.proof",
     "align": "alignment",
     "Alignment": "alignment",
     "Pair": "alignment",
@@ -51,6 +52,7 @@ _HOMES = {
     "inspect": "inspection",
     "load_model": "models",
     "changed_mask": "masks",
+    "apply_adapter": "operators.apply_adapter",
     "epur": "operators.epur",
     "interpolate": "operators.interpolate",
     "mix": "operators.mix",

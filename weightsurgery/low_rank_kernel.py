@@ -12,7 +12,7 @@ _COLUMNS = 1024  # of a row at a time: the sum and four rows of the right factor
 
 @jit
 def _row_segment(left: Lanes, right: Lanes, row: int, matrix: int, first: int, out: Lanes) -> None:
-    """out = left[row] @ right[matrix][:, first:], four ranks at a time, always in this order."""
+    """Out = left[row] @ right[matrix][:, first:], four ranks at a time, always in this order."""
     rank = left.shape[1]
     for c in range(out.size):
         out[c] = 0
@@ -47,7 +47,7 @@ def _add(
 
 
 def add_low_rank(values: Block, left: Block, right: Block, start: int, scale: float) -> Block:
-    """values + scale · (left @ right), for a run of the elements, matrix after matrix.
+    """Values + scale · (left @ right), for a run of the elements, matrix after matrix.
 
     Args:
         values: Elements from `start` on, float32 or float64.
@@ -87,3 +87,49 @@ def squared_lines(values: Block, start: int, width: int, *, by_column: bool) -> 
     out = np.zeros(width if by_column else rows)
     _squares(values, start, width, by_column, out)
     return out
+
+
+@jit
+def _residuals(
+    before: Lanes, expected: Lanes, after: Lanes, half: float, smallest: float, sums: Lanes
+) -> None:
+    largest = 0.0
+    for i in range(before.size):
+        largest = max(largest, abs(np.float64(expected[i]) - np.float64(before[i])))
+    for i in range(before.size):
+        b, e, a = np.float64(before[i]), np.float64(expected[i]), np.float64(after[i])
+        change, actual = e - b, a - b
+        # The sum's rounding and the change's; then what sums of float32 in another order differ.
+        allowed = half * (abs(e) + abs(change)) + smallest
+        allowed += 2.0**-22 * (abs(b) + abs(e)) + 2.0**-20 * largest
+        left = abs(a - e)
+        sums[0] += change * change
+        sums[1] += actual * actual
+        sums[2] += change * actual
+        sums[3] += left * left
+        sums[4] += allowed * allowed
+        ratio = left / allowed if allowed > 0.0 else (0.0 if left == 0.0 else np.inf)
+        if not ratio <= sums[5]:
+            sums[5] = ratio
+        sums[6] += 1.0 if a != b else 0.0
+
+
+def residual_sums(
+    before: Block, expected: Block, after: Block, half: float, smallest: float
+) -> Block:
+    """What is left of a merge when the expected one is taken away.
+
+    Args:
+        before: Block of the base, float32 or float64.
+        expected: What the merge should give, before rounding.
+        after: What it gave.
+        half: Half a rounding step of the stored dtype, relative.
+        smallest: The same for numbers next to zero, absolute.
+
+    Returns:
+        float64: Σ change², Σ actual², Σ change · actual, Σ residual², Σ tolerance², the largest
+        residual in tolerances (NaN where there is one), and the number of elements that moved.
+    """
+    sums = np.zeros(7)
+    _residuals(before, expected, after, half, smallest, sums)
+    return sums

@@ -100,10 +100,11 @@ OPERATORS: dict[str, Operator] = {}
 def operator(function: Callable[..., Checkpoint]) -> Callable[..., Checkpoint]:
     """Register a function from checkpoints to a checkpoint as an operator.
 
-    Positional arguments are checkpoints, a starred one any number of them; keyword-only arguments are settings, or checkpoints that
-    may be left out (`Annotated[Checkpoint | None, "help"] = None`). An `engine` argument, where
-    there is one, says how to run folds and is not a setting. The result remembers the operator,
-    its settings and its inputs, which is what the record of an output shows.
+    Positional arguments are checkpoints, a starred one any number of them; keyword-only arguments
+    are settings, or checkpoints that may be left out (`Annotated[Checkpoint | None, "help"] =
+    None`). An `engine` argument, where there is one, says how to run folds and is not a setting.
+    The result remembers the operator, its settings and its inputs, which is what the record of an
+    output shows.
 
     Args:
         function: Every keyword-only argument but `engine` is annotated
@@ -146,14 +147,12 @@ def operator(function: Callable[..., Checkpoint]) -> Callable[..., Checkpoint]:
         read = {n: one for n, one in present.items() if n not in optional or n in counts}
         return result.made_by(Step(name, told, read))
 
-    made = OPERATORS[name] = Operator(
-        name, recorded, inputs, variadic, optional, settings
-    )
+    made = OPERATORS[name] = Operator(name, recorded, inputs, variadic, optional, settings)
     return recorded
 
 
 def _numbered(name: str, given: tuple[Checkpoint, ...]) -> dict[str, Checkpoint]:
-    """Checkpoints under a plural's singular: adapter, or adapter 1, adapter 2 …"""
+    """Checkpoints under a plural's singular: adapter; or adapter 1, adapter 2 and so on."""
     one = name.removesuffix("s")
     return {one if len(given) == 1 else f"{one} {i}": c for i, c in enumerate(given, 1)}
 

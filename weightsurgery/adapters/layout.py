@@ -299,7 +299,7 @@ class _Module:
         self, a: TensorView, b: TensorView, magnitude: TensorView | None, *, embedding: bool
     ) -> tuple[str, Update]:
         target = self.names.need(f"{self.module}.weight", a)
-        transposed = embedding or self.config.fan_in_fan_out and len(target.shape) == 2
+        transposed = embedding or (self.config.fan_in_fan_out and len(target.shape) == 2)
         self._check_rank(a, b)
         if len(target.shape) < 2 or len(a.shape) != (2 if embedding else len(target.shape)):
             raise self._fail(

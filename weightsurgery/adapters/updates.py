@@ -100,6 +100,7 @@ class LowRank:
 
     @property
     def sources(self) -> tuple[str, ...]:
+        """See `Update`."""
         return (self.left.name, self.right.name)
 
     def factors(self, like: np.dtype[np.generic], count: int) -> tuple[Block, Block]:
@@ -114,6 +115,7 @@ class LowRank:
         return self._loaded.setdefault(like, Loaded(load, elements)).get(count)
 
     def apply(self, values: Block, start: int) -> Block:
+        """See `Update`."""
         left, right = self.factors(values.dtype, values.size)
         return add_low_rank(values, left, right, start, self.scale)
 
@@ -144,6 +146,7 @@ class Magnitude:
 
     @property
     def sources(self) -> tuple[str, ...]:
+        """See `Update`."""
         return (*self.change.sources, self.magnitude.name)
 
     def _factors(self, like: np.dtype[np.generic]) -> Block:
@@ -165,6 +168,8 @@ class Magnitude:
         return (wanted / np.sqrt(squares)).astype(like)
 
     def apply(self, values: Block, start: int) -> Block:
+        """See `Update`."""
+
         def load() -> Block:
             return self._factors(values.dtype)
 
@@ -185,11 +190,14 @@ class Shift:
 
     @property
     def sources(self) -> tuple[str, ...]:
+        """See `Update`."""
         return (self.by.name,)
 
     def apply(self, values: Block, start: int) -> Block:
+        """See `Update`."""
         added = to_float(self.by.read(start, start + values.size)).astype(values.dtype, copy=False)
-        return values + values.dtype.type(self.scale) * added
+        result: Block = values + values.dtype.type(self.scale) * added
+        return result
 
 
 @dataclass(frozen=True)
@@ -200,9 +208,11 @@ class Replace:
 
     @property
     def sources(self) -> tuple[str, ...]:
+        """See `Update`."""
         return (self.by.name,)
 
     def apply(self, values: Block, start: int) -> Block:
+        """See `Update`."""
         new = to_float(self.by.read(start, start + values.size))
         return new.astype(values.dtype, copy=False)
 
@@ -223,9 +233,11 @@ class ReplaceRows:
 
     @property
     def sources(self) -> tuple[str, ...]:
+        """See `Update`."""
         return (self.by.name,)
 
     def apply(self, values: Block, start: int) -> Block:
+        """See `Update`."""
         result = values.copy()
         for place, row in enumerate(self.rows):
             first, last = row * self.width, (row + 1) * self.width

@@ -28,6 +28,7 @@ _OWN = {
     "fisher": "Estimate how much the loss on clean data depends on each weight.",
     "inspect": "Show what a checkpoint holds.",
     "sweep": "Measure every ratio, before and after fine-tuning, and choose one.",
+    "verify-adapter": "Check that MERGED is BASE with its adapters folded in.",
 }
 _OPERATORS = Path(__file__).parent.parent / "operators"
 BUG, INTERRUPTED, TERMINATED = 1, 130, 143
@@ -46,7 +47,7 @@ class Commands(click.Group):
             startup.import_numba()
         if cmd_name in _OWN:
             command: click.Command = importlib.import_module(
-                f"weightsurgery.cli.{cmd_name}_command"
+                f"weightsurgery.cli.{cmd_name.replace('-', '_')}_command"
             ).command
             return command
         if cmd_name in operator_summaries():

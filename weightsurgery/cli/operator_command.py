@@ -5,12 +5,13 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import inspect
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import Any, Literal, get_args, get_origin
 
 import click
 
 import weightsurgery.operators
+from weightsurgery.adapters.proof import check_proof
 from weightsurgery.checkpoint import Checkpoint
 from weightsurgery.cli import options
 from weightsurgery.formats import open_checkpoint, save
@@ -19,6 +20,7 @@ from weightsurgery.formats.plan import check_outputs_apart, input_paths, make_pl
 from weightsurgery.masks import changed_mask
 from weightsurgery.registry import OPERATORS, Operator, Setting
 from weightsurgery.report.outcome import outcome_tables, plan_tables
+from weightsurgery.report.proof import proof_tables
 from weightsurgery.report.tables import show
 from weightsurgery.report.training import training_tables
 from weightsurgery.token_counts import TokenCounts
@@ -27,10 +29,7 @@ from weightsurgery.token_counts import TokenCounts
 def make_command(name: str) -> click.Command:
     """The click command of a registered operator."""
     operator = OPERATORS[name]
-    parameters: list[click.Parameter] = [
-        click.Argument([given], metavar=given.upper(), type=click.Path())
-        for given in operator.inputs
-    ]
+    parameters: list[click.Parameter] = [_argument(operator, n) for n in operator.inputs]
     parameters += [make_path_option(*declared) for declared in operator.optional.items()]
     for setting, (kind, declaration, default) in operator.settings.items():
         parameters += make_options(setting, kind, declaration, default)
@@ -39,7 +38,7 @@ def make_command(name: str) -> click.Command:
         *(companion.PARAMETERS if companion else ()),
         *options.WRITING,
         options.WEIGHTS,
-        *options.NAMES,
+        *(options.NAMES if _is_pair(operator) else ()),
         options.WORKERS,
         options.JSON,
     ]
@@ -53,18 +52,42 @@ def make_command(name: str) -> click.Command:
     return command
 
 
+def _argument(operator: Operator, name: str) -> click.Argument:
+    """The argument that stands for a checkpoint, or for any number of them."""
+    if name != operator.variadic:
+        return click.Argument([name], metavar=name.upper(), type=click.Path())
+    metavar = f"{name.removesuffix('s').upper()}..."
+    return click.Argument([name], metavar=metavar, type=click.Path(), nargs=-1, required=True)
+
+
+def _is_pair(operator: Operator) -> bool:
+    """True if the operator takes BASE and TUNED, whose names may have to be paired by hand."""
+    return operator.inputs == ("base", "tuned")
+
+
+def _open(operator: Operator, given: Mapping[str, Any]) -> tuple[list[Checkpoint], Checkpoint]:
+    """The inputs, and the one of them that is edited."""
+    if _is_pair(operator):
+        names = {key: given[key] for key in ("weights", "strip_prefix", "name_map")}
+        pair = options.open_pair(given["base"], given["tuned"], **names)
+        return list(pair), pair[1]
+    first, *others = operator.inputs
+    subject = open_checkpoint(given[first], weights=given["weights"])
+    paths = [p for n in others for p in (given[n] if n == operator.variadic else [given[n]])]
+    return [subject, *map(open_checkpoint, paths)], subject
+
+
 def _run(operator: Operator, given: dict[str, Any]) -> None:
     context = click.get_current_context()
     companion = companion_of(operator.name)
     given = {**given, **(companion.check(context) if companion else {})}
     check_usage(context, operator, given, companion.also_used(given) if companion else ())
-    names = {key: given[key] for key in ("weights", "strip_prefix", "name_map")}
-    inputs = options.open_pair(*(given[name] for name in operator.inputs), **names)
+    inputs, subject = _open(operator, given)
     further = {n: open_checkpoint(given[n]) for n in operator.optional if given[n] is not None}
-    settings = read_settings(context, operator, given, inputs[-1])
+    settings = read_settings(context, operator, given, subject)
     out, read = given["out"], (*inputs, *further.values())
     sizes = {key: given[key] for key in ("overwrite", "max_shard_size", "max_memory")}
-    outs = [(out, inputs[-1].is_directory)]
+    outs = [(out, subject.is_directory)]
     if given["mask"] is not None and not given["dry_run"]:
         outs.append((given["mask"], False))
     check_outputs_apart(outs)
@@ -90,23 +113,32 @@ def _run(operator: Operator, given: dict[str, Any]) -> None:
                 written = {"overwrite": given["overwrite"], "hashes": given["hashes"]}
                 save(changed_mask(edited), given["mask"], engine=engine, **written)
     if given["dry_run"]:
-        alignment = result.notes.get("alignment")
-        if given["as_json"]:
-            options.print_json({**plan, "alignment": alignment})
-        else:
-            show(plan_tables(plan, alignment))
-    elif given["as_json"]:
-        options.print_json({"out": out, **record})
+        _show_plan(plan, result, given)
+        return
+    proof = companion.prove(inputs, given) if hasattr(companion, "prove") else None
+    if given["as_json"]:
+        options.print_json({"out": out, **record, **({"proof": proof} if proof else {})})
     elif "training" in record["report"]:
         show(training_tables(out, record))
     else:
-        show(outcome_tables(out, record))
+        show([*outcome_tables(out, record), *(proof_tables(proof) if proof else ())])
+    if proof:
+        check_proof(proof)
+
+
+def _show_plan(plan: dict[str, Any], result: Checkpoint, given: Mapping[str, Any]) -> None:
+    alignment = result.notes.get("alignment")
+    if given["as_json"]:
+        options.print_json({**plan, "alignment": alignment})
+    else:
+        show(plan_tables(plan, alignment))
 
 
 def companion_of(name: str) -> Any:
     """The module of what a command does besides its operator; None for most.
 
-    It lies beside this one: `purify_steps` for `purify`.
+    It lies beside this one: `purify_steps` for `purify`. It may have a function `prove` that looks
+    at what was written.
     """
     home = f"weightsurgery.cli.{name.replace('-', '_')}_steps"
     return importlib.import_module(home) if importlib.util.find_spec(home) else None
@@ -275,7 +307,7 @@ def _help(operator: Operator) -> str:
     for name in operator.settings:
         text = text.replace(f"`{name}`", "--" + name.replace("_", "-"))
     text = text.replace("`", "'")
-    words = [f"{name}/" for name in operator.inputs]
+    words = [f"{n.removesuffix('s') if n == operator.variadic else n}/" for n in operator.inputs]
     words += [f"--{name} {name}.safetensors" for name in list(operator.optional)[:1]]
     kinds = [(n, kind, default) for n, (kind, _, default) in operator.settings.items()]
     words += ["--counts counts.json" for _, kind, _ in kinds if kind is TokenCounts]

@@ -111,7 +111,7 @@ def _merged(
 
 
 def _rounded_twice(update: Update, values: Block, start: int, dtype: np.dtype[Any]) -> Block:
-    """The values after an update; what it adds is rounded to the stored dtype, and so is the sum."""
+    """The values after an update, what it adds and the sum both rounded to the stored dtype."""
     if isinstance(update, (LowRank, Shift)):
         change = to_float(to_dtype(update.apply(np.zeros_like(values), start), dtype))
         return to_float(to_dtype(values + change, dtype))

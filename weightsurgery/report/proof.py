@@ -1,0 +1,43 @@
+"""The proof of a merge, as tables."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from weightsurgery.errors import shown
+from weightsurgery.report.tables import Table, number
+
+
+def proof_tables(report: Mapping[str, Any]) -> list[Table]:
+    """What is wrong, tensor by tensor, and the verdict.
+
+    Args:
+        report: From `verify_adapter`.
+    """
+    wrong = [one for one in report["tensors"] if one["verdict"] not in ("proved", "untouched")]
+    rows = [
+        [shown(one["tensor"]), one["verdict"], *(_cell(one.get(key)) for key in _NUMBERS)]
+        for one in wrong
+    ]
+    adapted = [one for one in report["tensors"] if one["adapted"]]
+    proved = sum(one["verdict"] == "proved" for one in adapted)
+    worst = max((one.get("worst") or 0.0 for one in adapted), default=0.0)
+    verdict = [
+        ["proved", f"{number(proved)} of {number(len(adapted))} adapted tensors"],
+        ["untouched", f"{number(report['untouched'])} others have BASE's bytes"],
+        ["worst element", f"{worst:.2g} of what rounding explains"],
+    ]
+    columns = ("tensor", "verdict", ">change", ">residual", ">bound", ">scale")
+    title = "The merge is proved" if report["proved"] else "The merge is NOT proved"
+    return [
+        Table("Not what BASE and the adapters give", columns, rows),
+        Table(title, ("", ""), verdict),
+    ]
+
+
+_NUMBERS = ("change", "residual", "bound", "scale")
+
+
+def _cell(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4g}"
