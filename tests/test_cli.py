@@ -16,7 +16,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from weightsurgery import OPERATORS, SurgeryError, errors
-from weightsurgery.cli import cli, main, operator_summaries
+from weightsurgery.cli import _OWN, cli, main, operator_summaries
 
 WSURG = [sys.executable, "-m", "weightsurgery"]
 
@@ -116,6 +116,15 @@ def test_dry_run_writes_nothing(folder: Path, capsys: pytest.CaptureFixture[str]
     assert sorted(os.listdir()) == before
 
 
+def test_dry_run_tells_the_warnings(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    base = load_file("base.safetensors")
+    save_file({**base, "classifier.weight": np.zeros((2, 8), np.float32)}, "base.safetensors")
+    assert run("mix", *PAIR, "-o", "o.safetensors", "--dry-run", "--json") == 0
+    captured = capsys.readouterr()
+    assert captured.err.startswith("warning: BASE has a head that TUNED lacks")
+    assert json.loads(captured.out)["schema"].startswith("wsurg.")
+
+
 def test_diff_shows_tensors_and_csv(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run("diff", *PAIR) == 0
     text = capsys.readouterr().out
@@ -125,6 +134,31 @@ def test_diff_shows_tensors_and_csv(folder: Path, capsys: pytest.CaptureFixture[
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("tensor,layer,kind,dtype,shape,count")
     assert len(lines) == 3
+
+
+@pytest.mark.parametrize(
+    ("arguments", "rows"),
+    [
+        ([], 20),
+        (["--top", "3"], 3),
+        (["--top", "22"], 22),
+        (["--top", "0"], 20),
+        (["--top", "3", "--all"], 25),
+        (["--top", "3", "--csv"], 25),
+    ],
+    ids=str,
+)
+def test_top_and_all_say_how_many_tensors_are_listed(
+    arguments: list[str], rows: int, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for path, value in zip(PAIR, (0, 1), strict=True):
+        many = {f"layers.{i}.weight": np.full((2, 2), i * value, np.float32) for i in range(25)}
+        save_file(many, path)
+    assert run("diff", *PAIR, *arguments) == 0
+    first = capsys.readouterr().out.partition("\n\n")[0].splitlines()
+    assert len([line for line in first if line.startswith("layers.")]) == rows
+    note = f"{25 - rows} tensors of smaller drift are not shown; --all shows them"
+    assert (note in first) == (rows < 25)
 
 
 def test_diff_writes_the_drift(folder: Path) -> None:
@@ -243,7 +277,7 @@ def test_weights_are_looked_for_in_the_hubs_cache(
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["diff", *PAIR], "base.safetensors: `weights` names a file of a model directory"),
+        (["diff", *PAIR], "base.safetensors: --weights names a file of a model directory"),
         (["mix", *PAIR, "-o", "o.safetensors"], "but this is a file"),
         (["inspect", "base.safetensors"], "but this is a file"),
         (["diff", "base.safetensors", "model"], "model: there is no absent.safetensors"),
@@ -696,6 +730,19 @@ def test_a_terminal_gets_colour_and_no_color_is_honoured(folder: Path) -> None:
 
     assert b"\x1b[1m" in on_terminal(NO_COLOR="")
     assert b"\x1b[3" not in on_terminal(NO_COLOR="1")
+
+
+@pytest.mark.parametrize("name", ["", *_OWN, *OPERATORS])
+def test_help_fits_a_terminal_of_80_columns(
+    name: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    assert run(*name.split(), "--help") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line for line in lines if len(line) > 80] == []
+    examples = lines[next(i for i, line in enumerate(lines) if line.startswith("  Example")) :]
+    broken = [i for i, line in enumerate(examples) if line.endswith("\\")]
+    assert all(examples[i + 1].startswith(" " * 8) for i in broken)
 
 
 def test_commands_are_documented() -> None:

@@ -79,12 +79,17 @@ def test_sentences_are_read(
 
 
 @pytest.mark.parametrize("name", ["a.tsv", "a.csv"])
-@pytest.mark.parametrize("end", ["", "\n", "\n\n\n", "\r\n\r\n"])
+@pytest.mark.parametrize("end", ["", "\n", "\n\n\n", "\r\n\r\n", "\n  \n", "\r\n \r\n "])
 def test_blank_lines_at_the_end_are_no_rows(name: str, end: str, tmp_path: Path) -> None:
     text = LINES[name.partition(".")[2]].format("one", 1).rstrip("\n")
     assert read_sentences(write(tmp_path, name, text + end))[0].texts == ("one",)
-    with pytest.raises(FormatError, match=r"line 3: \d fields; the header has 2"):
+    with pytest.raises(FormatError, match="line 3: a blank line between the rows; take it out"):
         read_sentences(write(tmp_path, name, f"{text}\n\n{text[-5:]}{end}"))
+
+
+def test_spaces_at_the_end_of_the_last_row_stay(tmp_path: Path) -> None:
+    (row,) = read_sentences(write(tmp_path, "a.tsv", "label\tsentence\n1\tone  \n \n"))
+    assert row.texts == ("one  ",)
 
 
 @pytest.mark.parametrize("break_", ["\u0085", "\u2028", "\x0b", "\x0c", "\x1c"])
@@ -165,7 +170,12 @@ SENTENCE_ERRORS = [
     (
         "a.jsonl",
         rows({"sentence": "x", "label": 1}, {"sentence": "x"}),
-        "line 2: label None; expected a number or a name",
+        "line 2: no field label; the line has sentence",
+    ),
+    (
+        "a.jsonl",
+        rows({"text": "x", "label": 1}),
+        "columns text, label; expected sentence and label, or",
     ),
     ("a.jsonl", rows({"sentence": "x", "label": True}), "line 1: label True; expected a number"),
     ("a.jsonl", rows({"sentence": "x", "label": [1, 0]}), "line 1: label [1, 0]; expected a "),
@@ -212,9 +222,18 @@ def test_bad_instructions_are_told(content: str, reason: str, tmp_path: Path) ->
         read_instructions(path)
 
 
+def test_the_remedy_for_columns_is_that_of_the_files_kind(tmp_path: Path) -> None:
+    for name, content, remedy in (
+        ("a.tsv", "text\tlabel\nx\t1\n", "name the columns in the first line"),
+        ("a.jsonl", rows({"text": "x", "label": 1}), "call the fields so in every line"),
+    ):
+        with pytest.raises(FormatError, match=f"; {remedy}$"):
+            read_sentences(write(tmp_path, name, content))
+
+
 def test_unknown_labels_are_told_with_those_there_are() -> None:
     sentences = [Sentence(("x",), "1", 2), Sentence(("y",), "neutral\x1b", 3)]
-    reason = r"a.tsv: line 3: label 'neutral\x1b'; the model has 0 (bad), 1 (good)"
+    reason = r"a.tsv: line 3: label 'neutral\x1b'; the model has 0 (bad), 1 (good); write these"
     with pytest.raises(MismatchError, match=re.escape(reason)) as told:
         label_ids(sentences, {1: "good", 0: "bad"}, file="a.tsv")
     assert told.value.exit_code == 4

@@ -97,6 +97,16 @@ def test_of_equal_scores_the_lower_row_goes_first() -> None:
     assert {entry["score"] for entry in result.notes["epur"]["rows"]} == {2**0.5 / np.log(20)}
 
 
+def test_more_rows_than_there_are_is_warned_of() -> None:
+    name = cases.EMBEDDING["bert"]
+    models = two({name: np.zeros((5, 2), np.float32)}, {name: np.ones((5, 2), np.float32)})
+    (warning,) = epur(*models, counts=FEW, top=6).warnings
+    assert warning == (
+        "top is 6, but the word embedding has 5 rows: every ordinary row that drifted is reset"
+    )
+    assert epur(*models, counts=FEW, top=5).warnings == ()
+
+
 def test_an_extended_vocabulary_is_scored_on_its_common_rows() -> None:
     name = cases.EMBEDDING["bert"]
     base = {name: np.zeros((3, 2), np.float32)}

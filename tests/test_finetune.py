@@ -700,8 +700,8 @@ def test_the_command_refuses_before_any_work(
     ("more", "code", "reason"),
     [
         (["--held-out", "FOLDER/absent.tsv"], 6, "absent.tsv: cannot open"),
-        (["--held-out", "1.5"], 2, "held_out is 1.5 of 8 examples"),
-        (["--max-length", "1000"], 2, "max_length is 1000; expected 2 to 128 tokens"),
+        (["--held-out", "1.5"], 2, "--held-out is 1.5 of 8 examples"),
+        (["--max-length", "1000"], 2, "--max-length is 1000; expected 2 to 128 tokens"),
         (["--data", "FOLDER/clean.jsonl"], 3, "clean.jsonl: columns question, answer; expected"),
     ],
 )

@@ -534,7 +534,7 @@ def test_the_command_lists_what_took_the_slow_path() -> None:
         (["--base", "bert-base"], 2, "--base is for --points of 2 or more"),
         (["--points", "2"], 2, "--points of 2 or more needs --base"),
         (["--standard-error", "./f.safetensors"], 5, "two outputs of this run would lie in the"),
-        (["--max-length", "500"], 2, "max_length is 500; expected 2 to 128 tokens"),
+        (["--max-length", "500"], 2, "--max-length is 500; expected 2 to 128 tokens"),
         (["--standard-error", "nowhere/s.safetensors"], 6, "folder to write to does not exist"),
         (["--standard-error", "bert/s.safetensors"], 5, "would overlap the input"),
         (["--points", "2", "--base", "gpt2-base"], 4, "model_type is gpt2 in BASE"),

@@ -24,7 +24,7 @@ from weightsurgery.errors import (
     SurgeryError,
 )
 from weightsurgery.formats import open_checkpoint, save
-from weightsurgery.formats.files import InputFile
+from weightsurgery.formats.files import InputFile, did_you_mean
 from weightsurgery.stream import Engine
 
 LFS = (
@@ -126,6 +126,10 @@ OTHER_KINDS = {
     "HTML page, no doctype": (b"<HTML><body>Sign in", "an HTML page"),
     "HTML page, white space": (b"\n  <!doctype html><html>" + bytes(99), "an HTML page"),
     "GGUF": (b"GGUF\3\0\0\0" + bytes(99), "a GGUF file; convert it"),
+    "text": (b"sentence\tlabel\na film\t1\n", "found text; give a .safetensors file"),
+    "text cut in a letter": ("é".encode() * 15 + "a€".encode() + b"\n", "found text"),
+    "text with a mark": (b"\xef\xbb\xbfsentence\tlabel\n", "found text"),
+    "no text": (b"sentence\xff\xff" + bytes(99), "not a safetensors file, or damaged"),
     "a JSON answer": (b'{"error": "Repository not found"}', "found JSON"),
 }
 
@@ -312,6 +316,54 @@ def test_a_link_that_the_user_names_is_followed(tmp_path: Path) -> None:
     (tmp_path / "two").symlink_to("one")
     found = open_checkpoint(tmp_path / "two")
     assert hostile.stored(found) == hostile.stored_by_library(path.read_bytes())
+
+
+def offline(*_: object, **__: object) -> None:
+    raise OSError("no network")
+
+
+@pytest.mark.parametrize(
+    ("path", "near"),
+    [
+        ("tund", "tuned"),
+        ("tund/model.safetensors", "tuned/model.safetensors"),
+        ("tuned/model.safetensor", "tuned/model.safetensors"),
+        ("tuned/modl.safetensors", "tuned/model.safetensors"),
+        ("./tund/", "./tuned"),
+        ("tund/other", None),
+        ("quite-another", None),
+        ("no/folder/at/all", None),
+    ],
+)
+def test_the_nearest_name_is_suggested(
+    path: str, near: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hostile.folder(tmp_path / "tuned", {"model.safetensors": b"", "config.json": b"{}"})
+    monkeypatch.chdir(tmp_path)
+    assert did_you_mean(path) == ("" if near is None else f"did you mean '{near}'?")
+    if near is not None:
+        monkeypatch.setattr("huggingface_hub.snapshot_download", offline)
+        for opened in (InputFile, open_checkpoint):
+            with pytest.raises(StorageError, match=re.escape(f"; did you mean '{near}'?")):
+                opened(path)
+
+
+def test_nothing_is_suggested_for_a_link_that_dangles(tmp_path: Path) -> None:
+    (tmp_path / "a.tsv").symlink_to("nowhere")
+    with pytest.raises(StorageError, match=r"No such file or directory$"):
+        InputFile(str(tmp_path / "a.tsv"))
+
+
+@pytest.mark.parametrize(
+    ("name", "told"), [("gpt2", True), ("gpt2@v1", True), ("a.safetensors", False)]
+)
+def test_a_name_that_may_be_the_hubs_is_told_how_those_look(
+    name: str, told: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(StorageError, match="no such file or directory") as refused:
+        open_checkpoint(name)
+    assert ("called org/name" in refused.value.hint) == told
 
 
 def test_descriptors_are_closed(tmp_path: Path) -> None:

@@ -386,7 +386,13 @@ def test_devices_are_found() -> None:
 
 
 def test_a_single_file_is_refused(folder: Path) -> None:
-    refused(folder / "bert" / WEIGHTS, SettingError, "a single file; expected a model directory")
+    path = folder / "bert" / WEIGHTS
+    reason = "a single file; expected a model directory with config.json and tokenizer"
+    refused(path, SettingError, f"{reason}; give its folder, '{path.parent}'")
+    alone = folder / "alone" / WEIGHTS
+    alone.parent.mkdir()
+    alone.write_bytes(path.read_bytes())
+    refused(alone, SettingError, f"{reason}; put them beside it and give the folder")
 
 
 def test_weights_go_through_the_strict_reader(variant: Callable[..., Path]) -> None:

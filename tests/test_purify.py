@@ -207,6 +207,9 @@ def test_a_mask_gives_the_same_bytes_on_another_sharding(
     ]
     again = purify(*given, from_mask=mask)
     assert cases.stored(cases.read(again)) == cases.stored(cases.read(once))
+    outs = ((once, "once.safetensors"), (again, "again"))
+    shares = [save(one, tmp_path / out)["effective_share"] for one, out in outs]
+    assert shares[0] == shares[1] > 0
     other = cases.read(purify(*given, from_mask=mask, invert=True))
     for name, view in once.items():
         if name in mask:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -205,7 +206,48 @@ def test_the_curve_is_drawn(folder: Path, capsys: pytest.CaptureFixture[str]) ->
     assert run_wsurg(arguments) == 0
     assert Path("curve.png").read_bytes().startswith(b"\x89PNG")
     assert run_wsurg(arguments) == 5
-    assert run_wsurg([*SWEEP, "--plot", "nowhere/curve.png"]) == 6
+
+
+@pytest.mark.parametrize(
+    ("path", "code"), [("nowhere/curve.png", 6), ("data.tsv", 5)], ids=["folder", "exists"]
+)
+def test_where_the_curve_goes_is_checked_before_matplotlib_is_there(
+    path: str, code: int, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    assert run_wsurg([*SWEEP, "--plot", path]) == code
+
+
+def test_a_pipe_gets_a_line_for_each_ratio(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_wsurg([*SWEEP, "--ratios", "0,0.5", "--epochs", "1"]) == 0
+    lines = capsys.readouterr().err.splitlines()
+    count = len(read_sentences("data.tsv"))
+    assert lines[0] == f"fisher: {count} of {count}"
+    assert lines[1:3] == ["sweeping, ratio 0: 1 of 2", "sweeping, ratio 0.5: 2 of 2"]
+    assert not [line for line in lines[3:] if not line.startswith("warning: ")]
+
+
+def test_progress_names_ratio_and_phase(folder: Path) -> None:
+    model, data = load_model("tuned", device="cpu"), read_sentences("data.tsv")
+    told: list[tuple[str, int, int]] = []
+    examples = read_examples(model, "data.tsv")
+    sweep(
+        lambda _: model.checkpoint,
+        model,
+        examples,
+        data,
+        ratios=[0.5],
+        training={"epochs": 1},
+        progress=lambda *step: told.append(step),
+    )
+    phases = ("resetting", "measuring", "fine-tuning", "measuring")
+    assert told == [
+        ("sweeping, tuned: measuring", 0, 1),
+        *((f"sweeping, ratio 0.5: {phase}", 0, 1) for phase in phases),
+        ("sweeping, ratio 0.5", 1, 1),
+    ]
 
 
 def swept(**reference: Any) -> dict[str, Any]:
@@ -243,10 +285,9 @@ def test_a_picture_of_another_kind_is_refused(check: Any, name: str) -> None:
 def test_without_matplotlib_the_plot_is_refused(
     check: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import sys
-
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    with pytest.raises(SettingError, match=r"pip install 'weightsurgery\[report\]'"):
+    hint = r"pip install 'weightsurgery\[report\]' \(in a clone: '\.\[report\]'\)"
+    with pytest.raises(SettingError, match=hint):
         check("curve.png")
 
 
@@ -421,11 +462,11 @@ def test_wrong_usage_of_purify(options: list[str], words: str, folder: Path) -> 
 BEFORE_THE_FISHER = {
     "ratio": (["--ratio", "30"], 2, "ratio is 30.0; expected a share"),
     "epsilon": (["--epsilon", "-1"], 2, "epsilon is -1; expected 0 or more"),
-    "counts": (["--embeddings", "epur"], 2, "embeddings=epur needs token counts"),
+    "counts": (["--embeddings", "epur"], 2, "--embeddings epur needs token counts"),
     "glob": (["--exclude", "nosuch.*"], 2, "nosuch"),
     "nothing": (["--include", "*word_embeddings*"], 2, "there is nothing to rank"),
-    "rate": (["--finetune", "--learning-rate", "0"], 2, "learning_rate is 0.0; expected"),
-    "length": (["--max-length", "500"], 2, "max_length is 500; expected"),
+    "rate": (["--finetune", "--learning-rate", "0"], 2, "--learning-rate is 0.0; expected"),
+    "length": (["--max-length", "500"], 2, "--max-length is 500; expected"),
 }
 
 

@@ -70,6 +70,19 @@ class SettingError(SurgeryError):
     exit_code = 2
 
 
+def not_installed(package: str, extra: str, otherwise: str = "") -> SettingError:
+    """The error for a package that one of ours needs for an extra thing.
+
+    Args:
+        package: What is missing.
+        extra: The extra of weightsurgery that brings it.
+        otherwise: What can be done without it.
+    """
+    hint = f"pip install 'weightsurgery[{extra}]' (in a clone: '.[{extra}]')"
+    hint += f", or {otherwise}" if otherwise else ""
+    return SettingError(f"{package} is not installed", hint=hint)
+
+
 class FormatError(SurgeryError):
     """An input is malformed."""
 

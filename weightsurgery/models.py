@@ -113,8 +113,14 @@ def load_model(path: str | os.PathLike[str], *, task: str = "auto", device: str 
         raise SettingError(f"task is '{shown(task)}'; expected auto, {CLASSIFICATION} or {CAUSAL}")
     checkpoint = open_checkpoint(text)
     if not checkpoint.is_directory:
+        folder = os.path.dirname(os.path.abspath(text))
+        known = os.path.isfile(os.path.join(folder, "config.json"))
         raise SettingError(
-            "a single file; expected a model directory with config.json and tokenizer", file=text
+            "a single file; expected a model directory with config.json and tokenizer",
+            file=text,
+            hint=f"give its folder, '{shown(os.path.dirname(text) or '.')}'"
+            if known
+            else "put them beside it and give the folder",
         )
     _refuse_kernels(checkpoint.config, checkpoint)
     require_unquantised(checkpoint)

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from weightsurgery.checkpoint import Checkpoint
-from weightsurgery.errors import FormatError, MismatchError, SettingError, shown
+from weightsurgery.errors import FormatError, MismatchError, not_installed, shown
 from weightsurgery.formats.files import InputFile
 from weightsurgery.formats.strict_json import parse_object
 
@@ -154,9 +154,7 @@ def count_by_wordfreq(tokens: Mapping[int, str], language: str = "en") -> TokenC
     try:
         from wordfreq import word_frequency
     except ImportError:
-        raise SettingError(
-            "wordfreq is not installed", hint="pip install 'weightsurgery[text]', or give counts"
-        ) from None
+        raise not_installed("wordfreq", "text", "give counts") from None
     words = _whole_words(tokens.values())
     counts = {t: word_frequency(w, language) * WORDFREQ_CORPUS for t, w in words.items() if w}
     return TokenCounts(counts, f"wordfreq ({language}, times {WORDFREQ_CORPUS:,})")

@@ -16,7 +16,7 @@ from weightsurgery.report.comparison import comparison_csv, comparison_tables
 from weightsurgery.report.tables import show
 from weightsurgery.statistics import METRICS
 
-_LISTED = 20  # tensors shown unless --all is given
+_LISTED = 20  # tensors shown unless --all or --top is given
 
 
 def _diff(
@@ -53,7 +53,7 @@ def _diff(
         click.echo(f"the drift is in {shown(drift_out)}, its record beside it", err=True)
     options.warn(report.warnings)
     try:
-        _show(report, show_all=show_all, as_csv=as_csv, as_json=as_json)
+        _show(report, limit=_limit(top, show_all), as_csv=as_csv, as_json=as_json)
     finally:  # the verdict counts even if nobody reads the report
         if failure is not None:
             raise failure
@@ -73,13 +73,21 @@ def _check_usage(context: click.Context) -> None:
             raise click.UsageError(f"{flag} is for --drift's OUT; give --drift too", context)
 
 
-def _show(report: DiffReport, *, show_all: bool, as_csv: bool, as_json: bool) -> None:
+def _limit(top: int, show_all: bool) -> int:
+    """How many tensors are listed; 0 lists all. A --top of 0 spares other tables, not this one."""
+    if show_all:
+        return 0
+    source = click.get_current_context().get_parameter_source("top")
+    return top if top and source is not click.core.ParameterSource.DEFAULT else _LISTED
+
+
+def _show(report: DiffReport, *, limit: int, as_csv: bool, as_json: bool) -> None:
     if as_json:
         options.print_json(report.to_json())
     elif as_csv:
         click.echo(comparison_csv(report), nl=False)
     else:
-        show(comparison_tables(report, limit=0 if show_all else _LISTED))
+        show(comparison_tables(report, limit=limit))
 
 
 command = options.Command(
@@ -100,7 +108,8 @@ command = options.Command(
       wsurg diff base.safetensors tuned.safetensors
       wsurg diff base/ tuned/ --top 20 --json > report.json
       wsurg diff base/ tuned/ --drift drift.safetensors
-      wsurg diff base/ tuned/ --fail-if 'relative_l2 > 0.1' --fail-if '*.bias: max_abs > 1'
+      wsurg diff base/ tuned/ --fail-if 'relative_l2 > 0.1' \\
+          --fail-if '*.bias: max_abs > 1'
     """,
     params=[
         click.Argument(["base"], metavar="BASE", type=click.Path()),
@@ -110,12 +119,13 @@ command = options.Command(
             type=click.IntRange(0),
             default=10,
             show_default=True,
-            help="How many dimensions, rows, columns and tokens of largest drift to list.",
+            help="How many dimensions, rows, columns and tokens of largest drift to list; so many "
+            f"tensors too, if it is given and not 0, and else {_LISTED}.",
         ),
         click.Option(
             ["--all", "show_all"],
             is_flag=True,
-            help=f"List all tensors, not the {_LISTED} that moved most.",
+            help="List all tensors, not those alone that moved most.",
         ),
         click.Option(
             ["--drift", "drift_out"],

@@ -155,7 +155,8 @@ command = options.Command(
     \b
     Examples:
       wsurg finetune mixed/ --data clean.tsv -o purified/
-      wsurg finetune mixed/ --data clean.tsv --held-out 0.25 --patience 3 -o purified/
+      wsurg finetune mixed/ --data clean.tsv --held-out 0.25 --patience 3 \\
+          -o purified/
     """,
     params=[
         model_options.MODEL,

@@ -121,8 +121,10 @@ command = options.Command(
     \b
     Examples:
       wsurg fisher tuned/ --data clean.tsv -o fisher.safetensors
-      wsurg fisher tuned/ --data clean.tsv --points 4 --base base/ -o fisher.safetensors
-      wsurg fisher tuned/ --data clean.tsv --estimator hutchinson -o hessian.safetensors
+      wsurg fisher tuned/ --data clean.tsv --points 4 --base base/ \\
+          -o fisher.safetensors
+      wsurg fisher tuned/ --data clean.tsv --estimator hutchinson \\
+          -o hessian.safetensors
     """,
     params=[
         model_options.MODEL,

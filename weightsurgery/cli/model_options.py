@@ -86,7 +86,13 @@ def prepare(tuned: Checkpoint, given: Mapping[str, Any]) -> tuple[Model, list[En
     return model, examples
 
 
-def counting() -> AbstractContextManager[Progress | None]:
-    """A callback (what, done, total) that counts examples; None if stderr is no terminal."""
+def counting(lines: options.Lines = "none") -> AbstractContextManager[Progress | None]:
+    """A callback (what, done, total) that counts examples.
+
+    Args:
+        lines: What is printed where stderr is no terminal.
+    """
     # What follows a comma changes: a loss.
-    return options.drawing("MofNCompleteColumn", key=lambda what: what.partition(",")[0])
+    return options.drawing(
+        "MofNCompleteColumn", key=lambda what: what.partition(",")[0], lines=lines
+    )

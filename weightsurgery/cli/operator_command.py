@@ -83,6 +83,7 @@ def _run(operator: Operator, given: dict[str, Any]) -> None:
     with options.running(given["workers"], max_memory=limit, inputs=read) as engine:
         if given["dry_run"]:
             plan = make_plan(result, out, engine=engine, **sizes).to_json()
+            options.warn(list(result.warnings))
         else:
             record = save(result, out, hashes=given["hashes"], engine=engine, **sizes)
             if given["mask"] is not None:

@@ -9,13 +9,14 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from decimal import Decimal, InvalidOperation
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Literal
 
 import click
 
 from weightsurgery.alignment import match_names
 from weightsurgery.checkpoint import Checkpoint
-from weightsurgery.errors import SettingError, shown
+from weightsurgery.cli.words import in_flags
+from weightsurgery.errors import SettingError, SurgeryError, shown
 from weightsurgery.formats import open_checkpoint
 from weightsurgery.formats.files import InputFile
 from weightsurgery.formats.plan import fit_workers, parse_size
@@ -24,9 +25,11 @@ from weightsurgery.formats.vocabulary import read_vocabulary
 from weightsurgery.stream import Engine, Progress
 from weightsurgery.token_counts import TokenCounts, count_by_wordfreq, count_corpus, read_counts
 
+Lines = Literal["none", "end", "steps"]  # printed where no bar can be drawn
+
 
 class Command(click.Command):
-    """A command that tells what it takes from a settings file.
+    """A command that tells what it takes from a settings file, and whose errors say its flags.
 
     Attributes:
         complements: Parameter to another that stands for one minus it.
@@ -52,7 +55,10 @@ class Command(click.Command):
         ]
         if taken:
             click.echo(f"from {path}: {', '.join(taken)}", err=True)
-        return super().invoke(ctx)
+        try:
+            return super().invoke(ctx)
+        except SurgeryError as error:
+            raise in_flags(error, self.params) from error
 
 
 _TYPED = click.core.ParameterSource.COMMANDLINE
@@ -255,15 +261,19 @@ def running(
 
 
 @contextmanager
-def drawing(*amounts: str, key: Callable[[str], str]) -> Iterator[Progress | None]:
-    """A callback (what, done, total) that draws on stderr; None if that is no terminal.
+def drawing(
+    *amounts: str, key: Callable[[str], str], lines: Lines = "none"
+) -> Iterator[Progress | None]:
+    """A callback (what, done, total) that draws on stderr, or prints where that is no terminal.
 
     Args:
         amounts: Rich's columns that tell how much is done.
         key: What is the same for all reports of one bar.
+        lines: Whether to print a line for each step that is done, one at the end, or none; with
+            none the callback is None where there is no terminal.
     """
     if not sys.stderr.isatty():
-        yield None
+        yield None if lines == "none" else _printing(lines)
         return
     from rich import progress as drawn
     from rich.console import Console
@@ -284,6 +294,19 @@ def drawing(*amounts: str, key: Callable[[str], str]) -> Iterator[Progress | Non
             bar.update(tasks[key(what)], description=what, completed=done, total=total)
 
         yield progress
+
+
+def _printing(lines: Lines) -> Progress:
+    """A callback that prints plain lines on stderr."""
+    last = 0
+
+    def progress(what: str, done: int, total: int) -> None:
+        nonlocal last
+        if done > last and (lines == "steps" or done == total):
+            click.echo(f"{what}: {done:,} of {total:,}", err=True)
+        last = done
+
+    return progress
 
 
 def make_counts(

@@ -109,7 +109,7 @@ def before(
         return {}
     from weightsurgery.curvature.fisher import fisher
 
-    with model_options.counting() as progress:
+    with model_options.counting("end") as progress:
         points = {"points": given["points"], "base": inputs[0] if given["points"] > 1 else None}
         return {"fisher": fisher(model, examples, **points, progress=progress)}
 

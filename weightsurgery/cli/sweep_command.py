@@ -79,7 +79,7 @@ def _sweep(base: str, tuned: str, **given: Any) -> None:
     if given["target_label"] is not None:
         target_of(model, given["target_label"])
     edit = _edit(operator, inputs, settings, given)
-    with model_options.counting() as progress:
+    with model_options.counting("steps") as progress:
         report = sweep(
             edit,
             model,
@@ -144,12 +144,12 @@ def _check_usage(context: click.Context, operator: Operator, given: dict[str, An
 def _check_plot(path: str | None, *, overwrite: bool) -> None:
     if path is None:
         return
-    check_plot_path(path)
     folder = os.path.dirname(os.path.abspath(path))
     if not os.path.isdir(folder):
         raise StorageError("the folder to write to does not exist", file=folder)
     if os.path.lexists(path) and not overwrite:
         raise PolicyError("exists already", file=path, hint="--overwrite replaces it")
+    check_plot_path(path)  # last: it imports matplotlib
 
 
 def _operator_options() -> list[click.Parameter]:
@@ -177,8 +177,10 @@ command = options.Command(
     \b
     Examples:
       wsurg sweep base/ tuned/ --data clean.tsv --held-out dev.tsv
-      wsurg sweep base/ tuned/ --data clean.tsv --held-out dev.tsv --plot curve.png
-      wsurg sweep base/ tuned/ --data clean.tsv --held-out dev.tsv --operator mix --ratios 0.3,0.5
+      wsurg sweep base/ tuned/ --data clean.tsv --held-out dev.tsv \\
+          --plot curve.png
+      wsurg sweep base/ tuned/ --data clean.tsv --held-out dev.tsv \\
+          --operator mix --ratios 0.3,0.5
     """,
     params=[
         click.Argument(["base"], metavar="BASE", type=click.Path()),

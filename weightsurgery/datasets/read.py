@@ -80,10 +80,16 @@ def read_sentences(path: str | os.PathLike[str]) -> list[Sentence]:
             f"columns {shown(', '.join(map(str, first[1])))}; expected sentence and label, "
             "or sentence1, sentence2 and label",
             file=name,
-            hint="name the columns in the first line",
+            hint="call the fields so in every line"
+            if name.lower().endswith((".jsonl", ".json"))
+            else "name the columns in the first line",
         )
     found = []
     for line, row in _chain(first, rows):
+        lacking = [column for column in (*columns, "label") if column not in row]
+        if lacking:
+            there = shown(", ".join(row))
+            raise _bad(name, line, f"no field {lacking[0]}; the line has {there or 'none'}")
         texts = tuple(_text(name, line, row, column) for column in columns)
         label = row.get("label")
         if isinstance(label, bool) or not isinstance(label, str | int) or not str(label).strip():
@@ -128,6 +134,7 @@ def label_ids(
                 f"line {sentence.line}: label '{shown(sentence.label)}'; the model has "
                 f"{shown(known)}",
                 file=file,
+                hint="write these numbers or names, or give the model that knows the file's labels",
             )
         found.append(numbers[sentence.label])
     return found
@@ -165,10 +172,12 @@ def _decoded(name: str) -> str:
 
 def _tsv(name: str, text: str) -> Iterator[tuple[int, dict[str, Any]]]:
     # At line feeds alone: str.splitlines would cut texts at characters such as U+0085.
-    lines = [line.removesuffix("\r") for line in text.rstrip("\r\n").split("\n")]
+    lines = [line.removesuffix("\r") for line in _without_blank_end(text).split("\n")]
     header = lines[0].split("\t")
     for number, line in enumerate(lines[1:], 2):
         fields = line.split("\t")
+        if not line.strip(" "):
+            raise _blank(name, number)
         if len(fields) != len(header):
             reason = f"{len(fields)} fields; the header has {len(header)}"
             raise _bad(name, number, reason, "a text with a tab in it needs .csv or .jsonl")
@@ -176,10 +185,12 @@ def _tsv(name: str, text: str) -> Iterator[tuple[int, dict[str, Any]]]:
 
 
 def _csv(name: str, text: str) -> Iterator[tuple[int, dict[str, Any]]]:
-    reader = csv.reader(io.StringIO(text.rstrip("\r\n"), newline=""), strict=True)
+    reader = csv.reader(io.StringIO(_without_blank_end(text), newline=""), strict=True)
     try:
         header = next(reader, [])
         for fields in reader:
+            if not "".join(fields).strip(" ") and len(fields) < 2:
+                raise _blank(name, reader.line_num)
             if len(fields) != len(header):
                 reason = f"{len(fields)} fields; the header has {len(header)}"
                 hint = "put quotes around a text with a comma in it"
@@ -187,6 +198,17 @@ def _csv(name: str, text: str) -> Iterator[tuple[int, dict[str, Any]]]:
             yield reader.line_num, dict(zip(header, fields, strict=True))
     except csv.Error as error:
         raise _bad(name, reader.line_num, f"not CSV: {error}") from None
+
+
+def _without_blank_end(text: str) -> str:
+    """Text without the lines at its end that hold nothing, or nothing but spaces."""
+    end = len(text.rstrip(" \r\n"))
+    breaks = [place for place in (text.find("\r", end), text.find("\n", end)) if place >= 0]
+    return text[: min(breaks, default=len(text))]  # the last row keeps its own spaces
+
+
+def _blank(name: str, line: int) -> FormatError:
+    return _bad(name, line, "a blank line between the rows", "take it out")
 
 
 def _jsonl(name: str, text: str) -> Iterator[tuple[int, dict[str, Any]]]:

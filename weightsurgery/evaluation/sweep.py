@@ -72,38 +72,36 @@ def sweep(
     """
     _check(ratios, tolerance)
     tuned, tell = model.checkpoint, progress or (lambda *_: None)
-    overlap = _overlap(model, examples or (), held_out, max_length)
-    warnings = dict.fromkeys(overlap)  # in the order in which they come
+    attack: Any = {"trigger": trigger, "poisoned": poisoned, "target_label": target_label}
+    # In the order in which they come.
+    warnings = dict.fromkeys(_overlap(model, examples or (), held_out, max_length))
 
-    def measure(measured: Model) -> dict[str, Any]:
+    def measure(measured: Model, where: str, done: int) -> dict[str, Any]:
+        tell(f"{where}: measuring", done, len(ordered))
         report = evaluate(
-            measured,
-            held_out,
-            trigger=trigger,
-            poisoned=poisoned,
-            target_label=target_label,
-            batch_size=batch_size,
-            max_length=max_length,
+            measured, held_out, **attack, batch_size=batch_size, max_length=max_length
         )
         warnings.update(dict.fromkeys(report["warnings"]))
         return {name: report[name] for name in ("accuracy", "loss", "asr", "floor", "bacc")}
 
     ordered, rows = sorted(set(map(float, ratios))), []
     try:
-        reference = measure(model)
+        reference = measure(model, "sweeping, tuned", 0)
         warnings.update(dict.fromkeys(_guessing(reference, held_out)))
         for done, ratio in enumerate(ordered):
-            tell(f"sweeping, ratio {ratio:g}", done, len(ordered))
+            where = f"sweeping, ratio {ratio:g}"
+            tell(f"{where}: resetting", done, len(ordered))
             edited = with_weights(model, edit(ratio))
-            row = {"ratio": ratio, "before": measure(edited), "after": None}
+            row = {"ratio": ratio, "before": measure(edited, where, done), "after": None}
             if examples is not None:
+                tell(f"{where}: fine-tuning", done, len(ordered))
                 trained = finetune(edited, examples, **(training or {}))
-                row["after"] = measure(edited)
+                row["after"] = measure(edited, where, done)
                 row["training"] = trained.notes["training"]
             rows.append(row)
+            tell(where, done + 1, len(ordered))
     finally:
         with_weights(model, tuned)
-    tell("sweeping", len(ordered), len(ordered))
     return {
         "schema": SCHEMA,
         "tuned": tuned.label,

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+import re
 from dataclasses import replace
 
 from weightsurgery.checkpoint import Checkpoint
 from weightsurgery.errors import FormatError, SettingError, StorageError
 from weightsurgery.formats import hub
 from weightsurgery.formats.directory import open_directory
-from weightsurgery.formats.files import InputFile
+from weightsurgery.formats.files import InputFile, did_you_mean
 from weightsurgery.formats.safetensors import open_file, refuse_pickle
 from weightsurgery.formats.save import save
 
@@ -47,7 +48,13 @@ def open_checkpoint(path: str | os.PathLike[str], *, weights: str | None = None)
         return open_file(InputFile(text), label=text)
     if hub.is_hub_id(text):
         return _open_hub(text, weights)
-    raise StorageError("no such file or directory", file=text)
+    hint = did_you_mean(text)
+    if not hint and _NAME.fullmatch(text) and not text.endswith(".safetensors"):
+        hint = "a model of the hub is called org/name"
+    raise StorageError("no such file or directory", file=text, hint=hint)
+
+
+_NAME = re.compile(r"[\w.-]+(@[\w./-]+)?")  # like a hub id without its owner
 
 
 def _open_hub(text: str, weights: str | None) -> Checkpoint:
@@ -61,7 +68,10 @@ def _open_hub(text: str, weights: str | None) -> Checkpoint:
                 continue
             commit = os.path.basename(snapshot)
             return replace(found, hub_id=f"{text.partition('@')[0]}@{commit}")
-    except StorageError:
+    except StorageError as error:
+        hint = did_you_mean(text)
+        if incomplete is None and hint:
+            raise StorageError(error.reason, hint=hint) from error
         if incomplete is None:
             raise
     raise incomplete or StorageError("no snapshot", file=text)

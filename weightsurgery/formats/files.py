@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
+import errno
+import itertools
 import os
 import stat
 import threading
@@ -10,7 +13,7 @@ from collections.abc import Callable
 from typing import Any
 
 from weightsurgery.checkpoint import FileRef
-from weightsurgery.errors import ChangedError, FormatError, PolicyError, StorageError
+from weightsurgery.errors import ChangedError, FormatError, PolicyError, StorageError, shown
 from weightsurgery.formats.running_hash import RunningHash
 
 _FLAGS = os.O_RDONLY | os.O_CLOEXEC | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
@@ -36,7 +39,8 @@ class InputFile:
         try:
             self._fd = os.open(path, _FLAGS | (0 if follow else getattr(os, "O_NOFOLLOW", 0)))
         except OSError as error:
-            raise StorageError(f"cannot open: {error.strerror}", file=path) from error
+            hint = did_you_mean(path) if error.errno == errno.ENOENT else ""
+            raise StorageError(f"cannot open: {error.strerror}", file=path, hint=hint) from error
         weakref.finalize(self, os.close, self._fd)
         found = os.fstat(self._fd)
         if not stat.S_ISREG(found.st_mode):
@@ -141,6 +145,39 @@ class InputFile:
         data = self.read_bytes(0, self.size)
         self.check_unchanged()  # now: a half-changed file would be told as malformed
         return data
+
+
+_SIBLINGS = 1000  # looked at for a name that was meant
+_NEAR = 0.75
+
+
+def did_you_mean(path: str) -> str:
+    """A hint that names the nearest path there is; "" if none is near.
+
+    Args:
+        path: Where nothing is.
+    """
+    folder, name = os.path.split(path.rstrip("/"))
+    try:
+        if os.path.lexists(path):
+            return ""
+        if os.path.isdir(folder or "."):
+            return _nearest(folder, name)
+        above, parent = os.path.split(folder)
+        found = _nearest(above, parent, then=name) if os.path.isdir(above or ".") else ""
+    except (OSError, ValueError):  # ValueError: a name that no file can have
+        return ""
+    return found
+
+
+def _nearest(folder: str, name: str, then: str = "") -> str:
+    with os.scandir(folder or ".") as entries:
+        names = sorted(entry.name for entry in itertools.islice(entries, _SIBLINGS))
+    for near in difflib.get_close_matches(name, names, 1, _NEAR):
+        found = os.path.join(folder, near, then) if then else os.path.join(folder, near)
+        if os.path.lexists(found):
+            return f"did you mean '{shown(found)}'?"
+    return ""
 
 
 def _reopen(path: str, identity: tuple[int, ...]) -> InputFile:

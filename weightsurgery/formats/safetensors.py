@@ -98,6 +98,12 @@ def _read_header(file: InputFile) -> tuple[dict[str, Any], int]:
             hint="the download may be incomplete",
         )
     length = int.from_bytes(file.read_bytes(0, 8), "little")
+    if length > MAX_HEADER and _is_text(start):
+        raise FormatError(
+            "expected a safetensors file, found text",
+            file=file.path,
+            hint="give a .safetensors file or a model's directory",
+        )
     if length > MAX_HEADER:
         raise FormatError(
             f"not a safetensors file, or damaged: its first 8 bytes tell of a header of {length:,} "
@@ -114,6 +120,18 @@ def _read_header(file: InputFile) -> tuple[dict[str, Any], int]:
     if not data.startswith(b"{"):
         raise FormatError("the header does not begin with '{'", file=file.path)
     return parse_object(data, file=file.path, what="header"), 8 + length
+
+
+def _is_text(start: bytes) -> bool:
+    """Whether a file begins like UTF-8 text, perhaps cut within a character."""
+    for cut in range(4):
+        try:
+            # Not utf-8-sig: Python would import it now, while a hostile file is open.
+            text = start[: len(start) - cut].decode("utf-8").removeprefix("\ufeff")
+        except UnicodeDecodeError:
+            continue
+        return bool(text) and all(c.isprintable() or c in "\t\r\n" for c in text)
+    return False
 
 
 def _is_text_map(value: Any) -> bool:

@@ -129,20 +129,28 @@ class Rows:
         flags: Boolean, one for each row.
         listed: The rows by falling score: row, token, count, drift's norm, score, z-score.
         matched: Share of the vocabulary that has a count; None where no counts were asked for.
+        top: How many rows were asked for; 0 where all of them were.
     """
 
     width: int
     flags: Block
     listed: list[dict[str, Any]]
     matched: float | None = None
+    top: int = 0
 
     @property
     def warnings(self) -> tuple[str, ...]:
         """What the record warns of."""
-        if self.matched is None or self.matched >= _FEW:
-            return ()
-        few = f"only {self.matched:.2%} of the vocabulary has a count"
-        return (f"{few}, so rows are ranked by little but their drift",)
+        found = []
+        if self.top > self.flags.size:
+            rows = f"the word embedding has {self.flags.size:,} rows"
+            found.append(
+                f"top is {self.top:,}, but {rows}: every ordinary row that drifted is reset"
+            )
+        if self.matched is not None and self.matched < _FEW:
+            few = f"only {self.matched:.2%} of the vocabulary has a count"
+            found.append(f"{few}, so rows are ranked by little but their drift")
+        return tuple(found)
 
     def to_json(self) -> dict[str, Any]:
         """What the record says."""
@@ -230,7 +238,7 @@ def score_rows(
         }
         for i in chosen
     ]
-    return Rows(pair.tuned.width, flags, listed, known.matched)
+    return Rows(pair.tuned.width, flags, listed, known.matched, top)
 
 
 def _squared_norms(pair: Pair, engine: Engine) -> Block:

@@ -158,7 +158,9 @@ def purify(
     paired = align(base, tuned, mismatched="keep" if keep_mismatched else "refuse")
     paired = paired.only(include, exclude)
     if from_mask is not None:
-        return map_tensors(edit_by_mask(from_mask, paired.eligible, invert=invert), paired)
+        edit = edit_by_mask(from_mask, paired.eligible, invert=invert)
+        # What the mask's maker left alone is left out here too, or the share is one of more.
+        return map_tensors(edit, paired if invert else paired.keeping(from_mask, "not in the mask"))
     if invert:
         raise SettingError("invert is for a mask", hint="give from_mask too")
     check(paired, ratio, epsilon, embeddings, embedding, counts)

@@ -6,7 +6,7 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from weightsurgery.errors import SettingError, shown
+from weightsurgery.errors import SettingError, not_installed, shown
 from weightsurgery.report.tables import Table, number, share
 
 _SIZE, _DPI = (7.0, 4.2), 150  # inches, dots in one
@@ -93,9 +93,7 @@ def check_plot_path(path: str | os.PathLike[str]) -> None:
     try:
         import matplotlib.figure  # noqa: F401  # what `plot_sweep` needs
     except ImportError:
-        raise SettingError(
-            "matplotlib is not installed", hint="pip install 'weightsurgery[report]'"
-        ) from None
+        raise not_installed("matplotlib", "report") from None
 
 
 def plot_sweep(report: Mapping[str, Any], path: str | os.PathLike[str]) -> None:

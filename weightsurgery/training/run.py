@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from weightsurgery.datasets.batches import IGNORED, Encoded, batches
-from weightsurgery.errors import NonFiniteError, SettingError
+from weightsurgery.errors import NonFiniteError, not_installed
 from weightsurgery.models import CLASSIFICATION, Model, Quiet
 from weightsurgery.stream import Progress
 
@@ -131,7 +131,7 @@ def train(
     from transformers.utils import is_accelerate_available
 
     if not is_accelerate_available():
-        raise SettingError("accelerate is not installed", hint="pip install 'weightsurgery[train]'")
+        raise not_installed("accelerate", "train")
     device, use_cache = model.device, model.module.config.use_cache
     with tempfile.TemporaryDirectory() as folder, Quiet(), _own_randomness(device):
         arguments = TrainingArguments(
