@@ -128,6 +128,7 @@ OTHER_KINDS = {
     "GGUF": (b"GGUF\3\0\0\0" + bytes(99), "a GGUF file; convert it"),
     "text": (b"sentence\tlabel\na film\t1\n", "found text; give a .safetensors file"),
     "text cut in a letter": ("é".encode() * 15 + "a€".encode() + b"\n", "found text"),
+    "text with a mark": (b"\xef\xbb\xbfsentence\tlabel\n", "found text"),
     "no text": (b"sentence\xff\xff" + bytes(99), "not a safetensors file, or damaged"),
     "a JSON answer": (b'{"error": "Repository not found"}', "found JSON"),
 }

@@ -126,7 +126,8 @@ def _is_text(start: bytes) -> bool:
     """Whether a file begins like UTF-8 text, perhaps cut within a character."""
     for cut in range(4):
         try:
-            text = start[: len(start) - cut].decode("utf-8-sig")
+            # Not utf-8-sig: Python would import it now, while a hostile file is open.
+            text = start[: len(start) - cut].decode("utf-8").removeprefix("\ufeff")
         except UnicodeDecodeError:
             continue
         return bool(text) and all(c.isprintable() or c in "\t\r\n" for c in text)
