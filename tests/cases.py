@@ -140,6 +140,25 @@ def pair(family: str = "bert", **options: Any) -> tuple[Arrays, Arrays]:
     return base, finetuned(base)
 
 
+def adapter(base: Arrays, family: str = "bert", *, rank: int = 2, seed: int = 3) -> Arrays:
+    """A LoRA adapter of every matrix of BASE's layers."""
+    rng = np.random.default_rng(seed)
+    made: Arrays = {}
+    for name, array in base.items():
+        if array.ndim == 2 and name.startswith(_STEM[family]):
+            module = f"base_model.model.{name.removesuffix('.weight')}"
+            inputs, outputs = array.shape if family == "gpt2" else array.shape[::-1]
+            made[f"{module}.lora_A.weight"] = rng.normal(0, 1, (rank, inputs)).astype("f4")
+            made[f"{module}.lora_B.weight"] = rng.normal(0, 0.1, (outputs, rank)).astype("f4")
+    return made
+
+
+def adapter_config(family: str = "bert", *, rank: int = 2, **settings: Any) -> dict[str, Any]:
+    """The configuration of such an adapter."""
+    plain = {"peft_type": "LORA", "r": rank, "lora_alpha": 3, "fan_in_fan_out": family == "gpt2"}
+    return {**plain, **settings}
+
+
 # --- files ------------------------------------------------------------------------------------
 
 
@@ -181,6 +200,14 @@ def write_directory(
     total = sum(array.nbytes for array in arrays.values())
     index = {"metadata": {"total_size": total}, "weight_map": where}
     (path / "model.safetensors.index.json").write_text(json.dumps(index))
+    return path
+
+
+def write_adapter(path: Path, arrays: Arrays, config: Mapping[str, Any]) -> Path:
+    """A PEFT adapter's directory."""
+    path.mkdir(parents=True)
+    (path / "adapter_config.json").write_text(json.dumps(config))
+    write_file(path / "adapter_model.safetensors", arrays)
     return path
 
 

@@ -1,0 +1,453 @@
+"""Adapters: what PEFT merges, to the last bit or nearly; what is refused; what is proved."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+from tests import cases
+from weightsurgery import apply_adapter, from_arrays, open_checkpoint, save, verify_adapter
+from weightsurgery.adapters.config import read_config
+from weightsurgery.adapters.proof import check_proof
+from weightsurgery.checkpoint import Checkpoint
+from weightsurgery.errors import (
+    FormatError,
+    GateError,
+    MismatchError,
+    NonFiniteError,
+    PolicyError,
+    SettingError,
+    SurgeryError,
+)
+from weightsurgery.low_rank_kernel import add_low_rank, squared_lines
+
+peft: Any = pytest.importorskip("peft")
+torch: Any = pytest.importorskip("torch")
+transformers: Any = pytest.importorskip("transformers")
+
+
+pytestmark = [  # what PEFT warns of when it adapts and saves is not ours
+    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning"),
+    pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`:UserWarning"),
+    pytest.mark.filterwarnings("ignore:Adapter 'default'.*invalid shape:UserWarning"),
+]
+
+# --- kernels ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", ["f4", "f8"])
+@pytest.mark.parametrize("rank", [1, 3, 4, 9])
+def test_any_run_of_a_stack_of_products(rank: int, dtype: str) -> None:
+    rng = np.random.default_rng(rank)
+    left = rng.normal(size=(6, rank)).astype(dtype)
+    right = rng.normal(size=(3, rank, 7)).astype(dtype)
+    values = rng.normal(size=42).astype(dtype)
+    naive = np.concatenate([left[2 * i : 2 * i + 2] @ right[i] for i in range(3)]).ravel()
+    for start in range(42):
+        for stop in range(start, 43):
+            found = add_low_rank(values[start:stop], left, right, start, 0.5)
+            assert found.dtype == dtype
+            expected = values[start:stop] + 0.5 * naive[start:stop]
+            np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_rows_longer_than_what_the_cache_holds() -> None:
+    rng = np.random.default_rng(0)
+    left, right = rng.normal(size=(2, 5)), rng.normal(size=(1, 5, 2500))
+    found = add_low_rank(np.zeros(5000), left, right, 0, 1.0)
+    np.testing.assert_allclose(found, (left @ right[0]).ravel(), atol=1e-12)
+
+
+@pytest.mark.parametrize("by_column", [False, True])
+def test_squares_of_lines_add_up(by_column: bool) -> None:
+    matrix = np.random.default_rng(0).normal(size=(4, 5))
+    naive = (matrix**2).sum(axis=0 if by_column else 1)
+    total = np.zeros(naive.size)
+    for start, stop in ((0, 7), (7, 8), (8, 20)):
+        part = squared_lines(matrix.ravel()[start:stop], start, 5, by_column=by_column)
+        first = 0 if by_column else start // 5
+        total[first : first + part.size] += part
+    np.testing.assert_allclose(total, naive)
+
+
+# --- PEFT is the oracle ------------------------------------------------------------------------
+
+
+def llama(**options: Any) -> Any:
+    settings = {"vocab_size": 32, "hidden_size": 16, "intermediate_size": 24}
+    settings |= {"num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1}
+    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**settings, **options))
+
+
+def biased() -> Any:
+    return llama(attention_bias=True)
+
+
+def bert() -> Any:
+    settings = {"vocab_size": 32, "hidden_size": 16, "intermediate_size": 24}
+    settings |= {"num_hidden_layers": 2, "num_attention_heads": 2}
+    config = transformers.BertConfig(**settings)
+    return transformers.BertForSequenceClassification(config)
+
+
+def gpt2() -> Any:
+    settings = {"vocab_size": 32, "n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 16}
+    tokens = {"bos_token_id": 0, "eos_token_id": 0}
+    return transformers.GPT2LMHeadModel(transformers.GPT2Config(**settings, **tokens))
+
+
+def conv() -> Any:
+    layers = {
+        "one": torch.nn.Conv1d(4, 6, 3),
+        "two": torch.nn.Conv2d(4, 6, (3, 2)),
+        "pixel": torch.nn.Conv2d(4, 6, 1),
+    }
+    return torch.nn.ModuleDict(layers)
+
+
+def experts() -> Any:
+    class Experts(torch.nn.Module):  # type: ignore[misc, name-defined]  # torch is Any here
+        def __init__(self) -> None:
+            super().__init__()
+            self.gate_up_proj = torch.nn.Parameter(torch.randn(3, 12, 8))
+            self.down_proj = torch.nn.Parameter(torch.randn(3, 8, 6))
+
+    return torch.nn.ModuleDict({"mlp": torch.nn.ModuleDict({"experts": Experts()})})
+
+
+LINEAR = ["q_proj", "v_proj", "down_proj"]
+FUSED = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+VARIANTS: dict[str, tuple[Callable[[], Any], dict[str, Any]]] = {
+    "LoRA": (llama, {"target_modules": "all-linear", "lora_alpha": 7}),
+    "rsLoRA": (llama, {"target_modules": LINEAR, "use_rslora": True}),
+    "patterns": (
+        llama,
+        {
+            "target_modules": LINEAR,
+            "rank_pattern": {"q_proj": 2, "layers.1.self_attn.v_proj": 6},
+            "alpha_pattern": {"v_proj": 3, "^model.layers.0.mlp.down_proj": 5},
+        },
+    ),
+    "DoRA": (llama, {"target_modules": LINEAR, "use_dora": True}),
+    "DoRA of an embedding": (llama, {"target_modules": ["embed_tokens"], "use_dora": True}),
+    "embedding and head": (llama, {"target_modules": ["embed_tokens", "lm_head"]}),
+    "modules_to_save": (llama, {"target_modules": LINEAR, "modules_to_save": ["lm_head", "norm"]}),
+    "bias all": (biased, {"target_modules": ["q_proj"], "bias": "all"}),
+    "bias lora_only": (biased, {"target_modules": ["q_proj"], "bias": "lora_only"}),
+    "lora_bias": (biased, {"target_modules": ["q_proj", "v_proj"], "lora_bias": True}),
+    "tokens": (llama, {"target_modules": LINEAR, "trainable_token_indices": [5, 1, 31]}),
+    "tokens of a module": (
+        llama,
+        {"target_modules": LINEAR, "trainable_token_indices": {"embed_tokens": [7, 2]}},
+    ),
+    "BERT": (bert, {"target_modules": "all-linear", "task_type": "SEQ_CLS"}),
+    "Conv1D": (gpt2, {"target_modules": ["c_attn", "c_fc"], "fan_in_fan_out": True}),
+    "DoRA of Conv1D": (
+        gpt2,
+        {"target_modules": ["c_attn", "c_fc"], "fan_in_fan_out": True, "use_dora": True},
+    ),
+    "convolutions": (conv, {"target_modules": ["one", "two", "pixel"]}),
+    "DoRA of convolutions": (conv, {"target_modules": ["one", "two", "pixel"], "use_dora": True}),
+    "fused experts": (experts, {"target_modules": [], "target_parameters": FUSED}),
+}
+EVERY = pytest.mark.parametrize("variant", VARIANTS)
+
+
+class Trained:
+    """A tiny model and an adapter of it, with random numbers for trained ones."""
+
+    def __init__(self, folder: Path, variant: str, dtype: Any) -> None:
+        make, settings = VARIANTS[variant]
+        torch.manual_seed(1)
+        model = make().to(dtype)
+        self.base, self.adapter = folder / "base", folder / "adapter"
+        self.keeps_config = hasattr(model, "save_pretrained")
+        if self.keeps_config:
+            model.save_pretrained(self.base)
+        else:
+            from safetensors.torch import save_file
+
+            self.base.mkdir()
+            save_file(model.state_dict(), self.base / "model.safetensors")
+        self.model = peft.get_peft_model(model, peft.LoraConfig(r=4, **settings))
+        for parameter in self.model.parameters():
+            if parameter.requires_grad:
+                parameter.data += 0.05 * torch.randn(parameter.shape).to(dtype)
+        self.model.save_pretrained(self.adapter)
+
+    def merge(self, **options: Any) -> Checkpoint:
+        base, adapter = open_checkpoint(self.base), open_checkpoint(self.adapter)
+        return apply_adapter(base, adapter, force_base=True, **options)
+
+
+@EVERY
+def test_merges_equal_pefts(variant: str, tmp_path: Path) -> None:
+    trained = Trained(tmp_path, variant, torch.float32)
+    ours = cases.read(trained.merge())
+    theirs = trained.model.merge_and_unload().state_dict()
+    assert set(ours) <= set(theirs)
+    before = cases.read(open_checkpoint(trained.base))
+    assert any(not np.array_equal(before[name], ours[name]) for name in ours)
+    for name, array in ours.items():
+        expected = theirs[name].numpy()
+        np.testing.assert_allclose(array, expected, rtol=0, atol=1e-6 * np.abs(expected).max())
+
+
+@EVERY
+@pytest.mark.parametrize("safe", [False, True], ids=["once", "peft"])
+def test_merges_equal_pefts_in_bf16(variant: str, safe: bool, tmp_path: Path) -> None:
+    trained = Trained(tmp_path, variant, torch.bfloat16)
+    twice = safe or variant == "fused experts"  # whose change PEFT rounds in any case
+    ours = cases.read(trained.merge(rounding="peft" if twice else "once"))
+    theirs = trained.model.merge_and_unload(safe_merge=safe).state_dict()
+    for name, array in ours.items():
+        expected = theirs[name].float().numpy()
+        step = np.spacing(np.abs(expected).astype(ml_dtypes.bfloat16)).astype("f4")
+        assert (np.abs(array.astype("f4") - expected) <= step).all(), name
+
+
+LOADED = [n for n, (make, _) in VARIANTS.items() if make in (llama, biased, bert, gpt2)]
+
+
+@pytest.mark.parametrize("variant", LOADED)
+def test_the_written_model_computes_what_the_adapted_one_does(variant: str, tmp_path: Path) -> None:
+    trained = Trained(tmp_path, variant, torch.float32)
+    save(trained.merge(), tmp_path / "merged")
+    kind = type(trained.model.get_base_model())
+    tokens = torch.arange(12).reshape(2, 6)
+    with torch.no_grad():
+        expected = trained.model.eval()(input_ids=tokens).logits
+        found = kind.from_pretrained(tmp_path / "merged").eval()(input_ids=tokens).logits
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+@EVERY
+def test_every_merge_of_ours_and_of_pefts_is_proved(variant: str, tmp_path: Path) -> None:
+    trained = Trained(tmp_path, variant, torch.bfloat16)
+    base, adapter = open_checkpoint(trained.base), open_checkpoint(trained.adapter)
+    theirs = trained.model.merge_and_unload(safe_merge=True).state_dict()
+    as_stored = {
+        n: theirs[n].view(torch.uint16).numpy().view(cases.BF16) for n in base if n in theirs
+    }
+    merged = from_arrays(as_stored, config=base.config)
+    for one in (trained.merge(), merged):
+        report = verify_adapter(base, [adapter], one)
+        assert report["proved"], report["tensors"]
+        assert report["tensors"]
+
+
+def test_several_adapters_add_up_and_a_negative_weight_takes_back() -> None:
+    base = cases.model("llama", dtype="f4")
+    first, second = (cases.adapter(base, "llama", seed=seed) for seed in (3, 4))
+    config = cases.adapter_config("llama")
+    given = [from_arrays(a, config=config) for a in (first, second)]
+    plain = from_arrays(base)
+    found = cases.read(apply_adapter(plain, *given, weight=[0.5, -2.0]))
+    for name, array in base.items():
+        module = f"base_model.model.{name.removesuffix('.weight')}"
+        expected = array.astype("f8") if array.dtype.kind == "f" else array
+        for weight, adapter in ((0.5, first), (-2.0, second)):
+            if f"{module}.lora_A.weight" in adapter:
+                a, b = (adapter[f"{module}.lora_{one}.weight"].astype("f8") for one in "AB")
+                expected = expected + weight * 1.5 * (b @ a)
+        np.testing.assert_allclose(found[name], expected, rtol=1e-6, atol=1e-6)
+    back = apply_adapter(apply_adapter(plain, given[0]), given[0], weight=[-1.0])
+    for name, array in cases.read(back).items():
+        np.testing.assert_allclose(array, base[name], atol=1e-6)
+
+
+@pytest.mark.parametrize("longer", ["adapter", "base"])
+def test_names_may_differ_by_a_prefix(longer: str) -> None:
+    base = cases.model("bert")
+    adapter = cases.adapter(base)
+    expected = cases.read(apply_adapter(*pair_of(base, adapter)))
+    if longer == "base":
+        base = {f"bert.{name}": array for name, array in base.items()}
+        expected = {f"bert.{name}": array for name, array in expected.items()}
+    else:
+        front = "base_model.model."
+        adapter = {name.replace(front, f"{front}bert."): a for name, a in adapter.items()}
+    found = cases.read(apply_adapter(*pair_of(base, adapter)))
+    assert cases.stored(found) == cases.stored(expected)
+
+
+def pair_of(
+    base: cases.Arrays, adapter: cases.Arrays, **settings: Any
+) -> tuple[Checkpoint, Checkpoint]:
+    config = cases.adapter_config(**settings)
+    return from_arrays(base, label="base"), from_arrays(adapter, label="adapter", config=config)
+
+
+# --- what is refused ---------------------------------------------------------------------------
+
+
+def without(ending: str) -> Callable[[cases.Arrays], cases.Arrays]:
+    return lambda arrays: dict(
+        list({n: a for n, a in arrays.items() if not n.endswith(ending)}.items())
+    )
+
+
+def one_more(name: str, shape: tuple[int, ...]) -> Callable[[cases.Arrays], cases.Arrays]:
+    return lambda arrays: {**arrays, name: np.zeros(shape, "f4")}
+
+
+def same(arrays: cases.Arrays) -> cases.Arrays:
+    return arrays
+
+
+def with_nan(arrays: cases.Arrays) -> cases.Arrays:
+    return {n: np.full_like(a, np.nan) for n, a in arrays.items()}
+
+
+FRONT = "base_model.model."
+REFUSED: dict[str, tuple[dict[str, Any], Callable[..., cases.Arrays], type[SurgeryError], str]] = {
+    "another tuner": ({"peft_type": "LOHA"}, same, PolicyError, "type LOHA; only LORA"),
+    "no tuner": ({"peft_type": 3}, same, FormatError, "no peft_type"),
+    "rank by configuration": ({"r": 5}, same, FormatError, r"rank 5 by .*lora_A is \[2, 6\]"),
+    "no rank": ({"r": 0}, same, FormatError, "r is 0; expected a positive"),
+    "rank true": ({"r": True}, same, FormatError, "r is True"),
+    "alpha NaN": ({"lora_alpha": math.nan}, same, FormatError, "NaN"),
+    "alpha infinite": ({"lora_alpha": "inf"}, same, FormatError, "lora_alpha is 'inf'"),
+    "alpha missing": ({"lora_alpha": None}, same, FormatError, "lora_alpha is None"),
+    "unknown setting": ({"use_magic": True}, same, PolicyError, "has use_magic"),
+    "replicated layers": ({"layer_replication": [[0, 1]]}, same, PolicyError, "layer_replication"),
+    "PiSSA": ({"init_lora_weights": "pissa"}, same, PolicyError, "changes the base's weights"),
+    "an expression": ({"rank_pattern": {"(a+)+$": 1}}, same, PolicyError, "regular expression"),
+    "DoRA without norms": ({"use_dora": True}, same, FormatError, "no magnitude beside it"),
+    "no B": ({}, without("lora_B.weight"), FormatError, "lora_B is missing"),
+    "no A": ({}, without("lora_A.weight"), FormatError, "lora_A is missing"),
+    "nothing": ({}, lambda _: {}, FormatError, "no tensors"),
+    "not BASE's": (
+        {},
+        one_more(f"{FRONT}nowhere.lora_A.weight", (2, 6)),
+        MismatchError,
+        "no 'nowhere.weight'",
+    ),
+    "another name": ({}, one_more("something.else", (2, 6)), FormatError, "begins with base_mod"),
+    "unmatched": (
+        {},
+        one_more(f"{FRONT}embeddings.LayerNorm.weight", (6,)),
+        FormatError,
+        "does not say what this tensor is for",
+    ),
+    "another shape": (
+        {},
+        lambda arrays: {n: a[:, :-1] if "lora_A" in n else a for n, a in arrays.items()},
+        MismatchError,
+        r"its product is \[6, 5\], what it adapts \[6, 6\]",
+    ),
+    "NaN": ({}, with_nan, NonFiniteError, "NaN or infinity in an adapter"),
+    "another base": (
+        {"base_model_name_or_path": "org/other"},
+        same,
+        PolicyError,
+        "trained on 'org/other', BASE is .*--force-base",
+    ),
+}
+
+
+def merge(folder: Path) -> None:
+    base, adapter = (open_checkpoint(folder / name) for name in ("base", "adapter"))
+    save(apply_adapter(base, adapter), folder / "out")
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_a_bad_adapter_is_refused_and_nothing_written(case: str, tmp_path: Path) -> None:
+    settings, change, kind, reason = REFUSED[case]
+    base = cases.model("bert")
+    cases.write_directory(tmp_path / "base", base)
+    config = cases.adapter_config(**settings)
+    cases.write_adapter(tmp_path / "adapter", change(cases.adapter(base)), config)
+    before = cases.digests(tmp_path)
+    with pytest.raises(kind, match=reason) as told:
+        merge(tmp_path)
+    assert type(told.value) is kind
+    assert "\n" not in str(told.value)
+    assert cases.digests(tmp_path) == before
+
+
+def test_weights_must_be_as_many_as_adapters() -> None:
+    base, adapter = pair_of(cases.model("bert"), cases.adapter(cases.model("bert")))
+    with pytest.raises(SettingError, match="2 weights for 1 adapters"):
+        apply_adapter(base, adapter, weight=[1, 2])
+    with pytest.raises(SettingError, match="no adapter"):
+        apply_adapter(base)
+
+
+def test_what_is_replaced_has_no_weight() -> None:
+    base = cases.model("bert")
+    arrays = cases.adapter(base) | {f"{FRONT}embeddings.LayerNorm.weight": np.ones(6, "f4")}
+    given = pair_of(base, arrays, modules_to_save=["LayerNorm"])
+    found = cases.read(apply_adapter(*given))
+    assert (found["embeddings.LayerNorm.weight"] == 1).all()
+    with pytest.raises(PolicyError, match="only what is added can be weighed"):
+        apply_adapter(*given, weight=[-1.0])
+
+
+@pytest.mark.parametrize("named", ["org/base", "/somewhere/base/", "org/base@main"])
+def test_the_bases_name_is_compared_by_its_last_part(named: str) -> None:
+    base = cases.model("bert")
+    given = pair_of(base, cases.adapter(base), base_model_name_or_path=named)
+    assert not [w for w in apply_adapter(*given).warnings if "which base" in w]
+
+
+def test_a_pickled_adapter_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text(json.dumps(cases.adapter_config()))
+    with pytest.raises(FormatError, match=r"without adapter_model\.safetensors"):
+        open_checkpoint(tmp_path)
+    (tmp_path / "adapter_model.bin").write_bytes(b"pickle")
+    with pytest.raises(PolicyError, match="pickle"):
+        open_checkpoint(tmp_path)
+
+
+def test_first_match_of_a_pattern_counts_and_dots_are_dots() -> None:
+    patterns = {"b.c": 1, "c": 2, "^a.c": 3}
+    config = cases.adapter_config(rank_pattern=patterns, alpha_pattern={"c": 4.0})
+    read = read_config(from_arrays({}, config=config))
+    ranks = [read.rank_of(name) for name in ("a.b.c", "bxc", "xb.c", "a.c", "c", "x.a.c")]
+    assert ranks == [1, 2, 2, 2, 2, 2]
+    assert read.scale_of("a.b.c") == 4.0
+    assert read.scale_of("other") == 1.5
+
+
+# --- proof -------------------------------------------------------------------------------------
+
+
+def test_a_wrong_merge_is_described() -> None:
+    base = cases.model("llama")
+    adapter = cases.adapter(base, "llama", rank=4)
+    given = pair_of(base, adapter, family="llama", rank=4)
+    merged = cases.read(apply_adapter(*given))
+    names = sorted(
+        n for n in base if f"{FRONT}{n.removesuffix('.weight')}.lora_A.weight" in adapter
+    )
+    change = {n: merged[n].astype("f4") - base[n].astype("f4") for n in names}
+    wrong = dict(merged)
+    for name, scale in zip(names, (0.0, -1.0, 2.0), strict=False):
+        wrong[name] = (base[name].astype("f4") + scale * change[name]).astype(cases.BF16)
+    wrong[names[3]] = merged[names[3]][::-1].copy()
+    wrong["model.norm.weight"] = merged["model.norm.weight"] + cases.BF16.type(1)
+    report = verify_adapter(given[0], [given[1]], from_arrays(wrong))
+    found = {one["tensor"]: one["verdict"] for one in report["tensors"]}
+    told = [found[name] for name in (*names[:4], "model.norm.weight")]
+    assert told == ["unchanged", "wrong sign", "wrong scale", "wrong", "edited"]
+    assert {found[name] for name in names[4:]} == {"proved"}
+    assert not report["proved"]
+    with pytest.raises(GateError, match="5 tensors are not what"):
+        check_proof(report)
+
+
+def test_nan_proves_nothing() -> None:
+    base = cases.model("llama")
+    given = pair_of(base, cases.adapter(base, "llama"), family="llama")
+    merged = cases.read(apply_adapter(*given))
+    name = "model.layers.0.mlp.down_proj.weight"
+    merged[name] = np.full_like(merged[name], np.nan)
+    assert not verify_adapter(given[0], [given[1]], from_arrays(merged))["proved"]
