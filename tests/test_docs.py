@@ -184,11 +184,15 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 # Pages whose commands compute with a model: they need one that transformers loads.
+WITH_ADAPTERS = ("apply-adapter", "verify-adapter")
 WITH_MODELS = ("epur", "evaluate", "finetune", "fisher", "purify", "sweep")
 
 
 def stand_in(page: Path, folder: Path) -> None:
     """Put into the folder what a page begins with, where it is more than two small files."""
+    if page.stem in WITH_ADAPTERS:
+        arrays = load_file(folder / "base" / "model.safetensors")
+        cases.write_adapter(folder / "adapter", cases.adapter(arrays), cases.adapter_config())
     if page.stem not in WITH_MODELS:
         return
     for name in ("base", "tuned"):
