@@ -80,7 +80,7 @@ def not_installed(package: str, extra: str, otherwise: str = "") -> SettingError
     """
     hint = f"pip install 'weightsurgery[{extra}]' (in a clone: '.[{extra}]')"
     hint += f", or {otherwise}" if otherwise else ""
-    return SettingError(f"{package} is not installed", hint=hint)
+    return SettingError(f"the package {package} is not installed", hint=hint)
 
 
 class FormatError(SurgeryError):
