@@ -29,7 +29,7 @@ from safetensors.numpy import load_file, save_file
 
 import weightsurgery
 import weightsurgery.cli
-from tests import tiny_models
+from tests import cases, tiny_models
 from tests.docstring_lint import ROOT, docstrings, lint, lint_package
 from weightsurgery import errors
 from weightsurgery.cli import cli

@@ -20,6 +20,7 @@ FLOORS = {
             "kernels",
             "drift_kernel",
             "rng",
+            "low_rank_kernel",
             "score_kernel",
         ),
         0,
@@ -27,7 +28,7 @@ FLOORS = {
     **dict.fromkeys(("checkpoint", "anatomy", "statistics", "ties"), 1),
     **dict.fromkeys(("alignment", "quantised", "stream", "select", "registry", "formats"), 2),
     **dict.fromkeys(("models", "datasets", "token_counts", "masks", "diagnostics"), 2),
-    **dict.fromkeys(("comparison", "gates", "inspection", "operators", "report"), 3),
+    **dict.fromkeys(("adapters", "comparison", "gates", "inspection", "operators", "report"), 3),
     **dict.fromkeys(("curvature", "training", "evaluation"), 3),
     **dict.fromkeys(("cli", "demo", "__main__"), 4),
 }

@@ -94,7 +94,7 @@ def _largest_change(before: Lanes, expected: Lanes) -> float:
     largest = np.float32(0)
     for i in range(before.size):
         largest = max(largest, np.float32(abs(expected[i] - before[i])))
-    return largest
+    return float(largest)
 
 
 @jit_with(fastmath={"reassoc", "contract"})
