@@ -204,13 +204,14 @@ def test_merges_equal_pefts(variant: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("safe", [False, True], ids=["once", "peft"])
 def test_merges_equal_pefts_in_bf16(variant: str, safe: bool, tmp_path: Path) -> None:
     trained = Trained(tmp_path, variant, torch.bfloat16)
-    twice = safe or variant == "fused experts"  # whose change PEFT rounds in any case
-    ours = cases.read(trained.merge(rounding="peft" if twice else "once"))
+    # What PEFT has in bfloat16 itself (embeddings, parameters) it rounds twice in any case.
+    allowed = [cases.read(trained.merge(rounding=how)) for how in ("peft", "once")[: 2 - safe]]
     theirs = trained.model.merge_and_unload(safe_merge=safe).state_dict()
-    for name, array in ours.items():
+    for name in allowed[0]:
         expected = theirs[name].float().numpy()
         step = np.spacing(np.abs(expected).astype(ml_dtypes.bfloat16)).astype("f4")
-        assert (np.abs(array.astype("f4") - expected) <= step).all(), name
+        off = [np.abs(ours[name].astype("f4") - expected) for ours in allowed]
+        assert any((one <= step).all() for one in off), name
 
 
 LOADED = [n for n, (make, _) in VARIANTS.items() if make in (llama, biased, bert, gpt2)]
@@ -326,9 +327,9 @@ REFUSED: dict[str, tuple[dict[str, Any], Callable[..., cases.Arrays], type[Surge
     "nothing": ({}, lambda _: {}, FormatError, "no tensors"),
     "not BASE's": (
         {},
-        one_more(f"{FRONT}nowhere.lora_A.weight", (2, 6)),
+        lambda arrays: {n.replace("layer.0", "layer.7"): a for n, a in arrays.items()},
         MismatchError,
-        "no 'nowhere.weight'",
+        r"BASE has no 'encoder\.layer\.7",
     ),
     "another name": ({}, one_more("something.else", (2, 6)), FormatError, "begins with base_mod"),
     "unmatched": (

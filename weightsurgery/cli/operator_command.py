@@ -239,6 +239,7 @@ def make_options(name: str, kind: Any, declaration: Setting, default: Any) -> li
             click.Option(
                 [flag, name],
                 multiple=True,
+                type=float if get_args(kind)[0] is float else None,
                 metavar=declaration.metavar or None,
                 help=f"{text.rstrip('.')}; repeatable.",
             )
