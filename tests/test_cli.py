@@ -613,7 +613,7 @@ def test_importing_the_package_is_light() -> None:
 def test_without_a_command_there_is_help(folder: Path) -> None:
     done = subprocess.run(WSURG, capture_output=True, text=True, check=False)
     assert done.returncode == 2
-    assert "\nCommands:\n  demo " in done.stderr
+    assert "\nCommands:\n  apply-adapter " in done.stderr
     assert "error:" not in done.stderr
 
 
