@@ -159,7 +159,7 @@ NO_ANSWER = {
     ),
     "adapter only": (
         {"adapter_config.json": {}, "adapter_model.safetensors": weights("x")},
-        "it holds adapter_config.json, adapter_model.safetensors; choose",
+        r"adapter_config\.json: no peft_type; expected a PEFT adapter's",
     ),
     "hostile name": ({"\x1b[31m.safetensors": b""}, r"it holds \\x1b\[31m.safetensors"),
 }

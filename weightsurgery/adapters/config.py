@@ -200,6 +200,11 @@ class _Checker:
         return tuple(value)
 
     def pattern(self, key: str) -> list[tuple[str, Any]]:
+        """Module names, each with its value.
+
+        Raises:
+            PolicyError: A name is a regular expression.
+        """
         value = self.given.get(key) or {}
         if not isinstance(value, dict):
             raise self.fail(key, value, "an object of module names")

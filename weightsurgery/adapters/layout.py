@@ -217,7 +217,17 @@ def _refuse_weight(adapter: Checkpoint, found: Mapping[str, list[Update]], weigh
 
 @dataclass(frozen=True)
 class _Module:
-    """The tensors that an adapter has for one module."""
+    """The tensors that an adapter has for one module.
+
+    Attributes:
+        base: The model.
+        adapter: The adapter.
+        config: Its configuration.
+        names: Finds BASE's tensors.
+        module: The module's name in the adapter.
+        parts: Role to tensor.
+        weight: Multiplies the change.
+    """
 
     base: Checkpoint
     adapter: Checkpoint
@@ -228,7 +238,11 @@ class _Module:
     weight: float
 
     def updates(self) -> Iterable[tuple[str, Update]]:
-        """BASE's name of a tensor, and what is done to it."""
+        """BASE's name of a tensor, and what is done to it.
+
+        Raises:
+            FormatError: A tensor is missing, or contradicts the configuration.
+        """
         parts = dict(self.parts)
         rows = parts.pop("rows", None)
         if rows is not None:

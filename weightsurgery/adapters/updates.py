@@ -183,7 +183,12 @@ class Magnitude:
 
 @dataclass(frozen=True)
 class Shift:
-    """A vector is added: the bias of an adapter's second factor."""
+    """A vector is added: the bias of an adapter's second factor.
+
+    Attributes:
+        by: The vector.
+        scale: Multiplies it.
+    """
 
     by: TensorView
     scale: float
@@ -202,7 +207,11 @@ class Shift:
 
 @dataclass(frozen=True)
 class Replace:
-    """The tensor becomes the adapter's own."""
+    """The tensor becomes the adapter's own.
+
+    Attributes:
+        by: That tensor.
+    """
 
     by: TensorView
 
