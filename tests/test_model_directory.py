@@ -157,9 +157,9 @@ NO_ANSWER = {
         {"weights.safetensors": weights("a"), "b.safetensors": weights("b")},
         "it holds b.safetensors, weights.safetensors; choose one with --weights FILE",
     ),
-    "adapter only": (
-        {"adapter_config.json": {}, "adapter_model.safetensors": weights("x")},
-        r"adapter_config\.json: no peft_type; expected a PEFT adapter's",
+    "adapter's weights only": (
+        {"adapter_model.safetensors": weights("x")},
+        "it holds adapter_model.safetensors; choose",
     ),
     "hostile name": ({"\x1b[31m.safetensors": b""}, r"it holds \\x1b\[31m.safetensors"),
 }
