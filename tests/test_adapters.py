@@ -399,6 +399,19 @@ def test_the_bases_name_is_compared_by_its_last_part(named: str) -> None:
     assert not [w for w in apply_adapter(*given).warnings if "which base" in w]
 
 
+def test_the_embedding_of_a_tied_head_is_refused() -> None:
+    base = cases.model("llama", dtype="f4")
+    arrays = {
+        f"{FRONT}model.embed_tokens.lora_embedding_A": np.ones((2, 11), "f4"),
+        f"{FRONT}model.embed_tokens.lora_embedding_B": np.ones((6, 2), "f4"),
+    }
+    adapter = from_arrays(arrays, config=cases.adapter_config("llama"))
+    tied = from_arrays(base, config={"tie_word_embeddings": True})
+    with pytest.raises(PolicyError, match="ties the output head to it"):
+        apply_adapter(tied, adapter)
+    apply_adapter(from_arrays(base), adapter)
+
+
 def test_a_pickled_adapter_is_refused(tmp_path: Path) -> None:
     (tmp_path / "adapter_config.json").write_text(json.dumps(cases.adapter_config()))
     with pytest.raises(FormatError, match=r"without adapter_model\.safetensors"):

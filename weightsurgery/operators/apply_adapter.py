@@ -8,7 +8,7 @@ References:
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Annotated, Any, Literal
 
@@ -16,12 +16,14 @@ import numpy as np
 
 from weightsurgery.adapters.config import read_config
 from weightsurgery.adapters.layout import Target, read_adapter
-from weightsurgery.adapters.updates import LowRank, Shift, Update
+from weightsurgery.adapters.updates import LowRank, ReplaceRows, Shift, Update
+from weightsurgery.anatomy import find_embedding
 from weightsurgery.checkpoint import Checkpoint, TensorView
 from weightsurgery.errors import MismatchError, NonFiniteError, PolicyError, SettingError, shown
 from weightsurgery.kernels import Block, all_finite, to_dtype, to_float
 from weightsurgery.quantised import require_unquantised
 from weightsurgery.registry import AllowNonfinite, Setting, operator
+from weightsurgery.ties import says_tied
 
 
 @operator
@@ -77,6 +79,7 @@ def apply_adapter(
         for target in targets:
             edited.setdefault(target.name, []).extend(target.updates)
         notes.append(_described(adapter, by, targets))
+    _refuse_tied(base, edited)
     tensors = {
         name: _merged(view, edited[name], rounding, allow_nonfinite) if name in edited else view
         for name, view in base.items()
@@ -116,6 +119,23 @@ def _rounded_twice(update: Update, values: Block, start: int, dtype: np.dtype[An
         change = to_float(to_dtype(update.apply(np.zeros_like(values), start), dtype))
         return to_float(to_dtype(values + change, dtype))
     return to_float(to_dtype(update.apply(values, start), dtype))
+
+
+def _refuse_tied(base: Checkpoint, edited: Mapping[str, Sequence[Update]]) -> None:
+    """An adapter of an embedding alone would change the head too, where they are one tensor.
+
+    Raises:
+        PolicyError: The word embedding is adapted, and config.json ties the head to it.
+    """
+    embedding = find_embedding(base) if says_tied(base) else None
+    if any(not isinstance(one, ReplaceRows) for one in edited.get(embedding or "", ())):
+        raise PolicyError(
+            "the adapter changes the word embedding, and config.json ties the output head to it: "
+            "the head would change too, which the adapter does not mean",
+            file=base.label,
+            tensor=embedding,
+            hint="untie the head first: store it on its own and set tie_word_embeddings to false",
+        )
 
 
 def _check_base(base: Checkpoint, adapter: Checkpoint, force: bool) -> list[str]:
