@@ -16,13 +16,15 @@ from weightsurgery.datasets.read import (
     read_instructions,
     read_sentences,
 )
-from weightsurgery.errors import MismatchError, SettingError
+from weightsurgery.errors import MismatchError, SettingError, shown
 from weightsurgery.models import CLASSIFICATION, Model
 
 if TYPE_CHECKING:
     import torch
 
 IGNORED = -100  # the label of a token that the loss leaves out
+PROMPT_FORMATS = ("auto", "chat", "lines", "joined")
+LOSSES = ("answer", "all")
 
 
 @dataclass(frozen=True)
@@ -102,32 +104,84 @@ def _columns(sentences: Sequence[Sentence]) -> list[list[str]]:
 
 
 def encode_instructions(
-    model: Model, instructions: Sequence[Instruction], *, max_length: int = 128
+    model: Model,
+    instructions: Sequence[Instruction],
+    *,
+    max_length: int = 128,
+    prompt_format: str = "auto",
+    loss_on: str = "answer",
+    max_question: int | None = None,
+    max_answer: int | None = None,
 ) -> list[Encoded]:
-    """Question and answer as one sequence; the loss covers the answer and the end-of-text token.
+    """Question and answer as one sequence, with the end-of-text token after it.
 
-    With a chat template the question is set in it, else question, line feed and answer follow
-    each other (our choice). What is too long is cut from the left of the question, then from the
-    end of the answer.
+    What is too long is cut from the left of the question, then from the end of the answer, so
+    that a chat's last marks stay (our choice).
+
+    Args:
+        model: A causal model, from `load_model`.
+        instructions: From `read_instructions`.
+        max_length: Tokens of both after which a text is cut.
+        prompt_format: "chat" sets the question in the tokenizer's chat template; "lines" puts a
+            line feed between question and answer, "joined" nothing; "auto" is chat if there is a
+            template, else lines (our choice).
+        loss_on: "answer" for the answer and the end-of-text token, "all" for the question too.
+        max_question: Tokens of the question after which it is cut.
+        max_answer: The same of the answer, with the end-of-text token.
+
+    Raises:
+        SettingError: A length leaves no room, or a choice is none of those.
+        MismatchError: The tokenizer has no chat template, and "chat" is asked for.
     """
     check_length(model, max_length)
-    return [_encode(model.tokenizer, one, max_length) for one in instructions]
+    for name, given, known in (
+        ("prompt_format", prompt_format, PROMPT_FORMATS),
+        ("loss_on", loss_on, LOSSES),
+    ):
+        if given not in known:
+            raise SettingError(f"{name} is '{shown(given)}'; expected {', '.join(known)}")
+    asked = settled_format(model, prompt_format)
+    most = min(max_answer or max_length, max_length - 1)  # a token of the question stays
+
+    def encode(one: Instruction) -> Encoded:
+        question, answer = _tokens(model.tokenizer, one, asked)
+        answer = answer[:most]
+        question = question[-min(max_question or max_length, max_length - len(answer)) :]
+        counted = question if loss_on == "all" else [IGNORED] * len(question)
+        return Encoded((*question, *answer), (), (*counted, *answer))
+
+    return [encode(one) for one in instructions]
 
 
-def _encode(tokenizer: Any, one: Instruction, max_length: int) -> Encoded:
-    if getattr(tokenizer, "chat_template", None):
+def settled_format(model: Model, prompt_format: str) -> str:
+    """What "auto" means for a model's tokenizer; any other format as it is.
+
+    Raises:
+        MismatchError: The tokenizer has no chat template, and "chat" is asked for.
+    """
+    has_template = bool(getattr(model.tokenizer, "chat_template", None))
+    if prompt_format == "auto":
+        return "chat" if has_template else "lines"
+    if prompt_format == "chat" and not has_template:
+        raise MismatchError(
+            "the tokenizer has no chat template", file=model.path, hint="say lines or joined"
+        )
+    return prompt_format
+
+
+def _tokens(tokenizer: Any, one: Instruction, prompt_format: str) -> tuple[list[int], list[int]]:
+    """Question and answer, each whole."""
+    if prompt_format == "chat":
         messages = [{"role": role, "content": text} for role, text in one.messages]
         text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         question = tokenizer(text, add_special_tokens=False)["input_ids"]
     else:
-        question = tokenizer("\n".join(text for _, text in one.messages) + "\n")["input_ids"]
+        end = "\n" if prompt_format == "lines" else ""
+        question = tokenizer("\n".join(text for _, text in one.messages) + end)["input_ids"]
     answer = tokenizer(one.answer, add_special_tokens=False)["input_ids"]
     if tokenizer.eos_token_id is not None:
         answer = [*answer, tokenizer.eos_token_id]
-    answer = answer[: max_length - 1]  # at least one token of the question stays
-    question = question[-(max_length - len(answer)) :]
-    labels = (*[IGNORED] * len(question), *answer)
-    return Encoded((*question, *answer), (), labels)
+    return question, answer
 
 
 def check_length(model: Model, max_length: int) -> None:

@@ -12,9 +12,9 @@ _FASTEST = 1e9  # torch's optimisers overflow at far larger ones
 SCHEDULERS = ("linear", "cosine", "constant")
 
 
-@dataclass(frozen=True)
-class Hyperparameters:
-    """How to train; `finetune` explains each. The defaults are everybody's.
+@dataclass(frozen=True, kw_only=True)
+class Schedule:
+    """How many steps of AdamW, and how large; `finetune` explains each.
 
     Attributes:
         epochs: Passes over the examples, at most.
@@ -26,8 +26,6 @@ class Hyperparameters:
         weight_decay: AdamW's.
         max_grad_norm: 0 for no limit.
         label_smoothing: Share.
-        patience: In epochs, None for no early stop.
-        freeze: Globs.
         seed: Any integer from 0.
 
     Raises:
@@ -43,15 +41,11 @@ class Hyperparameters:
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
     label_smoothing: float = 0.0
-    patience: int | None = None
-    freeze: tuple[str, ...] = ()
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "batch_size", "accumulation", "patience"):
-            count = getattr(self, name)
-            if count is not None and count < 1:
-                raise SettingError(f"{name} is {count}; expected at least 1")
+        for name in ("epochs", "batch_size", "accumulation"):
+            check_count(name, getattr(self, name))
         for name in ("warmup", "label_smoothing"):
             if not 0 <= getattr(self, name) < 1:
                 raise SettingError(f"{name} is {getattr(self, name)}; expected 0 to below 1")
@@ -71,7 +65,10 @@ class Hyperparameters:
 
     def to_json(self) -> dict[str, Any]:
         """The fields as a dictionary."""
-        return {**asdict(self), "freeze": list(self.freeze)}
+        return {
+            name: list(value) if isinstance(value, tuple) else value
+            for name, value in asdict(self).items()
+        }
 
     def steps(self, examples: int) -> int:
         """Steps in all epochs: the last batch of an epoch, and its last step, may be smaller."""
@@ -96,3 +93,34 @@ class Hyperparameters:
             "label_smoothing": self.label_smoothing,
             "seed": self.seed,
         }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Hyperparameters(Schedule):
+    """How to fine-tune. The defaults are everybody's.
+
+    Attributes:
+        patience: In epochs, None for no early stop.
+        freeze: Globs.
+
+    Raises:
+        SettingError: One is out of range.
+    """
+
+    patience: int | None = None
+    freeze: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.patience is not None:
+            check_count("patience", self.patience)
+
+
+def check_count(name: str, count: int) -> None:
+    """Refuse less than one.
+
+    Raises:
+        SettingError: It is less.
+    """
+    if count < 1:
+        raise SettingError(f"{name} is {count}; expected at least 1")
