@@ -17,6 +17,7 @@ from weightsurgery.datasets.read import (
     read_sentences,
 )
 from weightsurgery.errors import MismatchError, SettingError, shown
+from weightsurgery.formats.files import InputFile
 from weightsurgery.models import CLASSIFICATION, Model
 
 if TYPE_CHECKING:
@@ -275,3 +276,12 @@ def digest_of(examples: Sequence[Encoded]) -> str:
     """SHA-256 of token ids and labels: which examples an estimate is of."""
     rows = [[one.ids, one.types, one.labels] for one in examples]
     return hashlib.sha256(json.dumps(rows, separators=(",", ":")).encode()).hexdigest()
+
+
+def describe_files(files: Sequence[str | os.PathLike[str]]) -> list[dict[str, str]]:
+    """Name and SHA-256 of data files, as records tell them."""
+    names = [os.fspath(file) for file in files]
+    return [
+        {"name": shown(os.path.basename(name)), "sha256": InputFile(name).sha256()}
+        for name in names
+    ]

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Collection
+import threading
+from collections.abc import Collection, Mapping
+from typing import Any
 
-from weightsurgery.checkpoint import Checkpoint
+from weightsurgery.checkpoint import Checkpoint, FileRef, TensorView
 from weightsurgery.errors import FormatError
 from weightsurgery.formats.files import open_member
 from weightsurgery.formats.layout import ADAPTER, ADAPTER_CONFIG, SINGLE
 from weightsurgery.formats.safetensors import open_safetensors, refuse_pickle
-from weightsurgery.formats.strict_json import parse_object
+from weightsurgery.formats.strict_json import dump, parse_object
 
 _MAX_CONFIG = 100_000_000  # bytes
 
@@ -57,3 +59,32 @@ def open_adapter(directory: str, entries: Collection[str], *, label: str) -> Che
         files=(config.ref(), weights.ref()),
         config=settings,
     )
+
+
+def new_adapter(tensors: Mapping[str, TensorView], config: Mapping[str, Any]) -> Checkpoint:
+    """An adapter that is made here, as a checkpoint that `save` writes as PEFT does.
+
+    Args:
+        tensors: Under the names of PEFT's files.
+        config: The contents of adapter_config.json.
+    """
+    return Checkpoint(
+        tensors,
+        label="adapter",
+        metadata={"format": "pt"},
+        layout=dict.fromkeys(tensors, ADAPTER),
+        is_directory=True,
+        side_files=(_made_file(ADAPTER_CONFIG, dump(config)),),
+        config=config,
+    )
+
+
+def _made_file(name: str, content: bytes) -> FileRef:
+    """A small file that is made here, not read."""
+
+    def hashed(_stop: threading.Event | None) -> str:
+        raise ValueError(f"{name} is no input")
+
+    def nothing() -> None: ...
+
+    return FileRef(name, name, len(content), lambda: content, lambda: nothing, hashed, nothing)

@@ -15,11 +15,10 @@ from typing import Any
 
 from weightsurgery.alignment import check_glob, matches
 from weightsurgery.checkpoint import Checkpoint, Step
-from weightsurgery.datasets.batches import Encoded, check_examples, digest_of
-from weightsurgery.errors import SettingError, shown
+from weightsurgery.datasets.batches import Encoded, check_examples, describe_files, digest_of
+from weightsurgery.errors import SettingError
 from weightsurgery.evaluation.intervals import proportion
 from weightsurgery.evaluation.predictions import predict
-from weightsurgery.formats.files import InputFile
 from weightsurgery.models import CLASSIFICATION, Model
 from weightsurgery.rng import random_bits
 from weightsurgery.stream import Progress
@@ -170,15 +169,11 @@ def _describe(
     files: Sequence[str | os.PathLike[str]],
 ) -> dict[str, Any]:
     """What the record says of the data."""
-    names = [os.fspath(file) for file in files]
     return {
         **{f"{part}_examples": len(given) for part, given in parts.items()},
         **{f"{part}_sha256": digest_of(given) for part, given in parts.items()},
         "held_out_share": held_out if isinstance(held_out, float | int) else None,
-        "files": [
-            {"name": shown(os.path.basename(name)), "sha256": InputFile(name).sha256()}
-            for name in names
-        ],
+        "files": describe_files(files),
     }
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import random
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -16,6 +17,7 @@ from weightsurgery.datasets.batches import IGNORED, Encoded, batches
 from weightsurgery.errors import NonFiniteError, not_installed
 from weightsurgery.models import CLASSIFICATION, Model, Quiet
 from weightsurgery.stream import Progress
+from weightsurgery.training.checkpoints import Resumable
 
 if TYPE_CHECKING:
     import torch
@@ -30,10 +32,11 @@ class Watch:
         measure: Gives the held-out loss and more, {} without held-out examples.
         patience: Epochs without a better held-out loss after which training stops; None for all
             epochs and the last weights.
-        progress: Called as progress("training, loss …", steps done, steps in all).
+        progress: Called as progress("training, loss …, … tokens/s", steps done, steps in all).
         history: One entry for each epoch.
         steps: Steps taken.
         best_epoch: Whose weights the model has in the end, from 1.
+        tokens: Of the batches made since training began, padding left out.
     """
 
     model: Model
@@ -43,8 +46,23 @@ class Watch:
     history: list[dict[str, Any]] = field(default_factory=list)
     steps: int = 0
     best_epoch: int = 0
+    tokens: int = 0
+    _began: float = 0.0
     _losses: list[float] = field(default_factory=list)
     _best: tuple[float, dict[str, torch.Tensor]] = (math.inf, {})
+
+    def begin(self, losses: Sequence[float], per_epoch: int) -> None:
+        """Start the clock; a training that goes on tells the losses of the steps before.
+
+        Args:
+            losses: One for each step that was taken.
+            per_epoch: Steps in an epoch.
+        """
+        for self.steps, loss in enumerate(losses, 1):
+            self._losses.append(loss)
+            if self.steps % per_epoch == 0:
+                self.after_epoch()
+        self._began = time.monotonic()
 
     def after_step(self, step: int, steps: int, loss: float) -> None:
         """Note a step's loss.
@@ -61,7 +79,8 @@ class Watch:
         self.steps = step
         self._losses.append(loss)
         if self.progress is not None:
-            self.progress(f"training, loss {loss:.4f}", step, steps)
+            speed = self.tokens / max(1e-9, time.monotonic() - self._began)
+            self.progress(f"training, loss {loss:.4f}, {speed:,.0f} tokens/s", step, steps)
 
     def after_epoch(self) -> bool:
         """Note an epoch; True if it is time to stop.
@@ -109,8 +128,8 @@ def train(
     examples: Sequence[Encoded],
     watch: Watch,
     *,
-    seed: int,
     label_smoothing: float,
+    resumable: Resumable | None = None,
     **settings: Any,
 ) -> None:
     """Train a model's parameters in place.
@@ -120,56 +139,72 @@ def train(
             random numbers go on as if nothing had happened.
         examples: What to train on.
         watch: Told of every step and epoch.
-        seed: Of the order of examples and of dropout.
         label_smoothing: Share of the label that is spread over all labels.
+        resumable: Where to leave checkpoints of the training, and to go on from the last one.
         settings: Further arguments of transformers' TrainingArguments.
 
     Raises:
-        SettingError: accelerate, which Trainer needs, is not installed.
+        SettingError: accelerate, which Trainer needs, is not installed, or the checkpoints are
+            another training's.
     """
-    from transformers import PrinterCallback, Trainer, TrainingArguments
+    from transformers import PrinterCallback, Trainer
     from transformers.utils import is_accelerate_available
 
     if not is_accelerate_available():
         raise not_installed("accelerate", "train")
     device, use_cache = model.device, model.module.config.use_cache
-    with tempfile.TemporaryDirectory() as folder, Quiet(), _own_randomness(device):
-        arguments = TrainingArguments(
-            output_dir=folder,
-            seed=seed,
-            optim="adamw_torch",
-            logging_strategy="steps",
-            logging_steps=1,
-            logging_nan_inf_filter=False,
-            save_strategy="no",
-            report_to=[],
-            disable_tqdm=True,
-            remove_unused_columns=False,
-            dataloader_pin_memory=False,
-            use_cpu=device.type == "cpu",
-            **settings,
-        )
-        if arguments.n_gpu > 1:
-            arguments._n_gpu = 1  # or it would spread the batches over all
+    with _folder(resumable) as (folder, saving), Quiet(), _own_randomness(device):
         trainer = Trainer(
             model=model.module,
-            args=arguments,
+            args=_arguments(folder, device, {**saving, **settings}),
             train_dataset=list(examples),
-            data_collator=lambda part: _collate(model, part),
+            data_collator=lambda part: _collate(model, part, watch),
             compute_loss_func=_loss_of(model, label_smoothing),
             callbacks=[_make_callback(watch)],
         )
         trainer.remove_callback(PrinterCallback)
         try:
-            trainer.train()
+            trainer.train(resume_from_checkpoint=None if resumable is None else resumable.last())
         finally:
             model.module.config.use_cache = use_cache
             model.module.to(device).eval()
     watch.restore_best()
 
 
-def _collate(model: Model, part: Sequence[Encoded]) -> dict[str, torch.Tensor]:
+def _arguments(folder: str, device: torch.device, settings: Mapping[str, Any]) -> Any:
+    from transformers import TrainingArguments
+
+    arguments = TrainingArguments(
+        output_dir=folder,
+        optim="adamw_torch",
+        logging_strategy="steps",
+        logging_steps=1,
+        logging_nan_inf_filter=False,
+        report_to=[],
+        disable_tqdm=True,
+        remove_unused_columns=False,
+        dataloader_pin_memory=False,
+        use_cpu=device.type == "cpu",
+        **settings,
+    )
+    if arguments.n_gpu > 1:
+        arguments._n_gpu = 1  # or it would spread the batches over all
+    return arguments
+
+
+@contextmanager
+def _folder(resumable: Resumable | None) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Trainer's folder, and its arguments for saving: a temporary one without checkpoints."""
+    if resumable is not None:
+        yield resumable.prepare()
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        yield folder, {"save_strategy": "no"}
+
+
+def _collate(model: Model, part: Sequence[Encoded], watch: Watch) -> dict[str, torch.Tensor]:
     inputs, labels = next(batches(model, part, len(part)))
+    watch.tokens += sum(len(one.ids) for one in part)
     return {**inputs, "labels": labels}
 
 
@@ -198,6 +233,10 @@ def _make_callback(watch: Watch) -> Any:
     from transformers import TrainerCallback
 
     class Callback(TrainerCallback):  # type: ignore[misc]  # transformers' types are not followed
+        def on_train_begin(self, _args: Any, state: Any, _control: Any, **_: Any) -> None:
+            losses = [log["loss"] for log in state.log_history if "loss" in log]
+            watch.begin(losses, state.max_steps // state.num_train_epochs)
+
         def on_log(self, _args: Any, state: Any, _control: Any, logs: Any, **_: Any) -> None:
             if "loss" in logs:
                 watch.after_step(state.global_step, state.max_steps, logs["loss"])

@@ -1,0 +1,216 @@
+"""Train a LoRA adapter with PEFT; what comes out is a checkpoint like any other.
+
+Reference:
+    Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", ICLR 2022, arXiv:2106.09685.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from weightsurgery.checkpoint import Checkpoint, Step, from_arrays
+from weightsurgery.datasets.batches import (
+    Encoded,
+    check_examples,
+    describe_files,
+    digest_of,
+    encode_instructions,
+    settled_format,
+)
+from weightsurgery.datasets.read import Instruction
+from weightsurgery.errors import MismatchError, NonFiniteError, SettingError, not_installed, shown
+from weightsurgery.formats.adapter import new_adapter
+from weightsurgery.models import CAUSAL, Model
+from weightsurgery.operators.apply_adapter import apply_adapter
+from weightsurgery.stream import Progress
+from weightsurgery.training.checkpoints import Resumable
+from weightsurgery.training.lora import ALL_LINEAR, LoraSettings
+from weightsurgery.training.run import Watch, train
+
+
+def train_adapter(
+    model: Model,
+    instructions: Sequence[Instruction],
+    settings: LoraSettings | None = None,
+    *,
+    checkpoints: str | os.PathLike[str] | None = None,
+    save_every: int = 50,
+    files: Sequence[str | os.PathLike[str]] = (),
+    progress: Progress | None = None,
+) -> Checkpoint:
+    """Train a LoRA adapter of a causal model on questions and answers, by PEFT and Trainer.
+
+    The model's own weights stay as they are. On one machine's processor the same seed gives the
+    same bytes, also for a training that was interrupted and went on.
+
+    Args:
+        model: A causal model, from `load_model`.
+        instructions: From `read_instructions`.
+        settings: From `lora_settings`; None for its defaults.
+        checkpoints: A folder for checkpoints of the training; where it holds one of the same
+            training, that one goes on.
+        save_every: Steps between two checkpoints.
+        files: Where the instructions come from; the record tells their SHA-256.
+        progress: Called as progress(what, steps done, steps in all).
+
+    Returns:
+        The adapter, factors in float32, which `save` writes as PEFT does. `notes["training"]` has
+        the examples, the tokens, the steps, and the mean loss of each epoch.
+
+    Raises:
+        SettingError: A setting leaves nothing to train, names layers that the model lacks, or
+            PEFT is not installed.
+        MismatchError: The model is no causal one, lacks a chat template that is asked for, or
+            nothing is left of an answer.
+        PolicyError: The adapter could not be folded into the model, or `checkpoints` holds
+            another training's.
+        NonFiniteError: The loss or a trained value became NaN or infinite.
+    """
+    chosen = settings or LoraSettings()
+    if model.task != CAUSAL:
+        raise MismatchError("a classifier; expected a causal language model", file=model.path)
+    examples = encode(model, instructions, chosen)
+    step = Step(
+        "train-adapter",
+        {
+            **_described(model, chosen),
+            "examples_sha256": digest_of(examples),
+            "files": describe_files(files),
+        },
+        {"base": model.checkpoint},
+    )
+    resumable = None
+    if checkpoints is not None:
+        resumable = Resumable(os.fspath(checkpoints), save_every, _identity(model, step))
+    with _adapted(model, chosen) as adapted:
+        apply_adapter(model.checkpoint, _adapter_of(adapted, step))  # refuses before the work
+        watch = Watch(adapted, dict, None, progress)
+        train(
+            adapted,
+            examples,
+            watch,
+            resumable=resumable,
+            bf16=chosen.precision == "bfloat16",
+            **chosen.arguments(len(examples)),
+        )
+        adapter = _adapter_of(adapted, step)
+    report = {
+        "examples": len(examples),
+        "tokens": sum(len(one.ids) for one in examples),
+        "steps": watch.steps,
+        "history": watch.history,
+    }
+    return replace(adapter, notes={"training": report})
+
+
+def encode(
+    model: Model, instructions: Sequence[Instruction], settings: LoraSettings
+) -> list[Encoded]:
+    """The examples that a training sees.
+
+    Raises:
+        SettingError: There are none, or a length leaves no room.
+        MismatchError: There is no chat template, or nothing is left of an answer.
+    """
+    examples = encode_instructions(
+        model,
+        instructions,
+        max_length=settings.max_question + settings.max_answer,
+        prompt_format=settings.prompt_format,
+        loss_on=settings.loss_on,
+        max_question=settings.max_question,
+        max_answer=settings.max_answer,
+    )
+    check_examples(model, examples)
+    return examples
+
+
+def _described(model: Model, settings: LoraSettings) -> dict[str, Any]:
+    """The settings as the record tells them, with the format that "auto" stood for."""
+    asked = settled_format(model, settings.prompt_format)
+    return {**settings.to_json(), "prompt_format": asked}
+
+
+def _identity(model: Model, step: Step) -> dict[str, Any]:
+    """What makes a training the same one."""
+    weights = {file.name: file.sha256(None) for file in model.checkpoint.files}
+    return {**step.settings, "model": weights}
+
+
+@contextmanager
+def _adapted(model: Model, settings: LoraSettings) -> Iterator[Model]:
+    """The model with a fresh adapter in it; afterwards it is as it was."""
+    try:
+        from peft import LoraConfig, get_peft_model
+    except ImportError:
+        raise not_installed("peft", "train") from None
+    import torch
+
+    config = LoraConfig(
+        r=settings.rank,
+        lora_alpha=settings.alpha,  # type: ignore[arg-type]  # a whole number for them
+        lora_dropout=settings.dropout,
+        target_modules=ALL_LINEAR if settings.targets == (ALL_LINEAR,) else list(settings.targets),
+        task_type="CAUSAL_LM",
+    )
+    wanted = [(p, p.requires_grad) for p in model.module.parameters()]
+    devices = [model.device] if model.device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed(settings.seed)
+        try:
+            module = get_peft_model(model.module, config)
+        except ValueError as error:
+            reason = shown(" ".join(str(error).split()))
+            raise SettingError(f"targets: {reason}", file=model.path) from None
+    try:
+        names = {n: p for n, p in module.named_parameters() if p.requires_grad}
+        yield replace(model, module=module, names=names)
+    finally:
+        module.unload()
+        for parameter, wants in wanted:
+            parameter.requires_grad_(wants)
+
+
+def _adapter_of(adapted: Model, step: Step) -> Checkpoint:
+    """What PEFT would save of the module, as a checkpoint."""
+    from peft import get_peft_model_state_dict
+
+    state = get_peft_model_state_dict(adapted.module, save_embedding_layers=False)
+    arrays = {name: tensor.detach().float().cpu().numpy() for name, tensor in state.items()}
+    for name, array in arrays.items():
+        if not np.isfinite(array).all():
+            raise NonFiniteError(
+                "after training it holds NaN or infinity",
+                file=adapted.path,
+                tensor=name,
+                hint="lower the learning rate",
+            )
+    tensors = {
+        name: replace(view, status="added")
+        for name, view in from_arrays({n: a.copy() for n, a in arrays.items()}).items()
+    }
+    return new_adapter(tensors, _config_of(adapted)).made_by(step)
+
+
+def _config_of(adapted: Model) -> dict[str, Any]:
+    """The contents of adapter_config.json: PEFT's, without paths."""
+    base = adapted.checkpoint
+    hub, _, commit = base.hub_id.partition("@")
+    given: Mapping[str, Any] = adapted.module.peft_config["default"].to_dict()
+    plain = {
+        key: sorted(value) if isinstance(value, set) else value for key, value in given.items()
+    }
+    named = hub or os.path.basename(os.path.abspath(base.label))
+    return {
+        **plain,
+        "peft_type": "LORA",
+        "base_model_name_or_path": named,
+        "revision": commit or None,
+        "inference_mode": True,
+    }
