@@ -8,7 +8,7 @@ from collections.abc import Collection
 from weightsurgery.checkpoint import Checkpoint
 from weightsurgery.errors import FormatError
 from weightsurgery.formats.files import open_member
-from weightsurgery.formats.layout import ADAPTER, ADAPTER_CONFIG, SINGLE
+from weightsurgery.formats.layout import ADAPTER, ADAPTER_CONFIG
 from weightsurgery.formats.safetensors import open_safetensors, refuse_pickle
 from weightsurgery.formats.strict_json import parse_object
 
@@ -52,8 +52,9 @@ def open_adapter(directory: str, entries: Collection[str], *, label: str) -> Che
         tensors,
         label=label,
         metadata=metadata,
-        layout=dict.fromkeys(tensors, SINGLE),
+        layout=dict.fromkeys(tensors, ADAPTER),
         is_directory=True,
-        files=(config.ref(), weights.ref()),
+        files=(weights.ref(),),
+        side_files=(config.ref(),),
         config=settings,
     )
