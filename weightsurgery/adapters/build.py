@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import threading
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -28,6 +27,7 @@ from weightsurgery.adapters.places import (
 from weightsurgery.alignment import Alignment
 from weightsurgery.checkpoint import Checkpoint, FileRef, TensorView, from_arrays
 from weightsurgery.formats.layout import ADAPTER, ADAPTER_CONFIG
+from weightsurgery.formats.record import public_name
 from weightsurgery.formats.strict_json import dump
 from weightsurgery.kernels import Block
 
@@ -158,7 +158,8 @@ def make_config(alignment: Alignment, kept: Sequence[Held], base_name: str) -> d
         base_name: What it belongs to; "" for BASE's own name.
     """
     base = alignment.base
-    hub, _, commit = base.hub_id.partition("@")
+    commit = base.hub_id.partition("@")[2]
+    name = public_name(base).removesuffix(f"@{commit}")  # never where it lies
     ranks = {o.place.module: o.factors.rank for o in kept if o.factors is not None}
     usual = _usual(ranks)
     tree = Tree(alignment.tuned)
@@ -171,7 +172,7 @@ def make_config(alignment: Alignment, kept: Sequence[Held], base_name: str) -> d
     return {
         "peft_type": "LORA",
         "task_type": _task(alignment.tuned),
-        "base_model_name_or_path": base_name or hub or _last_part(base.label),
+        "base_model_name_or_path": base_name or name,
         "revision": None if base_name else commit or None,
         "inference_mode": True,
         "init_lora_weights": True,
@@ -210,11 +211,6 @@ def _task(tuned: Checkpoint) -> str | None:
     named = tuned.config.get("architectures")
     first = str(named[0]) if isinstance(named, list) and named else ""
     return next((task for ending, task in _TASKS.items() if first.endswith(ending)), None)
-
-
-def _last_part(label: str) -> str:
-    """A path's last part: where a model lies is nobody's business."""
-    return os.path.basename(os.path.abspath(label))
 
 
 def _side_file(name: str, content: bytes) -> FileRef:

@@ -98,7 +98,7 @@ class Wanted:
     rank: int | None
     energy: float | None
     svd: str = "auto"
-    power_iterations: int = 2
+    power_iterations: int = 4
     oversampling: int = 10
     seed: int = 0
     algebra: Algebra = field(default_factory=Algebra)

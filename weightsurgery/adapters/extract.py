@@ -72,7 +72,7 @@ def extract_adapter(
     whole: Sequence[str] = (),
     rest: str = "whole",
     svd: str = "auto",
-    power_iterations: int = 2,
+    power_iterations: int = 4,
     oversampling: int = 10,
     seed: int = 0,
     base_name: str = "",

@@ -99,7 +99,8 @@ class _Judge:
         """A tensor that is not floating and of one shape on both sides."""
         left_out = pair.reason in ("excluded", "not included")
         new_head = pair.base is None or pair.reason.startswith("a task head of another shape")
-        if left_out or not pair.tuned.dtype.arithmetic:
+        integers = pair.base is None or not pair.base.dtype.arithmetic
+        if left_out or (integers and not pair.tuned.dtype.arithmetic):
             return Place(pair, NOWHERE, module, reason=pair.reason)
         if new_head and matches(pair.name, self.whole):
             head = _TASK_HEAD.search(pair.name)

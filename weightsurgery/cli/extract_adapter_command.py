@@ -103,7 +103,7 @@ command = options.Command(
         click.Option(
             ["--power-iterations"],
             type=click.IntRange(0),
-            default=2,
+            default=4,
             show_default=True,
             help="Of the randomised decomposition: more are slower and nearer to the best.",
         ),
