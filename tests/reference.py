@@ -153,6 +153,27 @@ def kth_largest(scores: Array, k: int) -> float:
     return float(np.sort(scores)[::-1][k - 1]) if k <= scores.size else -math.inf
 
 
+# --- adapters ---------------------------------------------------------------------------------
+
+
+def truncated(drift: Array, rank: int) -> tuple[Array, float]:
+    """The best matrix of a rank, and the norm of what it leaves: of the other singular values."""
+    left, values, right = np.linalg.svd(drift.astype(np.float64), full_matrices=False)
+    product = sum(values[k] * np.outer(left[:, k], right[k]) for k in range(min(rank, len(values))))
+    return product, math.sqrt(sum(value**2 for value in values[rank:]))
+
+
+def least_rank(drift: Array, share: float) -> int:
+    """How many singular values it takes to have a share of the squared norm."""
+    values = np.linalg.svd(drift.astype(np.float64), compute_uv=False)
+    total, sum_ = sum(v**2 for v in values), 0.0
+    for rank, value in enumerate(values, 1):
+        sum_ += value**2
+        if sum_ >= share * total:
+            return rank
+    return len(values)
+
+
 # --- diff -------------------------------------------------------------------------------------
 
 

@@ -17,6 +17,7 @@ from typing import Any
 from weightsurgery.version import __version__
 
 _HOMES = {
+    "extract_adapter": "adapters.extract",
     "verify_adapter": "adapters.proof",
     "align": "alignment",
     "Alignment": "alignment",

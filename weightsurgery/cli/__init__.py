@@ -24,6 +24,7 @@ _OWN = {
     "demo": "Plant a backdoor in a real model, find it, and take it out.",
     "diff": "Show what moved between BASE and TUNED.",
     "evaluate": "Measure a classifier: accuracy, confusion, attack success.",
+    "extract-adapter": "Make a LoRA adapter of what moved between BASE and TUNED.",
     "finetune": "Train a model on a few clean examples.",
     "fisher": "Estimate how much the loss on clean data depends on each weight.",
     "inspect": "Show what a checkpoint holds.",

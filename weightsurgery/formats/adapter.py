@@ -10,7 +10,7 @@ from typing import Any
 from weightsurgery.checkpoint import Checkpoint, FileRef, TensorView
 from weightsurgery.errors import FormatError
 from weightsurgery.formats.files import open_member
-from weightsurgery.formats.layout import ADAPTER, ADAPTER_CONFIG, SINGLE
+from weightsurgery.formats.layout import ADAPTER, ADAPTER_CONFIG
 from weightsurgery.formats.safetensors import open_safetensors, refuse_pickle
 from weightsurgery.formats.strict_json import dump, parse_object
 
@@ -54,9 +54,10 @@ def open_adapter(directory: str, entries: Collection[str], *, label: str) -> Che
         tensors,
         label=label,
         metadata=metadata,
-        layout=dict.fromkeys(tensors, SINGLE),
+        layout=dict.fromkeys(tensors, ADAPTER),
         is_directory=True,
-        files=(config.ref(), weights.ref()),
+        files=(weights.ref(),),
+        side_files=(config.ref(),),
         config=settings,
     )
 

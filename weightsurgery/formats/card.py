@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from weightsurgery.checkpoint import Checkpoint
+from weightsurgery.formats.layout import is_adapter_layout
 from weightsurgery.formats.record import public_name
 from weightsurgery.version import __version__
 
@@ -45,21 +46,17 @@ def make_card(checkpoint: Checkpoint, record: Mapping[str, Any]) -> bytes:
     sources = checkpoint.sources()
     operator = checkpoint.step.operator if checkpoint.step else "copy"
     data = ModelCardData(
-        library_name="transformers",
+        library_name="peft" if is_adapter_layout(checkpoint.layout) else "transformers",
         base_model=[s.hub_id.partition("@")[0] for s in sources if s.hub_id] or None,
         tags=["weightsurgery", operator],
     )
     settings = checkpoint.step.settings if checkpoint.step else {}
-    share = record["effective_share"]
     body = _BODY.format(
         title=f"{public_name(_subject(checkpoint))}, after {operator}",
         version=__version__,
         operator=operator,
         sources="\n".join(f"- `{public_name(source)}`" for source in sources),
-        numbers=(
-            f"{record['changed_dimensions']:,} dimensions changed"
-            + (f" ({share:.2%} of the eligible ones)." if share is not None else ".")
-        ),
+        numbers=_numbers(checkpoint, record),
         settings=json.dumps(settings, indent=2, sort_keys=True),
         files="\n".join(
             f"| {name} | {entry['sha256'] or 'not taken'} |"
@@ -67,6 +64,15 @@ def make_card(checkpoint: Checkpoint, record: Mapping[str, Any]) -> bytes:
         ),
     )
     return f"---\n{data.to_yaml()}\n---\n{body}\n".encode()
+
+
+def _numbers(checkpoint: Checkpoint, record: Mapping[str, Any]) -> str:
+    """How much changed, in a sentence."""
+    if is_adapter_layout(checkpoint.layout):
+        return f"An adapter of {checkpoint.size:,} parameters."
+    share = record["effective_share"]
+    ending = f" ({share:.2%} of the eligible ones)." if share is not None else "."
+    return f"{record['changed_dimensions']:,} dimensions changed{ending}"
 
 
 def _subject(checkpoint: Checkpoint) -> Checkpoint:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 ADAPTER, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -24,3 +24,8 @@ PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json", "pytorch_model-*
 def fits(name: str, patterns: Iterable[str]) -> bool:
     """True if a file name fits one of the patterns; case matters."""
     return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def is_adapter_layout(layout: Mapping[str, str]) -> bool:
+    """True for the layout of an adapter, whose one file has a name of its own."""
+    return ADAPTER in layout.values()

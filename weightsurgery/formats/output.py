@@ -21,7 +21,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from weightsurgery.errors import BusyError, PolicyError, StorageError, SurgeryError, shown
-from weightsurgery.formats.layout import CARD, RECORD, SIDE_FILES, WEIGHTS, fits
+from weightsurgery.formats.layout import ADAPTER_CONFIG, CARD, RECORD, SIDE_FILES, WEIGHTS, fits
 
 _NOREPLACE, _EXCHANGE = 1, 2
 _WINDOW = 32 << 20  # bytes after which the system is told to begin writing to the disk
@@ -250,7 +250,7 @@ def _check_replaceable(place: str, *, is_directory: bool) -> None:
             hint="choose another output",
         )
     for name in os.listdir(place) if is_directory else []:
-        known = fits(name, (*WEIGHTS, *SIDE_FILES, CARD, RECORD, ".gitattributes"))
+        known = fits(name, (*WEIGHTS, *SIDE_FILES, ADAPTER_CONFIG, CARD, RECORD, ".gitattributes"))
         if not known or not os.path.isfile(os.path.join(place, name)):
             raise PolicyError(
                 f"exists already, and holds '{shown(name)}', which is not part of a model",

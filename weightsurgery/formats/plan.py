@@ -10,7 +10,7 @@ from typing import Any
 
 from weightsurgery.checkpoint import BLOCK, Checkpoint, TensorView
 from weightsurgery.errors import PolicyError, SettingError, StorageError, shown
-from weightsurgery.formats.layout import SINGLE
+from weightsurgery.formats.layout import ADAPTER, SINGLE, is_adapter_layout
 from weightsurgery.formats.output import check_destination, is_within, record_name
 from weightsurgery.formats.safetensors import file_order, header_bytes
 from weightsurgery.stream import Engine
@@ -200,6 +200,8 @@ def _check_kind(checkpoint: Checkpoint, out: str, max_shard_size: int | None) ->
         )
     if max_shard_size is not None and not checkpoint.is_directory:
         raise SettingError("a single file cannot be sharded", hint="give a model directory")
+    if max_shard_size is not None and is_adapter_layout(checkpoint.layout):
+        raise SettingError("an adapter cannot be sharded")
 
 
 def _groups(
@@ -207,6 +209,8 @@ def _groups(
 ) -> list[tuple[str, list[TensorView]]]:
     if not checkpoint.is_directory:
         return [(os.path.basename(os.path.abspath(out)), file_order(checkpoint))]
+    if is_adapter_layout(checkpoint.layout):
+        return [(ADAPTER, file_order(checkpoint))]
     if max_shard_size is not None:
         return _named(_split(list(checkpoint.values()), max_shard_size))
     shards: dict[str, dict[str, TensorView]] = {}

@@ -14,6 +14,7 @@ from typing import Any
 from weightsurgery.anatomy import kind_of, layer_of, natural_key
 from weightsurgery.checkpoint import Checkpoint
 from weightsurgery.errors import shown
+from weightsurgery.formats.layout import is_adapter_layout
 from weightsurgery.kernels import count_different
 from weightsurgery.ties import tied_to
 from weightsurgery.version import __version__
@@ -103,12 +104,16 @@ def _grouped(
 
 
 def _is_one_step(checkpoint: Checkpoint) -> bool:
+    if is_adapter_layout(checkpoint.layout):
+        return False
     inputs = checkpoint.step.inputs.values() if checkpoint.step else ()
     return all(given.step is None or given.step.operator == "rename" for given in inputs)
 
 
 def _subject(checkpoint: Checkpoint) -> Mapping[str, Any]:
-    return {} if checkpoint.step is None else checkpoint.step.inputs.get("tuned", {})
+    if checkpoint.step is None or is_adapter_layout(checkpoint.layout):
+        return {}  # an adapter's tensors are its own
+    return checkpoint.step.inputs.get("tuned", {})
 
 
 def recipe(checkpoint: Checkpoint, ids: Mapping[int, int]) -> dict[str, Any]:

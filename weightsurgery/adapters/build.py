@@ -1,0 +1,227 @@
+"""An adapter's tensors and configuration, named and shaped as the library PEFT reads them."""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, Protocol
+
+import numpy as np
+
+from weightsurgery.adapters.decompose import Factors
+from weightsurgery.adapters.places import (
+    BIAS,
+    CONVOLUTION,
+    EMBEDDING,
+    FACTORS,
+    LINEAR,
+    NOWHERE,
+    ROWS,
+    TRANSPOSED,
+    WHOLE,
+    Place,
+    Tree,
+)
+from weightsurgery.alignment import Alignment
+from weightsurgery.checkpoint import Checkpoint, FileRef, TensorView, from_arrays
+from weightsurgery.formats.layout import ADAPTER, ADAPTER_CONFIG
+from weightsurgery.formats.record import public_name
+from weightsurgery.formats.strict_json import dump
+from weightsurgery.kernels import Block
+
+_FRONT = "base_model.model."
+# The classes of PEFT's models, by the end of a transformers class's name.
+_TASKS = {
+    "ForCausalLM": "CAUSAL_LM",
+    "LMHeadModel": "CAUSAL_LM",
+    "ForSequenceClassification": "SEQ_CLS",
+    "ForTokenClassification": "TOKEN_CLS",
+    "ForQuestionAnswering": "QUESTION_ANS",
+    "ForConditionalGeneration": "SEQ_2_SEQ_LM",
+}
+
+
+class Held(Protocol):
+    """A tensor's place, and what goes into the adapter of it."""
+
+    @property
+    def place(self) -> Place:
+        """Where it goes."""
+
+    @property
+    def moved(self) -> bool:
+        """Whether TUNED differs from BASE there."""
+
+    @property
+    def factors(self) -> Factors | None:
+        """Of what goes into factors."""
+
+    @property
+    def rows(self) -> tuple[int, ...]:
+        """Of what goes as rows."""
+
+
+def make_adapter(alignment: Alignment, kept: Sequence[Held], base_name: str) -> Checkpoint:
+    """The adapter of what is kept, as a checkpoint that `save` writes as PEFT does.
+
+    Args:
+        alignment: Of BASE and TUNED.
+        kept: What it holds.
+        base_name: What it belongs to; "" for BASE's own name.
+    """
+    tensors: dict[str, TensorView] = {}
+    for one in kept:
+        tensors |= _tensors(one, adapted=_adapted(kept))
+    config = make_config(alignment, kept, base_name)
+    return Checkpoint(
+        tensors,
+        label="adapter",
+        metadata={"format": "pt"},
+        layout=dict.fromkeys(tensors, ADAPTER),
+        is_directory=True,
+        side_files=(_side_file(ADAPTER_CONFIG, dump(config)),),
+        config=config,
+    )
+
+
+def _adapted(kept: Sequence[Held]) -> set[str]:
+    return {one.place.module for one in kept if one.place.how == FACTORS}
+
+
+def _tensors(one: Held, adapted: set[str]) -> dict[str, TensorView]:
+    """A tensor's names and views in the adapter."""
+    place, pair = one.place, one.place.pair
+    if one.factors is not None:
+        return _factors(place, one.factors)
+    if place.how == ROWS:
+        name = f"{_FRONT}{place.module}.token_adapter.trainable_tokens_delta"
+        return {name: _some_rows(pair.tuned, name, one.rows)}
+    name = _FRONT + pair.name
+    if place.how == BIAS and place.module in adapted:
+        name = f"{_FRONT}{place.module}.base_layer.bias"
+    # What is left out, though its module is saved, stays BASE's.
+    view = pair.base if place.how == NOWHERE and pair.base is not None else pair.tuned
+    return {name: replace(view, name=name)}
+
+
+def _factors(place: Place, factors: Factors) -> dict[str, TensorView]:
+    left, right, rank = factors.left, factors.right, factors.rank
+    shape = place.pair.tuned.shape
+    front = f"{_FRONT}{place.module}."
+    arrays = {
+        LINEAR: {"lora_A.weight": right, "lora_B.weight": left},
+        TRANSPOSED: {"lora_A.weight": left.T, "lora_B.weight": right.T},
+        EMBEDDING: {"lora_embedding_A": left.T, "lora_embedding_B": right.T},
+        CONVOLUTION: {
+            "lora_A.weight": right.reshape(rank, *shape[1:]),
+            "lora_B.weight": left.reshape(shape[0], rank, *([1] * (len(shape) - 2))),
+        },
+    }[place.layout]
+    made = from_arrays({front + n: np.ascontiguousarray(array) for n, array in arrays.items()})
+    return {name: replace(view, status="added") for name, view in made.items()}
+
+
+def _some_rows(view: TensorView, name: str, rows: Sequence[int]) -> TensorView:
+    """Rows of a matrix, read when they are asked for."""
+    width = view.width
+
+    def read_both(start: int, stop: int) -> tuple[Block, Block]:
+        parts = [np.zeros(0, view.dtype.numpy)]
+        while start < stop:
+            place, offset = divmod(start, width)
+            last = place  # rows that follow each other are read at once
+            while last + 1 < len(rows) and rows[last + 1] == rows[last] + 1:
+                if (last + 1) * width >= stop:
+                    break
+                last += 1
+            count = min(stop, (last + 1) * width) - start
+            first = rows[place] * width + offset
+            parts.append(view.read(first, first + count))
+            start += count
+        block = np.concatenate(parts)
+        return block, block
+
+    return TensorView(name, (len(rows), width), view.dtype, read_both)
+
+
+def make_config(alignment: Alignment, kept: Sequence[Held], base_name: str) -> dict[str, Any]:
+    """The contents of adapter_config.json.
+
+    α = r everywhere, so that the scale is 1. Names are written out in full, for PEFT takes the
+    end of a name for the whole.
+
+    Args:
+        alignment: Of BASE and TUNED.
+        kept: What the adapter holds.
+        base_name: What it belongs to; "" for BASE's own name.
+    """
+    base = alignment.base
+    commit = base.hub_id.partition("@")[2]
+    name = public_name(base).removesuffix(f"@{commit}")  # never where it lies
+    ranks = {o.place.module: o.factors.rank for o in kept if o.factors is not None}
+    usual = _usual(ranks)
+    tree = Tree(alignment.tuned)
+    odd = {_key(m, tree): rank for m, rank in ranks.items() if rank != usual}
+    saved = sorted({o.place.module for o in kept if o.place.how == WHOLE})
+    targets = sorted(ranks)
+    others = {a for m in targets for a in tree.alike(m, ".") if a not in ranks}
+    rows = {o.place.module: list(o.rows) for o in kept if o.place.how == ROWS}
+    biases = any(o.place.how == BIAS for o in kept)
+    return {
+        "peft_type": "LORA",
+        "task_type": _task(alignment.tuned),
+        "base_model_name_or_path": base_name or name,
+        "revision": None if base_name else commit or None,
+        "inference_mode": True,
+        "init_lora_weights": True,
+        "r": usual,
+        "lora_alpha": usual,
+        "lora_dropout": 0.0,
+        "rank_pattern": odd,
+        "alpha_pattern": dict(odd),
+        "use_rslora": False,
+        "use_dora": False,
+        "bias": "all" if biases else "none",
+        "fan_in_fan_out": any(o.place.layout == TRANSPOSED for o in kept),
+        "target_modules": targets,
+        "exclude_modules": sorted(others) or None,
+        "modules_to_save": [m for m in saved if not _is_below(m, saved)] or None,
+        "trainable_token_indices": rows or None,
+    }
+
+
+def _usual(ranks: Mapping[str, int]) -> int:
+    """The rank that most modules have, the larger of two; 1 without any."""
+    counts = Counter(ranks.values())
+    return max(counts, key=lambda rank: (counts[rank], rank), default=1)
+
+
+def _key(module: str, tree: Tree) -> str:
+    """A module as a key of a pattern; `^` where it would fit another too."""
+    return f"^{module}" if tree.alike(module, ".") else module
+
+
+def _is_below(module: str, saved: Sequence[str]) -> bool:
+    return any(module != other and module.startswith(f"{other}.") for other in saved)
+
+
+def _task(tuned: Checkpoint) -> str | None:
+    named = tuned.config.get("architectures")
+    first = str(named[0]) if isinstance(named, list) and named else ""
+    return next((task for ending, task in _TASKS.items() if first.endswith(ending)), None)
+
+
+def _side_file(name: str, content: bytes) -> FileRef:
+    """A small file that is made here."""
+
+    def hashed(_stop: threading.Event | None) -> str:
+        raise ValueError(f"{name} is no input")
+
+    def nothing() -> None: ...
+
+    def begin() -> Callable[[], None]:
+        return nothing
+
+    return FileRef(name, name, len(content), lambda: content, begin, hashed, nothing)

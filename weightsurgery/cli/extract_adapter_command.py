@@ -1,0 +1,137 @@
+"""`wsurg extract-adapter`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from weightsurgery.adapters.extract import DEFAULT_RANK, extract_adapter
+from weightsurgery.cli import options
+from weightsurgery.formats import save
+from weightsurgery.formats.output import check_destination
+from weightsurgery.formats.plan import input_paths
+from weightsurgery.report.extraction import extraction_tables
+from weightsurgery.report.tables import show
+
+_LISTED = 20  # matrices shown unless --all is given
+
+
+def _extract(
+    base: str,
+    tuned: str,
+    out: str,
+    overwrite: bool,
+    hashes: bool,
+    workers: int,
+    show_all: bool,
+    as_json: bool,
+    **settings: Any,
+) -> None:
+    names = {key: settings.pop(key) for key in ("weights", "strip_prefix", "name_map")}
+    pair = options.open_pair(base, tuned, **names)
+    inputs = [path for given in pair for path in input_paths(given)]
+    # Before any work; saving checks again.
+    check_destination(out, is_directory=True, overwrite=overwrite, inputs=inputs)
+    with options.running(workers, inputs=pair) as engine:
+        adapter = extract_adapter(*pair, **settings, engine=engine)
+        record = save(adapter, out, overwrite=overwrite, hashes=hashes, engine=engine)
+    if as_json:
+        options.print_json({"out": out, **record})
+    else:
+        show(extraction_tables(out, record, None if show_all else _LISTED))
+
+
+command = options.Command(
+    "extract-adapter",
+    callback=_extract,
+    help="""Make a LoRA adapter of what moved between BASE and TUNED.
+
+    The drift of each matrix is truncated to its largest singular values; what is no matrix (norms,
+    biases, heads) is held whole where it moved. OUT is a folder that PEFT loads and that
+    `wsurg apply-adapter` folds into BASE again. The table tells of each matrix how much of its
+    drift is kept and how much is left, measured with the factors as they are written.
+
+    \b
+    Examples:
+      wsurg extract-adapter base/ tuned/ --rank 16 -o adapter/
+      wsurg extract-adapter base/ tuned/ --energy 0.95 --max-rank 128 -o adapter/
+    """,
+    params=[
+        click.Argument(["base"], metavar="BASE", type=click.Path()),
+        click.Argument(["tuned"], metavar="TUNED", type=click.Path()),
+        click.Option(
+            ["-o", "--out"], required=True, metavar="OUT", help="Where to write, a folder."
+        ),
+        click.Option(["--overwrite"], is_flag=True, help="Replace OUT if it exists."),
+        click.Option(
+            ["--rank"],
+            type=int,
+            help=f"Singular values to keep of each matrix; {DEFAULT_RANK} without --energy.",
+        ),
+        click.Option(
+            ["--energy"],
+            type=float,
+            metavar="SHARE",
+            help="Keep as many as this share of the squared norm takes, matrix by matrix.",
+        ),
+        click.Option(["--max-rank"], type=int, help="But no more than this (with --energy)."),
+        click.Option(
+            ["--include"], multiple=True, metavar="GLOB", help="Only these tensors; repeatable."
+        ),
+        click.Option(["--exclude"], multiple=True, metavar="GLOB", help="Not these; repeatable."),
+        click.Option(
+            ["--whole"],
+            multiple=True,
+            metavar="GLOB",
+            help="Hold these whole, also heads that BASE lacks; repeatable.",
+        ),
+        click.Option(
+            ["--rest"],
+            type=click.Choice(["whole", "list"]),
+            default="whole",
+            show_default=True,
+            help="Hold what is no matrix whole, or leave it out and list it.",
+        ),
+        click.Option(
+            ["--svd"],
+            type=click.Choice(["auto", "exact", "randomised"]),
+            default="auto",
+            show_default=True,
+            help="How to decompose; auto is exact for small matrices and high ranks.",
+        ),
+        click.Option(
+            ["--power-iterations"],
+            type=click.IntRange(0),
+            default=4,
+            show_default=True,
+            help="Of the randomised decomposition: more are slower and nearer to the best.",
+        ),
+        click.Option(
+            ["--oversampling"],
+            type=click.IntRange(0),
+            default=10,
+            show_default=True,
+            help="Directions that it looks for besides those that are kept.",
+        ),
+        click.Option(
+            ["--seed"], type=int, default=0, show_default=True, help="Of its random signs."
+        ),
+        click.Option(
+            ["--base-name"],
+            default="",
+            metavar="NAME",
+            help="What the adapter says it belongs to, in place of BASE's name.",
+        ),
+        click.Option(
+            ["--device"],
+            help="Compute with torch there, such as cuda; without it numpy computes.",
+        ),
+        options.WEIGHTS,
+        *options.NAMES,
+        options.WORKERS,
+        options.HASH,
+        click.Option(["--all", "show_all"], is_flag=True, help="Show every matrix."),
+        options.JSON,
+    ],
+)

@@ -1,0 +1,70 @@
+"""What an extracted adapter keeps, as tables."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from weightsurgery.errors import shown
+from weightsurgery.report.tables import Table, names, number, share, size
+
+
+def extraction_tables(out: str, record: Mapping[str, Any], listed: int | None) -> list[Table]:
+    """Matrices, those first of which least is kept; what is held whole or left out; the sum.
+
+    Args:
+        out: Where the adapter was written.
+        record: The output's.
+        listed: How many matrices to show; None for all.
+    """
+    report = record["report"]["adapter"]
+    matrices = sorted(report["matrices"], key=lambda one: float(one["energy_kept"]))
+    rows = [
+        [
+            shown(one["tensor"]),
+            number(one["rank"]),
+            share(one["energy_kept"]),
+            number(one["drift"]),
+            number(one["residual"]),
+            share(one["relative_residual"]),
+            one["method"],
+            " × ".join(map(str, one["shape"])),
+        ]
+        for one in matrices[:listed]
+    ]
+    hidden = len(matrices) - len(rows)
+    columns = (">rank", ">energy kept", ">drift", ">residual", ">relative", "method", "shape")
+    warnings = [[shown(warning)] for warning in record["warnings"]]
+    return [
+        Table(
+            "Matrices, least energy kept first",
+            ("tensor", *columns),
+            rows,
+            note=f"and {hidden} more; --all shows them" if hidden else "",
+            optional=2,
+        ),
+        Table("Held whole", ("tensor", "why"), names(report["whole"])),
+        Table(
+            "Not in the adapter, though it differs", ("tensor", "why"), names(report["left_out"])
+        ),
+        Table("Warnings", ("",), warnings),
+        Table("wsurg extract-adapter", ("", ""), _summary(out, record, report)),
+    ]
+
+
+def _summary(out: str, record: Mapping[str, Any], report: Mapping[str, Any]) -> list[list[str]]:
+    written = sum(entry["size"] for entry in record["outputs"].values())
+    ranks = sorted({one["rank"] for one in report["matrices"]})
+    which = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {ranks[0]} to {ranks[-1]}"
+    of = number(report["factor_parameters"])
+    kept = f"{share(report['energy_kept'])} of the squared norm of their drift"
+    residual = f"{number(report['residual'])} of {number(report['drift'])}"
+    rows = [["output", f"{shown(out)}, {size(written)} in {len(record['outputs'])} files"]]
+    if ranks:
+        rows.append(
+            ["factors", f"{number(len(report['matrices']))} matrices, {which}, {of} numbers"]
+        )
+        rows.append(["kept", kept])
+        rows.append(["residual", f"{residual} (norm of what is left, norm of the drift)"])
+    rows.append(["unmoved", f"{number(report['unmoved'])} tensors"])
+    return rows
