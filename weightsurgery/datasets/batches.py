@@ -5,10 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from weightsurgery.datasets.prompts import render
 from weightsurgery.datasets.read import (
     Instruction,
     Sentence,
@@ -97,6 +99,14 @@ def count_cut(
     return sum(count > max_length for count in counts)
 
 
+def count_cut_answers(
+    model: Model, instructions: Sequence[Instruction], examples: Sequence[Encoded]
+) -> int:
+    """How many of the instructions have more tokens than their examples."""
+    whole = [_encode(model, one, sys.maxsize) for one in instructions]
+    return sum(len(a.ids) > len(b.ids) for a, b in zip(whole, examples, strict=True))
+
+
 def _columns(sentences: Sequence[Sentence]) -> list[list[str]]:
     return [list(texts) for texts in zip(*(one.texts for one in sentences), strict=True)]
 
@@ -111,16 +121,16 @@ def encode_instructions(
     end of the answer.
     """
     check_length(model, max_length)
-    return [_encode(model.tokenizer, one, max_length) for one in instructions]
+    return [_encode(model, one, max_length) for one in instructions]
 
 
-def _encode(tokenizer: Any, one: Instruction, max_length: int) -> Encoded:
+def _encode(model: Model, one: Instruction, max_length: int) -> Encoded:
+    tokenizer = model.tokenizer
     if getattr(tokenizer, "chat_template", None):
-        messages = [{"role": role, "content": text} for role, text in one.messages]
-        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        text = render(model, one, "chat")
         question = tokenizer(text, add_special_tokens=False)["input_ids"]
     else:
-        question = tokenizer("\n".join(text for _, text in one.messages) + "\n")["input_ids"]
+        question = tokenizer(render(model, one, "raw") + "\n")["input_ids"]
     answer = tokenizer(one.answer, add_special_tokens=False)["input_ids"]
     if tokenizer.eos_token_id is not None:
         answer = [*answer, tokenizer.eos_token_id]
@@ -136,16 +146,23 @@ def check_length(model: Model, max_length: int) -> None:
     Raises:
         SettingError: It is below 2 or beyond the model's positions.
     """
-    most = getattr(model.module.config, "max_position_embeddings", None) or max_length
+    most = positions_of(model) or max_length
+    if not 2 <= max_length <= most:
+        raise SettingError(f"max_length is {max_length}; expected 2 to {most:,} tokens")
+
+
+def positions_of(model: Model) -> int | None:
+    """The most tokens that the model takes at a time; None if it sets no limit."""
+    most: int | None = getattr(model.module.config, "max_position_embeddings", None) or None
     for name, module in model.module.named_modules():
         # RoBERTa and its kin count a text's positions from the one after padding's.
         if (
             name.endswith("position_embeddings")
             and getattr(module, "padding_idx", None) is not None
         ):
-            most = min(most, module.num_embeddings - module.padding_idx - 1)
-    if not 2 <= max_length <= most:
-        raise SettingError(f"max_length is {max_length}; expected 2 to {most:,} tokens")
+            room = module.num_embeddings - module.padding_idx - 1
+            most = room if most is None else min(most, room)
+    return most
 
 
 def longest_first(examples: Sequence[Encoded]) -> list[int]:
@@ -162,7 +179,7 @@ def batches(
     """
     import torch
 
-    pad = _padding(model)
+    pad = padding_of(model)
     for start in range(0, len(examples), size):
         part = examples[start : start + size]
         longest = max(len(one.ids) for one in part)
@@ -183,7 +200,7 @@ def batches(
             yield inputs, grid([one.labels for one in part], IGNORED)
 
 
-def _padding(model: Model) -> int:
+def padding_of(model: Model) -> int:
     """The token that fills a batch; for a causal model any will do, as nothing looks at it."""
     known = [model.tokenizer.pad_token_id, model.tokenizer.eos_token_id]
     if model.task == CLASSIFICATION:  # `load_model` has seen to it that there is one
