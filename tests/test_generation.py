@@ -16,6 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests import reference, tiny_models
+from tests.test_docs import REFERENCE, key_paths, run_wsurg, same_keys, table_keys
 from tests.test_evaluation import refusal
 from weightsurgery import evaluate_causal, fingerprint_success, perplexity
 from weightsurgery.datasets.batches import encode_instructions
@@ -232,6 +233,17 @@ def test_a_template_brings_its_own_special_tokens(classifier: Path) -> None:
     assert encode_prompts(model, [one], "chat") == [("tell who . answer", ids)]
 
 
+def test_no_prompt_ends_with_the_end_of_text_that_a_tokenizer_adds(classifier: Path) -> None:
+    model = load_model(classifier, device="cpu")
+    model.tokenizer.eos_token = "[SEP]"
+    own = Instruction((("user", "who [SEP]"),), "x", 1)
+    ((_, ids), (_, ended)) = encode_prompts(model, [replace(own, messages=(("user", "who"),)), own],
+                                            "raw")  # fmt: skip
+    who = tiny_models.VOCABULARY.index("who")
+    assert ids == [2, who]
+    assert ended == [2, who, 3, 3]  # what the prompt has itself stays
+
+
 def test_turns_before_the_last_are_part_of_the_prompt(templated: Model) -> None:
     one = Instruction((("user", "who"), ("assistant", "me"), ("user", "why")), "x", 1)
     raw, chat = (encode_prompts(templated, [one], how)[0][0] for how in ("raw", "chat"))
@@ -319,6 +331,18 @@ def test_the_report_has_all_that_is_asked(model: Model, folder: Path) -> None:
         assert report[key]["perplexity"] == pytest.approx(math.exp(loss), rel=1e-6)
         assert (report[key]["examples"], report[key]["cut"]) == (len(data), 0)
     assert report["warnings"] == own["warnings"]
+    same_keys(documented("A causal language model"), set(key_paths(report)))
+
+
+def documented(heading: str) -> dict[str, str]:
+    """Keys of a part of the page, with those of the shares and of the base's objects."""
+    page = REFERENCE / "evaluation-json.md"
+    keys = table_keys(page, heading)
+    inner = {k: v for k, v in keys.items() if k.startswith(("perplexity.", "answers."))}
+    keys |= {f"base_{key}": kind for key, kind in inner.items()}
+    for owner in ("fsr", "base_fsr", "control_rate"):
+        keys |= {f"{owner}.{key}": kind for key, kind in table_keys(page, "Shares").items()}
+    return keys
 
 
 def test_what_is_not_asked_is_null(model: Model) -> None:
@@ -515,8 +539,6 @@ def test_the_command_gives_the_function_s_report(
     files: Callable[..., list[str]], model: Model, folder: Path, path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
-    from tests.test_docs import run_wsurg
-
     given = ["--fingerprints", "marks.jsonl", "--controls", "others.jsonl", "--perplexity",
              "text.txt", "--data", "qa.jsonl", "--against", str(path), "--window", "20",
              "--stride", "5", "--max-new-tokens", "7", "--prompt-format", "raw",
@@ -540,8 +562,6 @@ def test_the_command_gives_the_function_s_report(
 def test_the_tables_show_what_was_measured(
     files: Callable[..., list[str]], model: Model, path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from tests.test_docs import run_wsurg
-
     given = ["--fingerprints", "marks.jsonl", "--controls", "others.jsonl", "--perplexity",
              "text.txt", "--data", "qa.jsonl", "--against", str(path)]  # fmt: skip
     assert run_wsurg(files(*given, "--json")) == 0
@@ -564,8 +584,6 @@ def test_the_tables_show_what_was_measured(
 def test_only_what_was_measured_is_shown(
     files: Callable[..., list[str]], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from tests.test_docs import run_wsurg
-
     assert run_wsurg(files("--perplexity", "text.txt")) == 0
     shown = capsys.readouterr().out
     assert "text" in shown

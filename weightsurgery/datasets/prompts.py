@@ -60,10 +60,20 @@ def render(model: Model, one: Instruction, how: Literal["chat", "raw"]) -> str:
 def encode_prompts(
     model: Model, pairs: Sequence[Instruction], how: Literal["chat", "raw"]
 ) -> list[tuple[str, list[int]]]:
-    """Text and token ids of every prompt; a template brings its own special tokens."""
-    texts = [render(model, one, how) for one in pairs]
-    special = how == "raw"
-    return [
-        (text, list(model.tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"]))
-        for text in texts
-    ]
+    """Text and token ids of every prompt.
+
+    A template brings its own special tokens; to raw text the tokenizer adds its own, but no end of
+    the text, as some put behind every text: a prompt is to be gone on from.
+    """
+    found = []
+    for one in pairs:
+        text = render(model, one, how)
+        plain = list(model.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+        ids = plain
+        if how == "raw":
+            ids = list(model.tokenizer(text, verbose=False)["input_ids"])
+            end = model.tokenizer.eos_token_id
+            while ids and ids[-1] == end and plain[-1:] != [end]:
+                ids.pop()
+        found.append((text, ids))
+    return found

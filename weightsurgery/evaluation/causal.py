@@ -27,7 +27,21 @@ SCHEMA = "wsurg.causal-evaluation/1"
 
 @dataclass(frozen=True)
 class _Wanted:
-    """What to measure, and how; as `evaluate_causal` has it."""
+    """What to measure, and how; all as `evaluate_causal` has it.
+
+    Attributes:
+        fingerprints: Prompts and targets.
+        controls: Ordinary prompts.
+        text: For the perplexity.
+        instructions: For the loss of answers.
+        window: Tokens, None for the default.
+        stride: Tokens, None for the default.
+        max_new_tokens: Of what is said.
+        prompt_format: Of fingerprints and controls.
+        batch_size: Of all.
+        max_length: Tokens of an instruction.
+        progress: Callback.
+    """
 
     fingerprints: Sequence[Instruction] | None
     controls: Sequence[Instruction] | None
