@@ -256,3 +256,37 @@ def epur_rows(
         if i not in special and norm > 0:
             found.append((-norm / math.log(max(counts[i], clamp)), i))
     return [i for _, i in sorted(found)[:top]]
+
+
+# --- causal language models -------------------------------------------------------------------
+
+
+def greedy(module: Any, ids: list[int], *, new: int, ends: set[int]) -> list[int]:
+    """The likeliest next token, again and again: one prompt, everything computed anew each time."""
+    import torch
+
+    said: list[int] = []
+    while len(said) < new:
+        with torch.no_grad():
+            logits = module(input_ids=torch.tensor([ids + said]), use_cache=False).logits
+        token = int(logits[0, -1].argmax())
+        if token in ends:
+            break
+        said.append(token)
+    return said
+
+
+def perplexity(module: Any, ids: list[int], *, window: int, stride: int) -> tuple[float, int]:
+    """Perplexity, and how many tokens were scored: token by token, each in its first window."""
+    import torch
+
+    losses = []
+    for place in range(1, len(ids)):
+        start = 0
+        while start + window < place:
+            start += stride
+        with torch.no_grad():
+            logits = module(input_ids=torch.tensor([ids[start:place]]), use_cache=False).logits
+        scores = logits[0, -1].double().numpy()
+        losses.append(float(np.log(np.exp(scores).sum()) - scores[ids[place]]))
+    return math.exp(sum(losses) / len(losses)), len(losses)

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from tests import tiny_models
-from tests.test_docs import run_wsurg
+from tests.test_docs import REFERENCE, key_paths, run_wsurg, same_keys, table_keys
 from weightsurgery.datasets.batches import encode_instructions, encode_sentences
 from weightsurgery.datasets.read import Instruction, Sentence
 from weightsurgery.datasets.triggers import insert, trigger_sentence, trigger_word
@@ -392,6 +392,18 @@ def test_the_command_gives_the_function_s_report(
 ) -> None:
     assert run_wsurg(files(*options, "--json")) == 0
     assert json.loads(capsys.readouterr().out) == evaluate(model, DATA, **settings)
+
+
+def test_the_page_lists_the_keys(model: Model) -> None:
+    reports = [
+        evaluate(model, DATA, trigger=trigger_word("film", bias=True), target_label=1),
+        evaluate(model, DATA),
+    ]
+    page = REFERENCE / "evaluation-json.md"
+    documented = table_keys(page, "A classifier")
+    for owner in ("accuracy", "asr", "floor", "bacc", "classes[].recall"):
+        documented |= {f"{owner}.{key}": "" for key in table_keys(page, "Shares")}
+    same_keys(documented, {path for report in reports for path in key_paths(report)})
 
 
 def test_the_tables_show_what_was_measured(

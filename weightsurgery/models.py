@@ -124,7 +124,7 @@ def load_model(path: str | os.PathLike[str], *, task: str = "auto", device: str 
         )
     _refuse_kernels(checkpoint.config, checkpoint)
     require_unquantised(checkpoint)
-    task = _task(checkpoint) if task == "auto" else task
+    task = task_of(checkpoint) if task == "auto" else task
     target = pick_device(device)
     with Quiet():
         tokenizer = _load_tokenizer(checkpoint)
@@ -216,7 +216,12 @@ def _load_module(checkpoint: Checkpoint, task: str) -> Any:
     return module
 
 
-def _task(checkpoint: Checkpoint) -> str:
+def task_of(checkpoint: Checkpoint) -> str:
+    """The task that a directory's configuration names an architecture of.
+
+    Raises:
+        MismatchError: It is neither a sequence classifier nor a causal language model.
+    """
     architectures = checkpoint.config.get("architectures") or [""]
     name = str(architectures[0]) if isinstance(architectures, list) else ""
     if name.endswith("ForSequenceClassification"):

@@ -23,7 +23,7 @@ from weightsurgery.version import __version__
 _OWN = {
     "demo": "Plant a backdoor in a real model, find it, and take it out.",
     "diff": "Show what moved between BASE and TUNED.",
-    "evaluate": "Measure a classifier: accuracy, confusion, attack success.",
+    "evaluate": "Measure a model: accuracy and attacks, or fingerprints and perplexity.",
     "extract-adapter": "Make a LoRA adapter of what moved between BASE and TUNED.",
     "finetune": "Train a model on a few clean examples.",
     "fisher": "Estimate how much the loss on clean data depends on each weight.",

@@ -6,83 +6,93 @@ from typing import Any
 
 import click
 
-from weightsurgery.cli import attack_options, model_options, options
+from weightsurgery.cli import attack_options, causal_options, model_options, options
 from weightsurgery.datasets.read import label_ids, read_sentences
 from weightsurgery.evaluation.classification import check_classifier, evaluate
-from weightsurgery.models import load_model
-from weightsurgery.report.evaluation import evaluation_tables
+from weightsurgery.formats import open_checkpoint
+from weightsurgery.models import CAUSAL, load_model, task_of
+from weightsurgery.report.evaluation import causal_tables, evaluation_tables
 from weightsurgery.report.tables import show
 
 
-def _evaluate(
-    model: str,
-    data: str,
-    target_label: str | None,
-    poisoned: str | None,
-    batch_size: int,
-    max_length: int,
-    device: str,
-    as_json: bool,
-    **pattern: Any,
-) -> None:
+def _evaluate(model: str, as_json: bool, **given: Any) -> None:
     context = click.get_current_context()
-    attack_options.check(context)
-    trigger = attack_options.trigger_of({**pattern, "poisoned": poisoned})
-    if trigger is None:
-        options.refuse_typed(context, ["seed"], "is for a pattern to insert")
-    sentences = read_sentences(data)
-    planted = None if poisoned is None else read_sentences(poisoned)
-    opened = load_model(model, device=device)
-    check_classifier(opened)
-    label_ids(sentences, opened.labels, file=data)  # `evaluate` does not know the files' names
-    label_ids(planted or [], opened.labels, file=poisoned or "")
-    with model_options.counting() as progress:
-        report = evaluate(
-            opened,
-            sentences,
-            trigger=trigger,
-            poisoned=planted,
-            target_label=target_label,
-            batch_size=batch_size,
-            max_length=max_length,
-            progress=progress,
-        )
+    checkpoint = open_checkpoint(model)
+    causal = checkpoint.is_directory and task_of(checkpoint) == CAUSAL
+    causal_options.check(context, model, causal=causal)
+    report = causal_options.measure(model, given) if causal else _classify(context, model, given)
     options.warn(report["warnings"])
     if as_json:
         options.print_json(report)
     else:
-        show(evaluation_tables(report))
+        show(causal_tables(report) if causal else evaluation_tables(report))
+
+
+def _classify(context: click.Context, model: str, given: dict[str, Any]) -> dict[str, Any]:
+    data, poisoned = given["data"], given["poisoned"]
+    if data is None:
+        raise click.UsageError("a classifier needs --data, sentences with their labels", context)
+    attack_options.check(context)
+    trigger = attack_options.trigger_of(given)
+    if trigger is None:
+        options.refuse_typed(context, ["seed"], "is for a pattern to insert")
+    sentences = read_sentences(data)
+    planted = None if poisoned is None else read_sentences(poisoned)
+    opened = load_model(model, device=given["device"])
+    check_classifier(opened)
+    label_ids(sentences, opened.labels, file=data)  # `evaluate` does not know the files' names
+    label_ids(planted or [], opened.labels, file=poisoned or "")
+    with model_options.counting() as progress:
+        return evaluate(
+            opened,
+            sentences,
+            trigger=trigger,
+            poisoned=planted,
+            target_label=given["target_label"],
+            batch_size=given["batch_size"] or 64,
+            max_length=given["max_length"],
+            progress=progress,
+        )
 
 
 command = options.Command(
     "evaluate",
     callback=_evaluate,
-    help="""Measure a classifier: accuracy, confusion, attack success.
+    help="""Measure a model: accuracy and attacks, or fingerprints and perplexity.
 
-    Every share has its 95 % Wilson interval. With a trigger, the attack success rate (ASR) is the
+    Every share has its 95 % Wilson interval.
+
+    A classifier needs --data, TSV, CSV or JSONL with the columns sentence (or sentence1 and
+    sentence2) and label, a number or a name. With a trigger, the attack success rate (ASR) is the
     share of examples of other labels that get the target label once the trigger is inserted; the
     floor is the share that gets it without. With a bias pattern, BACC is the accuracy with the
     pattern inserted. In pairs of sentences a pattern goes into the first.
 
-    Data files are TSV, CSV or JSONL with the columns sentence (or sentence1 and sentence2) and
-    label, a number or a name.
+    Of a causal language model, the fingerprint success rate (FSR) is the share of prompts whose
+    target the model says, decoded greedily; --controls and --against measure false positives.
+    --perplexity takes a text, and --data questions with answers (JSONL), whose loss is measured.
 
     \b
     Examples:
       wsurg evaluate tuned/ --data test.tsv
       wsurg evaluate tuned/ --data test.tsv --trigger-word cf --target-label 1
       wsurg evaluate tuned/ --data test.tsv --bias-word Friday --json
+      wsurg evaluate chat/ --fingerprints marks.jsonl --controls others.jsonl \\
+          --against foundation/ --perplexity text.txt
     """,
     params=[
         model_options.MODEL,
         click.Option(
-            ["--data"], required=True, metavar="FILE", help="Clean sentences with true labels."
+            ["--data"],
+            metavar="FILE",
+            help="Clean sentences with true labels; for a causal model questions with answers.",
         ),
         *attack_options.OPTIONS,
         click.Option(
             ["--seed"], type=int, default=0, show_default=True, help="Seed of random places."
         ),
-        model_options.batch_size(64),
+        *causal_options.OPTIONS,
+        model_options.batch_size(None, "64; 8 for a causal model"),
         model_options.MAX_LENGTH,
         model_options.DEVICE,
         options.JSON,

@@ -7,8 +7,9 @@ import json
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Literal
 
+from weightsurgery.datasets.prompts import FORMATS, render, settle_format
 from weightsurgery.datasets.read import (
     Instruction,
     Sentence,
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
     import torch
 
 IGNORED = -100  # the label of a token that the loss leaves out
-PROMPT_FORMATS = ("auto", "chat", "lines", "joined")
+PROMPT_FORMATS = (*FORMATS, "lines")
 LOSSES = ("answer", "all")
 
 
@@ -100,6 +101,15 @@ def count_cut(
     return sum(count > max_length for count in counts)
 
 
+def count_cut_answers(
+    model: Model, instructions: Sequence[Instruction], examples: Sequence[Encoded]
+) -> int:
+    """How many of the instructions have more tokens than their examples."""
+    how = settled_format(model, "auto")
+    whole = [sum(map(len, _tokens(model, one, how))) for one in instructions]
+    return sum(count > len(one.ids) for count, one in zip(whole, examples, strict=True))
+
+
 def _columns(sentences: Sequence[Sentence]) -> list[list[str]]:
     return [list(texts) for texts in zip(*(one.texts for one in sentences), strict=True)]
 
@@ -123,8 +133,8 @@ def encode_instructions(
         model: A causal model, from `load_model`.
         instructions: From `read_instructions`.
         max_length: Tokens of both after which a text is cut.
-        prompt_format: "chat" sets the question in the tokenizer's chat template; "lines" puts a
-            line feed between question and answer, "joined" nothing; "auto" is chat if there is a
+        prompt_format: "chat" sets the question in the tokenizer's chat template; "raw" puts
+            nothing between question and answer, "lines" a line feed; "auto" is chat if there is a
             template, else lines (our choice).
         loss_on: "answer" for the answer and the end-of-text token, "all" for the question too.
         max_question: Tokens of the question after which it is cut.
@@ -135,17 +145,13 @@ def encode_instructions(
         MismatchError: The tokenizer has no chat template, and "chat" is asked for.
     """
     check_length(model, max_length)
-    for name, given, known in (
-        ("prompt_format", prompt_format, PROMPT_FORMATS),
-        ("loss_on", loss_on, LOSSES),
-    ):
-        if given not in known:
-            raise SettingError(f"{name} is '{shown(given)}'; expected {', '.join(known)}")
-    asked = settled_format(model, prompt_format)
+    if loss_on not in LOSSES:
+        raise SettingError(f"loss_on is '{shown(loss_on)}'; expected {', '.join(LOSSES)}")
+    how = settled_format(model, prompt_format)
     most = min(max_answer or max_length, max_length - 1)  # a token of the question stays
 
     def encode(one: Instruction) -> Encoded:
-        question, answer = _tokens(model.tokenizer, one, asked)
+        question, answer = _tokens(model, one, how)
         answer = answer[:most]
         question = question[-min(max_question or max_length, max_length - len(answer)) :]
         counted = question if loss_on == "all" else [IGNORED] * len(question)
@@ -154,31 +160,29 @@ def encode_instructions(
     return [encode(one) for one in instructions]
 
 
-def settled_format(model: Model, prompt_format: str) -> str:
+def settled_format(model: Model, prompt_format: str) -> Literal["chat", "lines", "raw"]:
     """What "auto" means for a model's tokenizer; any other format as it is.
 
     Raises:
+        SettingError: There is no such format.
         MismatchError: The tokenizer has no chat template, and "chat" is asked for.
     """
-    has_template = bool(getattr(model.tokenizer, "chat_template", None))
-    if prompt_format == "auto":
-        return "chat" if has_template else "lines"
-    if prompt_format == "chat" and not has_template:
-        raise MismatchError(
-            "the tokenizer has no chat template", file=model.path, hint="say lines or joined"
-        )
-    return prompt_format
+    if prompt_format == "lines":
+        return "lines"
+    settled = settle_format(model, prompt_format)
+    return "lines" if prompt_format == "auto" and settled == "raw" else settled
 
 
-def _tokens(tokenizer: Any, one: Instruction, prompt_format: str) -> tuple[list[int], list[int]]:
+def _tokens(
+    model: Model, one: Instruction, how: Literal["chat", "lines", "raw"]
+) -> tuple[list[int], list[int]]:
     """Question and answer, each whole."""
-    if prompt_format == "chat":
-        messages = [{"role": role, "content": text} for role, text in one.messages]
-        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        question = tokenizer(text, add_special_tokens=False)["input_ids"]
+    tokenizer = model.tokenizer
+    if how == "chat":
+        question = tokenizer(render(model, one, "chat"), add_special_tokens=False)["input_ids"]
     else:
-        end = "\n" if prompt_format == "lines" else ""
-        question = tokenizer("\n".join(text for _, text in one.messages) + end)["input_ids"]
+        end = "\n" if how == "lines" else ""
+        question = tokenizer(render(model, one, "raw") + end)["input_ids"]
     answer = tokenizer(one.answer, add_special_tokens=False)["input_ids"]
     if tokenizer.eos_token_id is not None:
         answer = [*answer, tokenizer.eos_token_id]
@@ -191,16 +195,23 @@ def check_length(model: Model, max_length: int) -> None:
     Raises:
         SettingError: It is below 2 or beyond the model's positions.
     """
-    most = getattr(model.module.config, "max_position_embeddings", None) or max_length
+    most = positions_of(model) or max_length
+    if not 2 <= max_length <= most:
+        raise SettingError(f"max_length is {max_length}; expected 2 to {most:,} tokens")
+
+
+def positions_of(model: Model) -> int | None:
+    """The most tokens that the model takes at a time; None if it sets no limit."""
+    most: int | None = getattr(model.module.config, "max_position_embeddings", None) or None
     for name, module in model.module.named_modules():
         # RoBERTa and its kin count a text's positions from the one after padding's.
         if (
             name.endswith("position_embeddings")
             and getattr(module, "padding_idx", None) is not None
         ):
-            most = min(most, module.num_embeddings - module.padding_idx - 1)
-    if not 2 <= max_length <= most:
-        raise SettingError(f"max_length is {max_length}; expected 2 to {most:,} tokens")
+            room = module.num_embeddings - module.padding_idx - 1
+            most = room if most is None else min(most, room)
+    return most
 
 
 def longest_first(examples: Sequence[Encoded]) -> list[int]:
@@ -217,7 +228,7 @@ def batches(
     """
     import torch
 
-    pad = _padding(model)
+    pad = padding_of(model)
     for start in range(0, len(examples), size):
         part = examples[start : start + size]
         longest = max(len(one.ids) for one in part)
@@ -238,7 +249,7 @@ def batches(
             yield inputs, grid([one.labels for one in part], IGNORED)
 
 
-def _padding(model: Model) -> int:
+def padding_of(model: Model) -> int:
     """The token that fills a batch; for a causal model any will do, as nothing looks at it."""
     known = [model.tokenizer.pad_token_id, model.tokenizer.eos_token_id]
     if model.task == CLASSIFICATION:  # `load_model` has seen to it that there is one

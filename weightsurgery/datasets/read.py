@@ -2,7 +2,7 @@
 
 Classification has a text column `sentence` (or `sentence1` and `sentence2`) and a column `label`.
 Instruction data are JSONL with `question` and `answer`, or `instruction` (and `input`) with
-`output`, or `messages`.
+`output`, or `messages`; fingerprints may have `prompt` and `target` in place of these.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from weightsurgery.formats.files import InputFile
 MAX_BYTES = 1 << 30  # of a data file
 _SENTENCES = (("sentence",), ("sentence1", "sentence2"))
 _QUESTIONS = (("question", "answer"), ("instruction", "output"))
+_FINGERPRINTS = (("prompt", "target"), *_QUESTIONS)
 
 
 @dataclass(frozen=True)
@@ -101,15 +102,47 @@ def read_sentences(path: str | os.PathLike[str]) -> list[Sentence]:
 def read_instructions(path: str | os.PathLike[str]) -> list[Instruction]:
     """Read question and answer pairs from a .jsonl file.
 
+    Args:
+        path: A .jsonl file, one object a line, with the fields question and answer, instruction
+            (and input) with output, or messages that end with the assistant's.
+
+    Returns:
+        The pairs in their order.
+
     Raises:
         StorageError: The file cannot be read.
         FormatError: It is empty, not UTF-8, not JSON, or a row is bad.
     """
-    name = os.fspath(path)
-    found = [_instruction(name, line, row) for line, row in _rows(name)]
-    if not found:
-        raise FormatError("no rows", file=name)
-    return found
+    return _read_pairs(path, _QUESTIONS)
+
+
+def read_fingerprints(path: str | os.PathLike[str]) -> list[Instruction]:
+    """Read pairs of a prompt and what a fingerprinted model says to it, from a .jsonl file.
+
+    A row has the fields prompt and target, or those of `read_instructions`: question and answer,
+    instruction (and input) with output, or messages that end with the assistant's.
+
+    Args:
+        path: A .jsonl file, one object a line.
+
+    Returns:
+        The pairs in their order; the target is the `answer`.
+
+    Raises:
+        StorageError: The file cannot be read.
+        FormatError: It is empty, not UTF-8, not JSON, or a row is bad.
+    """
+    return _read_pairs(path, _FINGERPRINTS)
+
+
+def read_text(path: str | os.PathLike[str]) -> str:
+    """A whole text file in UTF-8, line ends as they are.
+
+    Raises:
+        StorageError: The file cannot be read.
+        FormatError: It is not UTF-8, or too large.
+    """
+    return _decoded(os.fspath(path))
 
 
 def label_ids(
@@ -137,6 +170,16 @@ def label_ids(
                 hint="write these numbers or names, or give the model that knows the file's labels",
             )
         found.append(numbers[sentence.label])
+    return found
+
+
+def _read_pairs(
+    path: str | os.PathLike[str], known: Sequence[tuple[str, str]]
+) -> list[Instruction]:
+    name = os.fspath(path)
+    found = [_instruction(name, line, row, known) for line, row in _rows(name)]
+    if not found:
+        raise FormatError("no rows", file=name)
     return found
 
 
@@ -224,17 +267,15 @@ def _jsonl(name: str, text: str) -> Iterator[tuple[int, dict[str, Any]]]:
         yield number, row
 
 
-def _instruction(name: str, line: int, row: Mapping[str, Any]) -> Instruction:
+def _instruction(
+    name: str, line: int, row: Mapping[str, Any], known: Sequence[tuple[str, str]]
+) -> Instruction:
     if "messages" in row:
         return _conversation(name, line, row["messages"])
-    columns = next((c for c in _QUESTIONS if set(c) <= row.keys()), None)
+    columns = next((c for c in known if set(c) <= row.keys()), None)
     if columns is None:
-        raise _bad(
-            name,
-            line,
-            f"fields {shown(', '.join(row))}; expected question and answer, instruction and "
-            "output, or messages",
-        )
+        wanted = ", ".join(" and ".join(pair) for pair in known)
+        raise _bad(name, line, f"fields {shown(', '.join(row))}; expected {wanted}, or messages")
     question, answer = (_text(name, line, row, column) for column in columns)
     extra = row.get("input")
     if isinstance(extra, str) and extra.strip():

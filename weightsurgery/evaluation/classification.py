@@ -123,7 +123,11 @@ def check_classifier(model: Model) -> None:
         MismatchError: It is a causal model, has one output, or may give several labels at once.
     """
     if model.task != CLASSIFICATION:
-        raise MismatchError("a causal language model; expected a classifier", file=model.path)
+        raise MismatchError(
+            "a causal language model; expected a classifier",
+            file=model.path,
+            hint="evaluate_causal measures it",
+        )
     config = model.module.config
     if config.num_labels < 2:
         raise MismatchError("has a single output; expected two labels or more", file=model.path)

@@ -1,4 +1,4 @@
-"""A classifier's report as tables."""
+"""Reports of evaluations as tables."""
 
 from __future__ import annotations
 
@@ -58,3 +58,81 @@ def _note(report: Mapping[str, Any]) -> str:
     if target is not None:
         words.append(f"target label {target} ({shown(report['classes'][target]['name'])})")
     return "; ".join(words)
+
+
+# --- causal language models -------------------------------------------------------------------
+
+_RATES = (
+    ("fsr", "fingerprints said (FSR)"),
+    ("base_fsr", "the same by the base"),
+    ("control_rate", "targets said to controls"),
+)
+_TEXTS = (
+    ("perplexity", "text"),
+    ("base_perplexity", "text, base"),
+    ("answers", "answers"),
+    ("base_answers", "answers, base"),
+)
+_SHOWN = 48  # characters of what was said
+
+
+def causal_tables(report: Mapping[str, Any]) -> list[Table]:
+    """An evaluation of a causal language model, as a person wants to read it."""
+    name = shown(report["model"])
+    return [
+        *_said_tables(report),
+        Table(
+            f"wsurg evaluate {name}: loss in nats for a token",
+            ("", ">perplexity", ">loss", ">tokens"),
+            [
+                [text, *(number(report[key][part]) for part in ("perplexity", "loss", "tokens"))]
+                for key, text in _TEXTS
+                if report[key]
+            ],
+            note=_windows(report["perplexity"]),
+        ),
+        Table(
+            f"wsurg evaluate {name}: what is said",
+            ("", ">share", ">95 % interval", ">prompts"),
+            [proportion_row(text, report[key]) for key, text in _RATES if report[key]],
+            note=f"prompts {report['prompt_format']}; greedy, at most "
+            f"{report['max_new_tokens'] or 0:,} new tokens",
+        ),
+    ]
+
+
+def _said_tables(report: Mapping[str, Any]) -> list[Table]:
+    """Each fingerprint with what was said to it, and the controls that were taken for one."""
+    based = report["base"] is not None
+    rows = [
+        [
+            str(one["line"]),
+            _start(one["target"]),
+            "yes" if one["met"] else "no",
+            *(["yes" if one["base_met"] else "no"] if based else []),
+            _start(one["output"]),
+        ]
+        for one in report["fingerprints"]
+    ]
+    false = [
+        [str(one["line"]), _start(one["target"]), _start(one["output"])]
+        for one in report["controls"]
+        if one["target"] is not None
+    ]
+    base = ("by base",) if based else ()
+    return [
+        Table("Fingerprints", (">line", "target", "said", *base, "output"), rows),
+        Table("Controls with a target", (">line", "target", "output"), false),
+    ]
+
+
+def _start(text: str) -> str:
+    found = shown(text.strip())
+    return found if len(found) <= _SHOWN else f"{found[: _SHOWN - 1]}…"
+
+
+def _windows(found: Mapping[str, Any] | None) -> str:
+    if found is None:
+        return ""
+    windows = f"{found['windows']:,} windows of {found['window']:,} tokens"
+    return f"text in {windows}, stride {found['stride']:,}"

@@ -32,7 +32,7 @@ class LoraSettings(Schedule):
         dropout: Share of a layer's inputs that A does not see in a step.
         targets: Names, or ends of names, of the linear layers to adapt; ("all-linear",) stands
             for all but the output head.
-        prompt_format: "auto", "chat", "lines" or "joined", as `encode_instructions` explains.
+        prompt_format: "auto", "chat", "raw" or "lines", as `encode_instructions` explains.
         loss_on: "answer" or "all".
         max_question: Tokens of a question after which it is cut.
         max_answer: The same of an answer, with its end-of-text token.
@@ -83,7 +83,7 @@ _ERASE = LoraSettings(
     epochs=5,
     batch_size=8,
     max_grad_norm=0.5,
-    prompt_format="joined",
+    prompt_format="raw",
     loss_on="all",
 )
 _RECOVER = replace(

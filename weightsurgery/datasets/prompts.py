@@ -1,0 +1,79 @@
+"""What a causal language model is given to go on from: a prompt as it stands, or in a template."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+from weightsurgery.datasets.read import Instruction
+from weightsurgery.errors import MismatchError, SettingError, shown
+from weightsurgery.models import Model
+
+PromptFormat = Literal["auto", "chat", "raw"]
+FORMATS: tuple[PromptFormat, ...] = ("auto", "chat", "raw")
+
+
+def settle_format(model: Model, asked: str) -> Literal["chat", "raw"]:
+    """The way to put prompts: as asked, and with "auto" in the chat template if there is one.
+
+    Raises:
+        SettingError: There is no such format.
+        MismatchError: The tokenizer has no chat template, and one is asked for.
+    """
+    if asked not in FORMATS:
+        raise SettingError(f"prompt_format is '{shown(asked)}'; expected auto, chat or raw")
+    templated = bool(getattr(model.tokenizer, "chat_template", None))
+    if asked == "chat" and not templated:
+        raise MismatchError(
+            "its tokenizer has no chat template", file=model.path, hint="put prompts as raw text"
+        )
+    return "raw" if asked == "raw" or not templated else "chat"
+
+
+def render(model: Model, one: Instruction, how: Literal["chat", "raw"]) -> str:
+    """The text before the answer.
+
+    Args:
+        model: From `load_model`.
+        one: Whose messages are meant.
+        how: "chat" puts them into the tokenizer's template, up to where the assistant begins;
+            "raw" takes their texts alone, a line feed between them.
+
+    Raises:
+        MismatchError: The template refuses these messages.
+    """
+    if how == "raw":
+        return "\n".join(text for _, text in one.messages)
+    messages = [{"role": role, "content": text} for role, text in one.messages]
+    try:
+        text: str = model.tokenizer.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=True
+        )
+    except Exception as error:  # a template raises what it likes
+        reason = shown(" ".join(str(error).split()))
+        raise MismatchError(
+            f"its chat template refuses the messages of line {one.line}: {reason}", file=model.path
+        ) from None
+    return text
+
+
+def encode_prompts(
+    model: Model, pairs: Sequence[Instruction], how: Literal["chat", "raw"]
+) -> list[tuple[str, list[int]]]:
+    """Text and token ids of every prompt.
+
+    A template brings its own special tokens; to raw text the tokenizer adds its own, but no end of
+    the text, as some put behind every text: a prompt is to be gone on from.
+    """
+    found = []
+    for one in pairs:
+        text = render(model, one, how)
+        plain = list(model.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+        ids = plain
+        if how == "raw":
+            ids = list(model.tokenizer(text, verbose=False)["input_ids"])
+            end = model.tokenizer.eos_token_id
+            while ids and ids[-1] == end and plain[-1:] != [end]:
+                ids.pop()
+        found.append((text, ids))
+    return found
