@@ -74,6 +74,11 @@ _HOMES = {
     "count_corpus": "token_counts",
     "read_counts": "token_counts",
     "finetune": "training.finetune",
+    "train_adapter": "training.adapter",
+    "LoraSettings": "training.lora",
+    "lora_settings": "training.lora",
+    "Phase": "training.meraser",
+    "meraser": "training.meraser",
 }
 __all__ = ["__version__", *_HOMES]
 

@@ -28,7 +28,9 @@ _OWN = {
     "finetune": "Train a model on a few clean examples.",
     "fisher": "Estimate how much the loss on clean data depends on each weight.",
     "inspect": "Show what a checkpoint holds.",
+    "meraser": "Erase a fingerprint or backdoor of unknown trigger by training.",
     "sweep": "Measure every ratio, before and after fine-tuning, and choose one.",
+    "train-adapter": "Train a LoRA adapter on questions and answers.",
     "verify-adapter": "Check that MERGED is BASE with its adapters folded in.",
 }
 _OPERATORS = Path(__file__).parent.parent / "operators"

@@ -104,8 +104,19 @@ def check(context: click.Context, model: str, *, causal: bool) -> None:
         raise click.UsageError(
             "nothing to measure; give --fingerprints, --perplexity or --data", context
         )
+    check_needs(context)
+
+
+def check_needs(context: click.Context) -> None:
+    """Refuse options that say nothing without another.
+
+    Args:
+        context: Of a command with some of these options.
+    """
+    flags = {p.name: max(p.opts, key=len) for p in context.command.params}
     for name, other in _NEEDS.items():
-        if context.params[other] is None and _is_given(context, name):
+        known = name in flags and other in flags
+        if known and context.params[other] is None and _is_given(context, name):
             raise click.UsageError(f"{flags[name]} is for {flags[other]}", context)
 
 

@@ -44,3 +44,68 @@ def _rows(report: Mapping[str, Any]) -> list[list[str]]:
             shares = [share(found[part]["accuracy"]["share"]) for found in (before, after)]
             rows.append([f"{_PARTS[part]} accuracy", cell, *shares])
     return rows
+
+
+def adapter_tables(out: str, record: Mapping[str, Any]) -> list[Table]:
+    """What was trained, and what was written."""
+    recipe, report = record["recipe"], record["report"]["training"]
+    settings = {n: v for n, v in recipe["settings"].items() if n not in _DATA}
+    settings.pop("examples_sha256")
+    counts = f"{number(report['examples'])} examples, {number(report['tokens'])} tokens"
+    return [
+        *outcome_tables(out, {**record, "recipe": {**recipe, "settings": settings}}),
+        Table(
+            "Training",
+            (">epoch", ">mean loss"),
+            _epochs(report),
+            note=f"{counts}, {number(report['steps'])} steps",
+        ),
+    ]
+
+
+def _epochs(report: Mapping[str, Any]) -> list[list[str]]:
+    return [[number(entry["epoch"]), number(entry["train_loss"])] for entry in report["history"]]
+
+
+def meraser_tables(out: str, record: Mapping[str, Any]) -> list[Table]:
+    """What was trained and measured, and what was written."""
+    report = record["report"]["meraser"]
+    trainings = [
+        [
+            phase,
+            number(found["examples"]),
+            number(found["tokens"]),
+            number(found["steps"]),
+            *(number(found["history"][place]["train_loss"]) for place in (0, -1)),
+        ]
+        for phase, found in report["trainings"].items()
+    ]
+    recipe = {**record["recipe"], "operator": "meraser", "settings": {}}
+    return [
+        *outcome_tables(out, {**record, "recipe": recipe}),
+        Table(
+            "Trainings",
+            ("", ">examples", ">tokens", ">steps", ">first epoch's loss", ">last epoch's"),
+            trainings,
+        ),
+        Table(
+            "Measured",
+            ("stage", ">scale", ">fingerprints said", ">95 % interval", ">perplexity"),
+            [_stage(entry) for entry in report["stages"]],
+            note=f"the erasing adapter was folded in at scale {report['scale']:g}",
+        ),
+    ]
+
+
+def _stage(entry: Mapping[str, Any]) -> list[str]:
+    said, text = entry.get("fsr"), entry.get("perplexity")
+    shares = ["-", "-"]
+    if said is not None:
+        shares = [share(said["share"]), f"{100 * said['low']:.2f} to {100 * said['high']:.2f}"]
+    scale = entry.get("scale")
+    return [
+        entry["stage"],
+        "-" if scale is None else f"{scale:g}",
+        *shares,
+        "-" if text is None else number(text["perplexity"]),
+    ]

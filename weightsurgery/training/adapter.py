@@ -7,6 +7,7 @@ Reference:
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -161,7 +162,8 @@ def _adapted(model: Model, settings: LoraSettings) -> Iterator[Model]:
     )
     wanted = [(p, p.requires_grad) for p in model.module.parameters()]
     devices = [model.device] if model.device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices):
+    with torch.random.fork_rng(devices=devices), warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # PEFT's and transformers' own affair
         torch.manual_seed(settings.seed)
         try:
             module = get_peft_model(model.module, config)

@@ -1,0 +1,89 @@
+"""Options of LoRA trainings: one for each field of `LoraSettings`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import click
+
+from weightsurgery.datasets.batches import LOSSES, PROMPT_FORMATS
+from weightsurgery.errors import SettingError, shown
+from weightsurgery.training.lora import PRECISIONS, PRESETS, LoraSettings, lora_settings
+from weightsurgery.training.settings import SCHEDULERS
+
+_KINDS: dict[str, Any] = {
+    "rank": (click.IntRange(1), "Rank r of the adapter's factors."),
+    "alpha": (float, "α: the product of the factors is scaled by α/r."),
+    "dropout": (float, "Share of a layer's inputs that the adapter does not see in a step."),
+    "targets": (str, "Name, or its end, of linear layers to adapt; repeatable."),
+    "epochs": (click.IntRange(1), "Passes over the examples."),
+    "learning_rate": (float, "Of the first step after the warm-up."),
+    "batch_size": (click.IntRange(1), "Examples in a batch."),
+    "accumulation": (click.IntRange(1), "Batches in a step."),
+    "scheduler": (click.Choice(SCHEDULERS), "How the learning rate goes on: to 0, or constant."),
+    "warmup": (float, "Share of the steps in which the learning rate rises from 0."),
+    "weight_decay": (float, "AdamW's."),
+    "max_grad_norm": (float, "Scale longer gradients to this norm; 0 leaves them."),
+    "label_smoothing": (float, "Share of a token's label that is spread over all."),
+    "prompt_format": (
+        click.Choice(PROMPT_FORMATS),
+        "Questions in the chat template, or the answer right behind them, or on the next line.",
+    ),
+    "loss_on": (click.Choice(LOSSES), "Learn the answer alone, or the question too."),
+    "max_question": (click.IntRange(1), "Tokens of a question after which it is cut."),
+    "max_answer": (click.IntRange(1), "Tokens of an answer after which it is cut."),
+    "precision": (click.Choice(PRECISIONS), "Of the matrix products in training."),
+    "seed": (click.IntRange(0), "Of the factors' start, the examples' order and dropout."),
+}
+PRESET = click.Option(
+    ["--preset"],
+    type=click.Choice(list(PRESETS)),
+    help="Begin from these settings in place of the defaults shown; other options change them.",
+)
+
+
+def _option(name: str) -> click.Option:
+    kind, text = _KINDS[name]
+    default = getattr(LoraSettings(), name)
+    flag = "target" if name == "targets" else name.replace("_", "-")
+    return click.Option(
+        [f"--{flag}", name],
+        type=kind,
+        multiple=name == "targets",
+        show_default=", ".join(default) if isinstance(default, tuple) else str(default),
+        help=text,
+    )
+
+
+OPTIONS = tuple(_option(field) for field in _KINDS)
+
+
+def settings_of(preset: str | None, given: Mapping[str, Any]) -> LoraSettings:
+    """What the options ask for; those that were not given are the preset's, or the defaults."""
+    asked = {name: given[name] for name in _KINDS if given[name] not in (None, ())}
+    return lora_settings(preset, **asked)
+
+
+def parse_settings(preset: str, pairs: tuple[str, ...]) -> LoraSettings:
+    """A preset's settings, changed by texts such as `learning-rate=1e-3`.
+
+    Raises:
+        SettingError: A text is not of that form, names no setting, or its value is not of its
+            kind.
+    """
+    types = {name: type(getattr(LoraSettings(), name)) for name in _KINDS}
+    found: dict[str, Any] = {}
+    for pair in pairs:
+        flag, equals, text = pair.partition("=")
+        name = "targets" if flag == "target" else flag.strip().replace("-", "_")
+        if not equals or name not in types:
+            known = ", ".join(sorted(name.replace("_", "-") for name in types))
+            raise SettingError(f"'{shown(pair)}'; expected NAME=VALUE with a name of {known}")
+        try:
+            kind = types[name]
+            found[name] = tuple(text.split(",")) if kind is tuple else kind(text)
+        except ValueError:
+            expected = "a whole number" if kind is int else "a number"
+            raise SettingError(f"'{shown(pair)}'; expected {expected}") from None
+    return lora_settings(preset, **found)

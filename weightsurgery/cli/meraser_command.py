@@ -1,0 +1,180 @@
+"""`wsurg meraser`."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import click
+
+from weightsurgery.cli import causal_options, lora_options, model_options, options
+from weightsurgery.datasets.read import read_fingerprints, read_instructions, read_text
+from weightsurgery.evaluation.causal import evaluate_causal
+from weightsurgery.formats import open_checkpoint, save
+from weightsurgery.formats.plan import make_plan
+from weightsurgery.models import Model, load_model
+from weightsurgery.report.tables import show
+from weightsurgery.report.training import meraser_tables
+from weightsurgery.stream import Engine, Progress
+from weightsurgery.training.meraser import Measure, Phase, meraser
+
+_MEASURED = ("fingerprints", "text", "window", "stride", "max_new_tokens", "prompt_format")
+_KEPT = ("fsr", "perplexity")  # of a report: what the record tells of a stage
+
+
+def _meraser(
+    model: str,
+    erase: str,
+    recover: str | None,
+    transfer_from: str | None,
+    scales: tuple[float, ...],
+    out: str,
+    overwrite: bool,
+    max_shard_size: int | None,
+    hashes: bool,
+    checkpoints: str | None,
+    device: str,
+    as_json: bool,
+    **given: Any,
+) -> None:
+    context = click.get_current_context()
+    causal_options.check_needs(context)
+    if recover is None and given["recover_settings"]:
+        raise click.UsageError("--recover-setting is for --recover", context)
+    if len(scales) > 1 and given["fingerprints"] is None:
+        raise click.UsageError("several --scale need --fingerprints to choose by", context)
+    phases = {
+        name: _phase(name, file, given[f"{name}_settings"], checkpoints)
+        for name, file in (("erase", erase), ("recover", recover))
+        if file is not None
+    }
+    sizes: dict[str, Any] = {"overwrite": overwrite, "max_shard_size": max_shard_size}
+    make_plan(open_checkpoint(model), out, engine=Engine(), **sizes)  # refuses before any work
+    data = _data(given)
+    opened = load_model(model, device=device)
+    foundation = None if transfer_from is None else load_model(transfer_from, device=device)
+    with model_options.counting("end") as progress:
+        result = meraser(
+            opened,
+            phases["erase"],
+            phases.get("recover"),
+            foundation=foundation,
+            scales=scales,
+            measure=_measure(data, given, progress),
+            progress=progress,
+        )
+    with options.running(0, inputs=[result]) as engine:
+        record = save(result, out, hashes=hashes, engine=engine, **sizes)
+    if as_json:
+        options.print_json({"out": out, **record})
+    else:
+        show(meraser_tables(out, record))
+
+
+def _phase(name: str, file: str, pairs: tuple[str, ...], checkpoints: str | None) -> Phase:
+    return Phase(
+        read_instructions(file),
+        lora_options.parse_settings(f"meraser-{name}", pairs),
+        files=[file],
+        checkpoints=None if checkpoints is None else os.path.join(checkpoints, name),
+    )
+
+
+def _data(given: Mapping[str, Any]) -> dict[str, Any]:
+    """What to measure with."""
+    marks, text = given["fingerprints"], given["text"]
+    return {
+        "fingerprints": None if marks is None else read_fingerprints(marks),
+        "text": None if text is None else read_text(text),
+    }
+
+
+def _measure(
+    data: Mapping[str, Any], given: Mapping[str, Any], progress: Progress | None
+) -> Measure | None:
+    """What measures a stage; None if nothing is to be measured."""
+    if not any(data.values()):
+        return None
+    settings = {name: given[name] for name in _MEASURED if name not in data}
+
+    def measure(model: Model) -> dict[str, Any]:
+        report = evaluate_causal(model, **data, **settings, progress=progress)
+        return {name: report[name] for name in _KEPT}
+
+    return measure
+
+
+def _settings(phase: str) -> click.Option:
+    return click.Option(
+        [f"--{phase}-setting", f"{phase}_settings"],
+        multiple=True,
+        metavar="NAME=VALUE",
+        help=f"Change a setting of the {phase} training, such as learning-rate=1e-3; repeatable. "
+        "`wsurg train-adapter --help` names them.",
+    )
+
+
+command = options.Command(
+    "meraser",
+    callback=_meraser,
+    help="""Erase a fingerprint or backdoor of unknown trigger by training.
+
+    MEraser's two phases: an adapter is trained on mismatched answers and folded in, then one on
+    clean answers. With --transfer-from the first is trained on the clean model that MODEL came
+    from. With --fingerprints or --perplexity every stage is measured; of several --scale the one
+    that leaves the fewest fingerprints is taken.
+
+    To remove somebody else's mark of ownership can break a licence or the law.
+
+    \b
+    Examples:
+      wsurg meraser model/ --erase mismatched.jsonl --recover clean.jsonl \\
+          -o erased/
+      wsurg meraser model/ --erase mismatched.jsonl --recover clean.jsonl \\
+          --transfer-from foundation/ --scale 0.5 --scale 1 --fingerprints marks.jsonl \\
+          --perplexity text.txt -o erased/
+    """,
+    params=[
+        model_options.MODEL,
+        click.Option(
+            ["--erase"],
+            required=True,
+            metavar="FILE",
+            help="Mismatched questions and answers, from `wsurg mismatch`.",
+        ),
+        click.Option(
+            ["--recover"], metavar="FILE", help="Clean questions and answers; without, erase alone."
+        ),
+        _settings("erase"),
+        _settings("recover"),
+        click.Option(
+            ["--transfer-from"],
+            metavar="FOUNDATION",
+            help="Train the erasing adapter on this clean model, and fold it into MODEL.",
+        ),
+        click.Option(
+            ["--scale", "scales"],
+            type=float,
+            multiple=True,
+            default=(1.0,),
+            show_default="1",
+            metavar="NUMBER",
+            help="Multiply the erasing adapter's change; repeatable, with --fingerprints.",
+        ),
+        *(option for option in causal_options.OPTIONS if option.name in _MEASURED),
+        click.Option(
+            ["--checkpoints"],
+            type=click.Path(),
+            metavar="FOLDER",
+            help="Save the trainings here as they go; run again, the command goes on from there.",
+        ),
+        model_options.DEVICE,
+        *(
+            option
+            for option in options.WRITING
+            if option.name in ("out", "overwrite", "max_shard_size", "hashes")
+        ),
+        options.JSON,
+    ],
+)

@@ -1,0 +1,100 @@
+"""`wsurg train-adapter`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from weightsurgery.cli import lora_options, model_options, options
+from weightsurgery.datasets.read import read_instructions
+from weightsurgery.formats import open_checkpoint, save
+from weightsurgery.formats.output import check_destination
+from weightsurgery.formats.plan import input_paths
+from weightsurgery.models import load_model
+from weightsurgery.report.tables import show
+from weightsurgery.report.training import adapter_tables
+from weightsurgery.training.adapter import train_adapter
+
+
+def _train_adapter(
+    model: str,
+    data: str,
+    preset: str | None,
+    out: str,
+    overwrite: bool,
+    checkpoints: str | None,
+    save_every: int,
+    hashes: bool,
+    device: str,
+    as_json: bool,
+    **given: Any,
+) -> None:
+    settings = lora_options.settings_of(preset, given)
+    inputs = input_paths(open_checkpoint(model))
+    # Before any work; saving checks again.
+    check_destination(out, is_directory=True, overwrite=overwrite, inputs=inputs)
+    instructions = read_instructions(data)
+    opened = load_model(model, device=device)
+    with model_options.counting("end") as progress:
+        adapter = train_adapter(
+            opened,
+            instructions,
+            settings,
+            checkpoints=checkpoints,
+            save_every=save_every,
+            files=[data],
+            progress=progress,
+        )
+    with options.running(0, inputs=[adapter]) as engine:
+        record = save(adapter, out, overwrite=overwrite, hashes=hashes, engine=engine)
+    if as_json:
+        options.print_json({"out": out, **record})
+    else:
+        show(adapter_tables(out, record))
+
+
+command = options.Command(
+    "train-adapter",
+    callback=_train_adapter,
+    help="""Train a LoRA adapter on questions and answers.
+
+    By PEFT and transformers' Trainer, on a processor or an accelerator. MODEL is a causal language
+    model and stays as it is; OUT is a folder that PEFT loads and `wsurg apply-adapter` folds in.
+    On one machine's processor the same seed gives the same bytes, also where --checkpoints let an
+    interrupted training go on.
+
+    The presets are MEraser's two trainings: meraser-erase for mismatched answers, as `wsurg
+    mismatch` makes them, and meraser-recover for clean ones.
+
+    Data are JSONL with question and answer, instruction and output, or messages.
+
+    \b
+    Examples:
+      wsurg train-adapter model/ --data clean.jsonl -o adapter/
+      wsurg train-adapter model/ --data mismatched.jsonl \\
+          --preset meraser-erase --epochs 3 -o erase/
+    """,
+    params=[
+        model_options.MODEL,
+        click.Option(["--data"], required=True, metavar="FILE", help="Questions and answers."),
+        lora_options.PRESET,
+        *lora_options.OPTIONS,
+        click.Option(
+            ["--checkpoints"],
+            type=click.Path(),
+            metavar="FOLDER",
+            help="Save the training here as it goes; run again, the command goes on from there.",
+        ),
+        click.Option(
+            ["--save-every"],
+            type=click.IntRange(1),
+            default=50,
+            show_default=True,
+            help="Steps between two checkpoints.",
+        ),
+        model_options.DEVICE,
+        *(option for option in options.WRITING if option.name in ("out", "overwrite", "hashes")),
+        options.JSON,
+    ],
+)

@@ -1,0 +1,176 @@
+"""MEraser: erase a fingerprint by training on answers that do not match, then recover.
+
+Reference:
+    Zhang et al., "MEraser: An Effective Fingerprint Erasure Approach for Large Language Models",
+    ACL 2025, arXiv:2506.12551. The two phases, their order and the transfer are the paper's; how a
+    scale is chosen is our choice.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from weightsurgery.checkpoint import Checkpoint
+from weightsurgery.datasets.read import Instruction
+from weightsurgery.errors import SettingError
+from weightsurgery.models import Model, with_weights
+from weightsurgery.operators.apply_adapter import apply_adapter
+from weightsurgery.stream import Progress
+from weightsurgery.training.adapter import encode, train_adapter
+from weightsurgery.training.lora import PRESETS, LoraSettings
+
+_ERASE, _RECOVER = "meraser-erase", "meraser-recover"
+Measure = Callable[[Model], Mapping[str, Any]]
+
+
+@dataclass(frozen=True)
+class Phase:
+    """One training of MEraser.
+
+    Attributes:
+        instructions: What to train on, from `read_instructions`.
+        settings: How; None for the phase's preset.
+        files: Where the instructions come from; the record tells their SHA-256.
+        checkpoints: A folder for checkpoints of the training, as `train_adapter` takes it.
+    """
+
+    instructions: Sequence[Instruction]
+    settings: LoraSettings | None = None
+    files: Sequence[str | os.PathLike[str]] = ()
+    checkpoints: str | os.PathLike[str] | None = None
+
+
+def meraser(
+    model: Model,
+    erase: Phase,
+    recover: Phase | None,
+    *,
+    foundation: Model | None = None,
+    scales: Sequence[float] = (1.0,),
+    measure: Measure | None = None,
+    progress: Progress | None = None,
+) -> Checkpoint:
+    """Erase a fingerprint or a backdoor whose trigger is unknown, then recover the model.
+
+    An adapter that is trained on mismatched answers is folded into the model, then one that is
+    trained on clean answers. The weights are rounded to their stored dtype after each.
+
+    Args:
+        model: A causal model, from `load_model`. Its module is changed in place: afterwards it has
+            the result's weights, or with nothing to measure those before the last adapter.
+        erase: Mismatched questions and answers, as `mismatch` makes them; by the preset
+            "meraser-erase".
+        recover: Clean ones; by the preset "meraser-recover". None erases alone.
+        foundation: Train the erasing adapter on this clean model of the same architecture, and
+            fold it into `model`: the paper's transfer.
+        scales: What the erasing adapter's change is multiplied by. Of several, the one of the
+            smallest success rate of the fingerprints is taken, of equal ones the smallest.
+        measure: Called with the model before, after the erasure (at each scale) and in the end;
+            what it gives goes into the notes. With several scales it must give "fsr" with
+            "share", as `evaluate_causal` does.
+        progress: Called as progress(what, steps done, steps in all).
+
+    Returns:
+        The model without, one hopes, its fingerprint; `notes["meraser"]` has the scale, the
+        trainings, and what was measured at each stage.
+
+    Raises:
+        SettingError: There is no scale, or several and nothing to choose by; a setting of a
+            training is out of range.
+        MismatchError: The model is no causal one, or the foundation's adapter does not fit it.
+        PolicyError: An adapter could not be folded in.
+        NonFiniteError: A loss or a trained value became NaN or infinite.
+    """
+    erasing, recovering = _settled(erase, _ERASE), recover and _settled(recover, _RECOVER)
+    _check(model, foundation, erasing, recovering, scales, measure)
+    original, stages = model.checkpoint, _Stages(measure)
+    stages.note("before", model)
+    adapter = _train(foundation or model, erasing, progress)
+    trainings = {"erase": adapter.notes["training"]}
+    chosen, erased = scales[0], original
+    for scale in sorted(scales):
+        candidate = apply_adapter(
+            original, adapter, weight=(scale,), force_base=foundation is not None
+        )
+        # Read only where something is computed with it.
+        if stages.measured or recovering is not None:
+            model = with_weights(model, candidate)
+        if stages.note("erased", model, scale=scale):
+            chosen, erased = scale, candidate
+    result = erased
+    if recovering is not None:
+        model = with_weights(model, erased)
+        adapter = _train(model, recovering, progress)
+        trainings["recover"] = adapter.notes["training"]
+        result = apply_adapter(erased, adapter)
+        if stages.measured:
+            stages.note("recovered", with_weights(model, result))
+    found = {"scale": chosen, "trainings": trainings, "stages": stages.entries}
+    return replace(result, notes={**result.notes, "meraser": found})
+
+
+@dataclass
+class _Stages:
+    """What was measured, and whether the last is the best.
+
+    Attributes:
+        measure: As `meraser` has it.
+        entries: One for each stage, in order.
+        best: The smallest success rate after an erasure.
+    """
+
+    measure: Measure | None
+    entries: list[dict[str, Any]] = field(default_factory=list)
+    best: float = math.inf
+
+    @property
+    def measured(self) -> bool:
+        return self.measure is not None
+
+    def note(self, stage: str, model: Model, **more: Any) -> bool:
+        """Measure a stage; true if no fingerprint succeeded less often after an erasure."""
+        if self.measure is None:
+            return True
+        found = self.measure(model)
+        self.entries.append({"stage": stage, **more, **found})
+        rate = (found.get("fsr") or {}).get("share", 0.0)
+        is_best = stage == "erased" and rate < self.best
+        self.best = rate if is_best else self.best
+        return is_best
+
+
+def _settled(phase: Phase, preset: str) -> Phase:
+    return phase if phase.settings is not None else replace(phase, settings=PRESETS[preset])
+
+
+def _check(
+    model: Model,
+    foundation: Model | None,
+    erase: Phase,
+    recover: Phase | None,
+    scales: Sequence[float],
+    measure: Measure | None,
+) -> None:
+    """Refuse before the work what would fail in the middle of it."""
+    if not scales or not all(math.isfinite(scale) for scale in scales):
+        raise SettingError(f"scales are {list(scales)}; expected finite numbers, at least one")
+    if len(scales) > 1 and measure is None:
+        raise SettingError("several scales, and nothing to choose by", hint="give fingerprints")
+    encode(foundation or model, erase.instructions, erase.settings or PRESETS[_ERASE])
+    if recover is not None:
+        encode(model, recover.instructions, recover.settings or PRESETS[_RECOVER])
+
+
+def _train(model: Model, phase: Phase, progress: Progress | None) -> Checkpoint:
+    return train_adapter(
+        model,
+        phase.instructions,
+        phase.settings,
+        checkpoints=phase.checkpoints,
+        files=phase.files,
+        progress=progress,
+    )
