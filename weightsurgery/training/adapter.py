@@ -22,6 +22,7 @@ from weightsurgery.datasets.batches import (
     describe_files,
     digest_of,
     encode_instructions,
+    positions_of,
     settled_format,
 )
 from weightsurgery.datasets.read import Instruction
@@ -113,16 +114,17 @@ def train_adapter(
 def encode(
     model: Model, instructions: Sequence[Instruction], settings: LoraSettings
 ) -> list[Encoded]:
-    """The examples that a training sees.
+    """The examples that a training sees, cut to what the model takes.
 
     Raises:
-        SettingError: There are none, or a length leaves no room.
+        SettingError: There are none.
         MismatchError: There is no chat template, or nothing is left of an answer.
     """
+    most = settings.max_question + settings.max_answer
     examples = encode_instructions(
         model,
         instructions,
-        max_length=settings.max_question + settings.max_answer,
+        max_length=min(most, positions_of(model) or most),
         prompt_format=settings.prompt_format,
         loss_on=settings.loss_on,
         max_question=settings.max_question,
@@ -163,13 +165,13 @@ def _adapted(model: Model, settings: LoraSettings) -> Iterator[Model]:
     wanted = [(p, p.requires_grad) for p in model.module.parameters()]
     devices = [model.device] if model.device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices), warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # PEFT's and transformers' own affair
+        warnings.simplefilter("ignore")  # of tied heads and Conv1D `apply_adapter` knows more
         torch.manual_seed(settings.seed)
         try:
             module = get_peft_model(model.module, config)
         except ValueError as error:
             reason = shown(" ".join(str(error).split()))
-            raise SettingError(f"targets: {reason}", file=model.path) from None
+            raise SettingError(f"targets are none of its layers: {reason}") from None
     try:
         names = {n: p for n, p in module.named_parameters() if p.requires_grad}
         yield replace(model, module=module, names=names)
