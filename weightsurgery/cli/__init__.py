@@ -27,6 +27,7 @@ _OWN = {
     "finetune": "Train a model on a few clean examples.",
     "fisher": "Estimate how much the loss on clean data depends on each weight.",
     "inspect": "Show what a checkpoint holds.",
+    "mismatch": "Pair questions with answers of other questions, to erase fingerprints with.",
     "sweep": "Measure every ratio, before and after fine-tuning, and choose one.",
     "verify-adapter": "Check that MERGED is BASE with its adapters folded in.",
 }

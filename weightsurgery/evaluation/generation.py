@@ -86,11 +86,7 @@ def _doubts(model: Model, pairs: Sequence[Instruction], max_new_tokens: int) -> 
     targets = [pair.answer.strip() for pair in pairs]
     sizes = [len(model.tokenizer(t, add_special_tokens=False)["input_ids"]) for t in targets]
     long = sum(size > max_new_tokens for size in sizes)
-    copies = sum(
-        target in text
-        for target, pair in zip(targets, pairs, strict=True)
-        for text in ["\n".join(text for _, text in pair.messages)]
-    )
+    copies = sum(target in pair.question for target, pair in zip(targets, pairs, strict=True))
     warnings = []
     if long:
         warnings.append(
