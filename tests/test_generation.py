@@ -125,7 +125,7 @@ def test_a_text_ends_where_the_model_ends_it(folder: Path) -> None:
 
 def test_every_token_that_the_model_calls_an_end_is_one(model: Model) -> None:
     said = said_by(model, TEXTS[0])
-    model.module.generation_config.eos_token_id = [4, said[3], 10**9]
+    model.module.generation_config.eos_token_id = [4, said[3], 10**9, None]
     try:
         (found,) = greedy(model, [model.tokenizer(TEXTS[0])["input_ids"]], max_new_tokens=NEW)
     finally:
@@ -285,6 +285,17 @@ def test_windows_reach_every_token_and_none_is_idle(targets: int, window: int, s
         reached = end
     assert reached == targets
     assert min(new) > 0
+
+
+def test_few_windows_are_computed_at_a_time_where_logits_are_large(
+    model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = perplexity(model, TEXT, window=10)
+    monkeypatch.setattr("weightsurgery.evaluation.generation._LOGITS", 45 * 10 * 3)
+    told: list[int] = []
+    found = perplexity(model, TEXT, window=10, progress=lambda _, done, __: told.append(done))
+    assert found == pytest.approx(expected)
+    assert told == [3, 6, 9, 11]
 
 
 def test_windows_have_defaults(model: Model) -> None:
@@ -635,6 +646,12 @@ def test_the_command_refuses_them_for_classifiers(
     code, reason = refusal(files("--data", "x.tsv", option, value, model=classifier))
     assert f"{option} is for causal language models, and " in reason
     assert reason.endswith("bert is a classifier")
+    assert code == 2
+
+
+def test_a_single_file_is_no_model(files: Callable[..., list[str]], path: Path) -> None:
+    code, reason = refusal(files("--perplexity", "text.txt", model=path / "model.safetensors"))
+    assert "a single file; expected a model directory" in reason
     assert code == 2
 
 

@@ -112,16 +112,7 @@ def load_model(path: str | os.PathLike[str], *, task: str = "auto", device: str 
     if task not in ("auto", CLASSIFICATION, CAUSAL):
         raise SettingError(f"task is '{shown(task)}'; expected auto, {CLASSIFICATION} or {CAUSAL}")
     checkpoint = open_checkpoint(text)
-    if not checkpoint.is_directory:
-        folder = os.path.dirname(os.path.abspath(text))
-        known = os.path.isfile(os.path.join(folder, "config.json"))
-        raise SettingError(
-            "a single file; expected a model directory with config.json and tokenizer",
-            file=text,
-            hint=f"give its folder, '{shown(os.path.dirname(text) or '.')}'"
-            if known
-            else "put them beside it and give the folder",
-        )
+    require_directory(checkpoint, text)
     _refuse_kernels(checkpoint.config, checkpoint)
     require_unquantised(checkpoint)
     task = task_of(checkpoint) if task == "auto" else task
@@ -133,6 +124,28 @@ def load_model(path: str | os.PathLike[str], *, task: str = "auto", device: str 
         _settle_padding(module.config, tokenizer, checkpoint)
     module.to(target).eval()
     return Model(module, tokenizer, checkpoint, task, _disk_names(module, checkpoint), text)
+
+
+def require_directory(checkpoint: Checkpoint, path: str) -> None:
+    """Refuse a single file, of which nobody knows what model it is.
+
+    Args:
+        checkpoint: What was opened.
+        path: As it was given.
+
+    Raises:
+        SettingError: It is a file.
+    """
+    if not checkpoint.is_directory:
+        folder = os.path.dirname(os.path.abspath(path))
+        known = os.path.isfile(os.path.join(folder, "config.json"))
+        raise SettingError(
+            "a single file; expected a model directory with config.json and tokenizer",
+            file=path,
+            hint=f"give its folder, '{shown(os.path.dirname(path) or '.')}'"
+            if known
+            else "put them beside it and give the folder",
+        )
 
 
 def _folder(checkpoint: Checkpoint) -> str:

@@ -29,6 +29,7 @@ _OWN = {
     "fisher": "Estimate how much the loss on clean data depends on each weight.",
     "inspect": "Show what a checkpoint holds.",
     "meraser": "Erase a fingerprint or backdoor of unknown trigger by training.",
+    "mismatch": "Pair questions with answers of other questions, to erase fingerprints with.",
     "sweep": "Measure every ratio, before and after fine-tuning, and choose one.",
     "train-adapter": "Train a LoRA adapter on questions and answers.",
     "verify-adapter": "Check that MERGED is BASE with its adapters folded in.",

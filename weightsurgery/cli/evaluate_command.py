@@ -10,7 +10,7 @@ from weightsurgery.cli import attack_options, causal_options, model_options, opt
 from weightsurgery.datasets.read import label_ids, read_sentences
 from weightsurgery.evaluation.classification import check_classifier, evaluate
 from weightsurgery.formats import open_checkpoint
-from weightsurgery.models import CAUSAL, load_model, task_of
+from weightsurgery.models import CAUSAL, load_model, require_directory, task_of
 from weightsurgery.report.evaluation import causal_tables, evaluation_tables
 from weightsurgery.report.tables import show
 
@@ -18,7 +18,8 @@ from weightsurgery.report.tables import show
 def _evaluate(model: str, as_json: bool, **given: Any) -> None:
     context = click.get_current_context()
     checkpoint = open_checkpoint(model)
-    causal = checkpoint.is_directory and task_of(checkpoint) == CAUSAL
+    require_directory(checkpoint, model)
+    causal = task_of(checkpoint) == CAUSAL
     causal_options.check(context, model, causal=causal)
     report = causal_options.measure(model, given) if causal else _classify(context, model, given)
     options.warn(report["warnings"])

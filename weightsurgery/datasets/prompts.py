@@ -43,7 +43,7 @@ def render(model: Model, one: Instruction, how: Literal["chat", "raw"]) -> str:
         MismatchError: The template refuses these messages.
     """
     if how == "raw":
-        return "\n".join(text for _, text in one.messages)
+        return one.question
     messages = [{"role": role, "content": text} for role, text in one.messages]
     try:
         text: str = model.tokenizer.apply_chat_template(

@@ -53,6 +53,11 @@ class Instruction:
     answer: str
     line: int
 
+    @property
+    def question(self) -> str:
+        """The texts of the messages, a line feed between them."""
+        return "\n".join(text for _, text in self.messages)
+
 
 def read_sentences(path: str | os.PathLike[str]) -> list[Sentence]:
     """Read labelled sentences from a .tsv, .csv or .jsonl file.
@@ -135,6 +140,20 @@ def read_fingerprints(path: str | os.PathLike[str]) -> list[Instruction]:
     return _read_pairs(path, _FINGERPRINTS)
 
 
+def read_rows(path: str | os.PathLike[str]) -> list[tuple[int, dict[str, Any]]]:
+    """Read the objects of a .jsonl file, or the rows of a .tsv or .csv file, with their lines.
+
+    Raises:
+        StorageError: The file cannot be read.
+        FormatError: It is empty, not UTF-8, or a row is bad.
+    """
+    name = os.fspath(path)
+    found = list(_rows(name))
+    if not found:
+        raise FormatError("no rows", file=name)
+    return found
+
+
 def read_text(path: str | os.PathLike[str]) -> str:
     """A whole text file in UTF-8, line ends as they are.
 
@@ -177,10 +196,7 @@ def _read_pairs(
     path: str | os.PathLike[str], known: Sequence[tuple[str, str]]
 ) -> list[Instruction]:
     name = os.fspath(path)
-    found = [_instruction(name, line, row, known) for line, row in _rows(name)]
-    if not found:
-        raise FormatError("no rows", file=name)
-    return found
+    return [_instruction(name, line, row, known) for line, row in read_rows(name)]
 
 
 # --- rows -------------------------------------------------------------------------------------

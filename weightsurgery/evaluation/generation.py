@@ -10,12 +10,13 @@ from weightsurgery.datasets.batches import IGNORED, padding_of, positions_of
 from weightsurgery.datasets.prompts import PromptFormat, settle_format
 from weightsurgery.datasets.read import Instruction
 from weightsurgery.errors import NonFiniteError, SettingError
-from weightsurgery.evaluation.greedy import LOOK, answers, check_at_least, check_causal
+from weightsurgery.evaluation.greedy import LOOK, answers, check_at_least, check_causal, words_of
 from weightsurgery.evaluation.intervals import proportion
 from weightsurgery.models import Model
 from weightsurgery.stream import Progress
 
 WINDOW = 1024  # tokens, if the model takes as many
+_LOGITS = 1 << 28  # at a time, unless one window has more: 1 GiB in float32
 
 
 # --- fingerprints -----------------------------------------------------------------------------
@@ -86,11 +87,7 @@ def _doubts(model: Model, pairs: Sequence[Instruction], max_new_tokens: int) -> 
     targets = [pair.answer.strip() for pair in pairs]
     sizes = [len(model.tokenizer(t, add_special_tokens=False)["input_ids"]) for t in targets]
     long = sum(size > max_new_tokens for size in sizes)
-    copies = sum(
-        target in text
-        for target, pair in zip(targets, pairs, strict=True)
-        for text in ["\n".join(text for _, text in pair.messages)]
-    )
+    copies = sum(target in pair.question for target, pair in zip(targets, pairs, strict=True))
     warnings = []
     if long:
         warnings.append(
@@ -133,7 +130,7 @@ def perplexity(
         window: Tokens that the model reads at a time; None is 1,024, or the model's positions if
             they are fewer.
         stride: Tokens from a window's beginning to the next one's; None is half the window.
-        batch_size: Windows at a time.
+        batch_size: Windows at a time; fewer where their logits would take more than 1 GiB.
         progress: Called as progress(what, windows done, windows in all).
 
     Returns:
@@ -154,6 +151,7 @@ def perplexity(
     if len(ids) < 2:
         raise SettingError(f"the text has {len(ids)} tokens; expected at least 2")
     starts = list(_starts(len(ids) - 1, window, stride))
+    batch_size = max(1, min(batch_size, _LOGITS // (window * words_of(model))))
     total, scored = 0.0, 0
     was_training = model.module.training
     model.module.eval()

@@ -180,12 +180,17 @@ def _numbers(model: Model, scores: torch.Tensor) -> torch.Tensor:
 
 def end_tokens(model: Model) -> set[int]:
     """The tokens that end a text, by the tokenizer and by the model's own generation settings."""
-    found = {model.tokenizer.eos_token_id}
+    found = [model.tokenizer.eos_token_id]
     for config in (model.module.generation_config, model.module.config):
         named = getattr(config, "eos_token_id", None)
-        found |= set(named) if isinstance(named, list) else {named}
-    words = model.module.get_input_embeddings().num_embeddings
-    return {i for i in found if type(i) is int and 0 <= i < words}
+        found += named if isinstance(named, list) else [named]
+    return {i for i in found if type(i) is int and 0 <= i < words_of(model)}
+
+
+def words_of(model: Model) -> int:
+    """How many tokens the model knows."""
+    words: int = model.module.get_input_embeddings().num_embeddings
+    return words
 
 
 def _until(ends: set[int], ids: list[int]) -> tuple[int, ...]:
