@@ -13,7 +13,7 @@ from weightsurgery.adapters.config import AdapterConfig, read_config
 from weightsurgery.adapters.experts import candidates
 from weightsurgery.adapters.module import Module, seen_transposed
 from weightsurgery.adapters.names import Names
-from weightsurgery.adapters.updates import LowRank, Replace, Shift, Update
+from weightsurgery.adapters.updates import ADDED, Replace, Update
 from weightsurgery.checkpoint import Checkpoint, TensorView
 from weightsurgery.errors import FormatError, MismatchError, PolicyError, shown
 from weightsurgery.ties import is_output_head
@@ -154,7 +154,7 @@ def _replaced(names: Names, config: AdapterConfig, name: str, view: TensorView) 
 
 def _refuse_weight(adapter: Checkpoint, found: Mapping[str, list[Update]], weight: float) -> None:
     for name, updates in found.items():
-        if not all(isinstance(update, (LowRank, Shift)) for update in updates):
+        if not all(isinstance(update, ADDED) for update in updates):
             raise PolicyError(
                 f"weight {weight:g}: '{shown(name)}' is replaced or rescaled by the adapter, and "
                 "only what is added can be weighed or taken back",

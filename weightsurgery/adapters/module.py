@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from weightsurgery.adapters.config import AdapterConfig
-from weightsurgery.adapters.experts import candidates, fit
+from weightsurgery.adapters.experts import candidates, find_stack, fit
 from weightsurgery.adapters.names import Names
 from weightsurgery.adapters.updates import LowRank, Magnitude, ReplaceRows, Shift, Update
 from weightsurgery.anatomy import find_embedding
@@ -73,7 +73,7 @@ class Module:
             )
         parameters = candidates(self.module, self.config.target_parameters)
         if parameters and magnitude is None and shift is None:
-            yield self._parameter(parameters, first, second)
+            yield from self._parameter(parameters, first, second)
             return
         yield self._product(first, second, magnitude, embedding=bool(kind))
         if shift is not None:
@@ -172,13 +172,18 @@ class Module:
             )
         return self.config.fan_in_fan_out if told is None else told
 
-    def _parameter(self, names: list[str], a: TensorView, b: TensorView) -> tuple[str, Update]:
+    def _parameter(
+        self, names: list[str], a: TensorView, b: TensorView
+    ) -> list[tuple[str, Update]]:
         rank = self.config.rank_of(self.module)
-        views = [self.names.need(name, a) for name in names]
-        fits = [(v.name, one) for v in views for one in fit(v, a, b, rank, self._scale())]
+        stacks = [stack for name in names if (stack := find_stack(self.names, name))]
+        if not stacks:
+            self.names.need(names[0], a)
+        fits = [(s, one) for s in stacks for one in fit(s.shape, a, b, rank, self._scale())]
         if len(fits) == 1:
-            return fits[0]
-        shapes = ", ".join(f"'{shown(view.name)}' {list(view.shape)}" for view in views)
+            stack, change = fits[0]
+            return stack.updates(change)
+        shapes = ", ".join(f"'{shown(stack.name)}' {list(stack.shape)}" for stack in stacks)
         raise PolicyError(
             f"{list(a.shape)} and {list(b.shape)} fit {'none' if not fits else 'more than one way'}"
             f" of {shapes}",

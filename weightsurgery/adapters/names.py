@@ -18,6 +18,10 @@ class Names:
 
     def find(self, name: str) -> str | None:
         """BASE's name, or None."""
+        # What transformers 5 calls `mlp` lies on the disk as Mixtral's authors called it.
+        return self._found(name) or self._found(name.replace(".mlp.", ".block_sparse_moe.", 1))
+
+    def _found(self, name: str) -> str | None:
         if name in self.base:
             return name
         if self.longer == "adapter" and name.startswith(self.prefix):

@@ -17,7 +17,7 @@ import numpy as np
 from weightsurgery.adapters.config import read_config
 from weightsurgery.adapters.heads import read_adapters, settle
 from weightsurgery.adapters.layout import Target
-from weightsurgery.adapters.updates import LowRank, Shift, Update
+from weightsurgery.adapters.updates import ADDED, Update
 from weightsurgery.checkpoint import Checkpoint, TensorView
 from weightsurgery.errors import MismatchError, NonFiniteError, PolicyError, shown
 from weightsurgery.kernels import Block, all_finite, to_dtype, to_float
@@ -118,7 +118,7 @@ def _merged(
 
 def _rounded_twice(update: Update, values: Block, start: int, dtype: np.dtype[Any]) -> Block:
     """The values after an update, what it adds and the sum both rounded to the stored dtype."""
-    if isinstance(update, (LowRank, Shift)):
+    if isinstance(update, ADDED):
         change = to_float(to_dtype(update.apply(np.zeros_like(values), start), dtype))
         return to_float(to_dtype(values + change, dtype))
     return to_float(to_dtype(update.apply(values, start), dtype))
