@@ -242,6 +242,20 @@ REFUSED: dict[str, tuple[dict[str, Any], Callable[..., cases.Arrays], type[Surge
     "no tuner": ({"peft_type": 3}, same, FormatError, "no peft_type"),
     "rank by configuration": ({"r": 5}, same, FormatError, r"rank 5 by .*lora_A is \[2, 6\]"),
     "no rank": ({"r": 0}, same, FormatError, "r is 0; expected a positive"),
+    "a negative rank": ({"r": -2}, same, FormatError, "r is -2; expected a positive"),
+    "rank missing": ({"r": None}, same, FormatError, "r is None; expected a positive"),
+    "a pattern's rank": (
+        {"rank_pattern": {"query": 3}},
+        same,
+        FormatError,
+        r"rank 3 by .*lora_A is \[2, 6\]",
+    ),
+    "no rank in a pattern": (
+        {"rank_pattern": {"query": 0}},
+        same,
+        FormatError,
+        "rank_pattern is 0",
+    ),
     "rank true": ({"r": True}, same, FormatError, "r is True"),
     "alpha NaN": ({"lora_alpha": math.nan}, same, FormatError, "NaN"),
     "alpha infinite": ({"lora_alpha": "inf"}, same, FormatError, "lora_alpha is 'inf'"),
@@ -289,7 +303,9 @@ def merge(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_a_bad_adapter_is_refused_and_nothing_written(case: str, tmp_path: Path) -> None:
+def test_a_bad_adapter_is_refused_and_nothing_written(
+    case: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     settings, change, kind, reason = REFUSED[case]
     base = cases.model("bert")
     cases.write_directory(tmp_path / "base", base)
@@ -300,6 +316,12 @@ def test_a_bad_adapter_is_refused_and_nothing_written(case: str, tmp_path: Path)
         merge(tmp_path)
     assert type(told.value) is kind
     assert "\n" not in str(told.value)
+    given = (tmp_path / "base", tmp_path / "adapter")
+    capsys.readouterr()
+    assert cases.wsurg("apply-adapter", *given, "-o", tmp_path / "out") == kind.exit_code
+    assert [line for line in capsys.readouterr().err.splitlines() if "error" in line.lower()]
+    if case != "another base":  # which verify-adapter does not ask for
+        assert cases.wsurg("verify-adapter", *given, tmp_path / "base") == kind.exit_code
     assert cases.digests(tmp_path) == before
 
 
@@ -335,6 +357,15 @@ def test_a_pickled_adapter_is_refused(tmp_path: Path) -> None:
     (tmp_path / "adapter_model.bin").write_bytes(b"pickle")
     with pytest.raises(PolicyError, match="pickle"):
         open_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize("key", ["r", "lora_alpha"])
+def test_what_the_scale_is_made_of_is_not_guessed(key: str) -> None:
+    base = cases.model("bert")
+    config = {k: v for k, v in cases.adapter_config().items() if k != key}
+    adapter = from_arrays(cases.adapter(base), config=config)
+    with pytest.raises(FormatError, match=f"{key} is None; expected"):
+        apply_adapter(from_arrays(base), adapter)
 
 
 def test_first_match_of_a_pattern_counts_and_dots_are_dots() -> None:

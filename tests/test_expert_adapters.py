@@ -46,6 +46,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "gate and up alone": {"target_modules": [], "target_parameters": EXPERTS[:1]},
     "down alone": {"target_modules": [], "target_parameters": EXPERTS[1:]},
     "router": {"target_modules": [], "target_parameters": ["mlp.gate.weight"]},
+    "named without a module": {"target_modules": ["q_proj"], "target_parameters": ["down_proj"]},
     "all": {"target_modules": ["q_proj"], "target_parameters": EXPERTS, "use_rslora": True},
 }
 

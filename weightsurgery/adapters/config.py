@@ -126,8 +126,8 @@ def read_config(adapter: Checkpoint) -> AdapterConfig:
     _refuse_unknown(adapter)
     check = _Checker(adapter)
     return AdapterConfig(
-        rank=check.rank(given.get("r", 8), "r"),
-        alpha=check.number(given.get("lora_alpha", 8), "lora_alpha"),
+        rank=check.rank(given.get("r"), "r"),
+        alpha=check.number(given.get("lora_alpha"), "lora_alpha"),
         rank_pattern={k: check.rank(v, "rank_pattern") for k, v in check.pattern("rank_pattern")},
         alpha_pattern={
             k: check.number(v, "alpha_pattern") for k, v in check.pattern("alpha_pattern")

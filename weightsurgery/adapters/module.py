@@ -71,7 +71,7 @@ class Module:
                 file=self.adapter.label,
                 tensor=(magnitude or first).name,
             )
-        parameters = candidates(self.module, self.config.target_parameters)
+        parameters = self._parameters()
         if parameters and magnitude is None and shift is None:
             yield from self._parameter(parameters, first, second)
             return
@@ -171,6 +171,16 @@ class Module:
                 hint="merge it with the library that made it",
             )
         return self.config.fan_in_fan_out if told is None else told
+
+    def _parameters(self) -> list[str]:
+        """The parameters of the module that are adapted; none of a module with a weight of its own.
+
+        What the configuration names without a module could be any module's.
+        """
+        names = candidates(self.module, self.config.target_parameters)
+        if self.names.find(f"{self.module}.weight") is None:
+            return names
+        return [name for name in names if find_stack(self.names, name)]
 
     def _parameter(
         self, names: list[str], a: TensorView, b: TensorView
