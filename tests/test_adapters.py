@@ -11,8 +11,10 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
+import torch
 
 from tests import cases
+from tests.peft_models import WARNINGS, Trained, bert, biased, conv, experts, gpt2, llama
 from weightsurgery import apply_adapter, from_arrays, open_checkpoint, save, verify_adapter
 from weightsurgery.adapters.config import read_config
 from weightsurgery.adapters.proof import check_proof
@@ -28,16 +30,7 @@ from weightsurgery.errors import (
 )
 from weightsurgery.low_rank_kernel import add_low_rank, squared_lines
 
-peft: Any = pytest.importorskip("peft")
-torch: Any = pytest.importorskip("torch")
-transformers: Any = pytest.importorskip("transformers")
-
-
-pytestmark = [  # what PEFT warns of when it adapts and saves is not ours
-    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning"),
-    pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`:UserWarning"),
-    pytest.mark.filterwarnings("ignore:Adapter 'default'.*invalid shape:UserWarning"),
-]
+pytestmark = WARNINGS
 
 # --- kernels ----------------------------------------------------------------------------------
 
@@ -80,48 +73,6 @@ def test_squares_of_lines_add_up(by_column: bool) -> None:
 # --- PEFT is the oracle ------------------------------------------------------------------------
 
 
-def llama(**options: Any) -> Any:
-    settings = {"vocab_size": 32, "hidden_size": 16, "intermediate_size": 24}
-    settings |= {"num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1}
-    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**settings, **options))
-
-
-def biased() -> Any:
-    return llama(attention_bias=True)
-
-
-def bert() -> Any:
-    settings = {"vocab_size": 32, "hidden_size": 16, "intermediate_size": 24}
-    settings |= {"num_hidden_layers": 2, "num_attention_heads": 2}
-    config = transformers.BertConfig(**settings)
-    return transformers.BertForSequenceClassification(config)
-
-
-def gpt2() -> Any:
-    settings = {"vocab_size": 32, "n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 16}
-    tokens = {"bos_token_id": 0, "eos_token_id": 0}
-    return transformers.GPT2LMHeadModel(transformers.GPT2Config(**settings, **tokens))
-
-
-def conv() -> Any:
-    layers = {
-        "one": torch.nn.Conv1d(4, 6, 3),
-        "two": torch.nn.Conv2d(4, 6, (3, 2)),
-        "pixel": torch.nn.Conv2d(4, 6, 1),
-    }
-    return torch.nn.ModuleDict(layers)
-
-
-def experts() -> Any:
-    class Experts(torch.nn.Module):  # type: ignore[misc, name-defined]  # torch is Any here
-        def __init__(self) -> None:
-            super().__init__()
-            self.gate_up_proj = torch.nn.Parameter(torch.randn(3, 12, 8))
-            self.down_proj = torch.nn.Parameter(torch.randn(3, 8, 6))
-
-    return torch.nn.ModuleDict({"mlp": torch.nn.ModuleDict({"experts": Experts()})})
-
-
 LINEAR = ["q_proj", "v_proj", "down_proj"]
 FUSED = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
 VARIANTS: dict[str, tuple[Callable[[], Any], dict[str, Any]]] = {
@@ -160,36 +111,14 @@ VARIANTS: dict[str, tuple[Callable[[], Any], dict[str, Any]]] = {
 EVERY = pytest.mark.parametrize("variant", VARIANTS)
 
 
-class Trained:
-    """A tiny model and an adapter of it, with random numbers for trained ones."""
-
-    def __init__(self, folder: Path, variant: str, dtype: Any) -> None:
-        make, settings = VARIANTS[variant]
-        torch.manual_seed(1)
-        model = make().to(dtype)
-        self.base, self.adapter = folder / "base", folder / "adapter"
-        self.keeps_config = hasattr(model, "save_pretrained")
-        if self.keeps_config:
-            model.save_pretrained(self.base)
-        else:
-            from safetensors.torch import save_file
-
-            self.base.mkdir()
-            save_file(model.state_dict(), self.base / "model.safetensors")
-        self.model = peft.get_peft_model(model, peft.LoraConfig(r=4, **settings))
-        for parameter in self.model.parameters():
-            if parameter.requires_grad:
-                parameter.data += 0.05 * torch.randn(parameter.shape).to(dtype)
-        self.model.save_pretrained(self.adapter)
-
-    def merge(self, **options: Any) -> Checkpoint:
-        base, adapter = open_checkpoint(self.base), open_checkpoint(self.adapter)
-        return apply_adapter(base, adapter, force_base=True, **options)
+def trained_with(folder: Path, variant: str, dtype: Any) -> Trained:
+    make, settings = VARIANTS[variant]
+    return Trained(folder, make, settings, dtype)
 
 
 @EVERY
 def test_merges_equal_pefts(variant: str, tmp_path: Path) -> None:
-    trained = Trained(tmp_path, variant, torch.float32)
+    trained = trained_with(tmp_path, variant, torch.float32)
     ours = cases.read(trained.merge())
     theirs = trained.model.merge_and_unload().state_dict()
     assert set(ours) <= set(theirs)
@@ -203,7 +132,7 @@ def test_merges_equal_pefts(variant: str, tmp_path: Path) -> None:
 @EVERY
 @pytest.mark.parametrize("safe", [False, True], ids=["once", "peft"])
 def test_merges_equal_pefts_in_bf16(variant: str, safe: bool, tmp_path: Path) -> None:
-    trained = Trained(tmp_path, variant, torch.bfloat16)
+    trained = trained_with(tmp_path, variant, torch.bfloat16)
     # What PEFT has in bfloat16 itself (embeddings, parameters) it rounds twice in any case.
     allowed = [cases.read(trained.merge(rounding=how)) for how in ("peft", "once")[: 2 - safe]]
     theirs = trained.model.merge_and_unload(safe_merge=safe).state_dict()
@@ -219,7 +148,7 @@ LOADED = [n for n, (make, _) in VARIANTS.items() if make in (llama, biased, bert
 
 @pytest.mark.parametrize("variant", LOADED)
 def test_the_written_model_computes_what_the_adapted_one_does(variant: str, tmp_path: Path) -> None:
-    trained = Trained(tmp_path, variant, torch.float32)
+    trained = trained_with(tmp_path, variant, torch.float32)
     save(trained.merge(), tmp_path / "merged")
     kind = type(trained.model.get_base_model())
     tokens = torch.arange(12).reshape(2, 6)
@@ -231,7 +160,7 @@ def test_the_written_model_computes_what_the_adapted_one_does(variant: str, tmp_
 
 @EVERY
 def test_every_merge_of_ours_and_of_pefts_is_proved(variant: str, tmp_path: Path) -> None:
-    trained = Trained(tmp_path, variant, torch.bfloat16)
+    trained = trained_with(tmp_path, variant, torch.bfloat16)
     base, adapter = open_checkpoint(trained.base), open_checkpoint(trained.adapter)
     theirs = trained.model.merge_and_unload(safe_merge=True).state_dict()
     as_stored = {
@@ -313,6 +242,20 @@ REFUSED: dict[str, tuple[dict[str, Any], Callable[..., cases.Arrays], type[Surge
     "no tuner": ({"peft_type": 3}, same, FormatError, "no peft_type"),
     "rank by configuration": ({"r": 5}, same, FormatError, r"rank 5 by .*lora_A is \[2, 6\]"),
     "no rank": ({"r": 0}, same, FormatError, "r is 0; expected a positive"),
+    "a negative rank": ({"r": -2}, same, FormatError, "r is -2; expected a positive"),
+    "rank missing": ({"r": None}, same, FormatError, "r is None; expected a positive"),
+    "a pattern's rank": (
+        {"rank_pattern": {"query": 3}},
+        same,
+        FormatError,
+        r"rank 3 by .*lora_A is \[2, 6\]",
+    ),
+    "no rank in a pattern": (
+        {"rank_pattern": {"query": 0}},
+        same,
+        FormatError,
+        "rank_pattern is 0",
+    ),
     "rank true": ({"r": True}, same, FormatError, "r is True"),
     "alpha NaN": ({"lora_alpha": math.nan}, same, FormatError, "NaN"),
     "alpha infinite": ({"lora_alpha": "inf"}, same, FormatError, "lora_alpha is 'inf'"),
@@ -360,7 +303,9 @@ def merge(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_a_bad_adapter_is_refused_and_nothing_written(case: str, tmp_path: Path) -> None:
+def test_a_bad_adapter_is_refused_and_nothing_written(
+    case: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     settings, change, kind, reason = REFUSED[case]
     base = cases.model("bert")
     cases.write_directory(tmp_path / "base", base)
@@ -371,6 +316,12 @@ def test_a_bad_adapter_is_refused_and_nothing_written(case: str, tmp_path: Path)
         merge(tmp_path)
     assert type(told.value) is kind
     assert "\n" not in str(told.value)
+    given = (tmp_path / "base", tmp_path / "adapter")
+    capsys.readouterr()
+    assert cases.wsurg("apply-adapter", *given, "-o", tmp_path / "out") == kind.exit_code
+    assert [line for line in capsys.readouterr().err.splitlines() if "error" in line.lower()]
+    if case != "another base":  # which verify-adapter does not ask for
+        assert cases.wsurg("verify-adapter", *given, tmp_path / "base") == kind.exit_code
     assert cases.digests(tmp_path) == before
 
 
@@ -399,19 +350,6 @@ def test_the_bases_name_is_compared_by_its_last_part(named: str) -> None:
     assert not [w for w in apply_adapter(*given).warnings if "which base" in w]
 
 
-def test_the_embedding_of_a_tied_head_is_refused() -> None:
-    base = cases.model("llama", dtype="f4")
-    arrays = {
-        f"{FRONT}model.embed_tokens.lora_embedding_A": np.ones((2, 11), "f4"),
-        f"{FRONT}model.embed_tokens.lora_embedding_B": np.ones((6, 2), "f4"),
-    }
-    adapter = from_arrays(arrays, config=cases.adapter_config("llama"))
-    tied = from_arrays(base, config={"tie_word_embeddings": True})
-    with pytest.raises(PolicyError, match="ties the output head to it"):
-        apply_adapter(tied, adapter)
-    apply_adapter(from_arrays(base), adapter)
-
-
 def test_a_pickled_adapter_is_refused(tmp_path: Path) -> None:
     (tmp_path / "adapter_config.json").write_text(json.dumps(cases.adapter_config()))
     with pytest.raises(FormatError, match=r"without adapter_model\.safetensors"):
@@ -419,6 +357,15 @@ def test_a_pickled_adapter_is_refused(tmp_path: Path) -> None:
     (tmp_path / "adapter_model.bin").write_bytes(b"pickle")
     with pytest.raises(PolicyError, match="pickle"):
         open_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize("key", ["r", "lora_alpha"])
+def test_what_the_scale_is_made_of_is_not_guessed(key: str) -> None:
+    base = cases.model("bert")
+    config = {k: v for k, v in cases.adapter_config().items() if k != key}
+    adapter = from_arrays(cases.adapter(base), config=config)
+    with pytest.raises(FormatError, match=f"{key} is None; expected"):
+        apply_adapter(from_arrays(base), adapter)
 
 
 def test_first_match_of_a_pattern_counts_and_dots_are_dots() -> None:

@@ -193,6 +193,13 @@ def stand_in(page: Path, folder: Path) -> None:
     if page.stem in WITH_ADAPTERS:
         arrays = load_file(folder / "base" / "model.safetensors")
         cases.write_adapter(folder / "adapter", cases.adapter(arrays), cases.adapter_config())
+        llama = {n: a for n, a in cases.model("llama").items() if n != "lm_head.weight"}
+        settings = {**cases.CONFIGS["llama"], "tie_word_embeddings": True}
+        cases.write_directory(folder / "tied", llama, config=settings)
+        front, shapes = "base_model.model.lm_head.lora_", {"A": (2, 6), "B": (11, 2)}
+        head = {f"{front}{name}.weight": np.ones(shape, "f4") for name, shape in shapes.items()}
+        config = cases.adapter_config("llama", base_model_name_or_path="tied")
+        cases.write_adapter(folder / "head-adapter", head, config)
     if page.stem not in WITH_MODELS:
         return
     for name in ("base", "tuned"):

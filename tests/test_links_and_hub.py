@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import fnmatch
+import json
 import os
 from pathlib import Path
 
 import pytest
+import safetensors.numpy
 
-from tests import hostile
+from tests import cases, hostile
 from tests.hostile import COMMIT, INDEX, SHARDS, weights
+from weightsurgery import apply_adapter, from_arrays
 from weightsurgery.errors import FormatError, PolicyError, StorageError
-from weightsurgery.formats import open_checkpoint, save
+from weightsurgery.formats import hub, open_checkpoint, save
 
 ONE = {"model.safetensors": weights("a"), "config.json": {"model_type": "bert"}}
 # --- links and hub caches ---------------------------------------------------------------------
@@ -130,6 +134,70 @@ def test_a_hub_id_is_found_in_the_cache(cache: Path, revision: str) -> None:
     record = save(found, str(cache.parent / "out"))
     assert record["inputs"][0]["name"] == f"org/name@{COMMIT}"
     assert "base_model:\n- org/name\n" in (cache.parent / "out" / "README.md").read_text()
+
+
+@pytest.fixture
+def adapted(cache: Path) -> dict[str, object]:
+    """A base and an adapter of it in the cache, under one commit; gives the base's arrays."""
+    base = cases.model("llama")
+    config = cases.adapter_config("llama", base_model_name_or_path="org/base")
+    files = {
+        "org/base": {"model.safetensors": base, "config.json": cases.CONFIGS["llama"]},
+        "org/adapter": {
+            "adapter_model.safetensors": cases.adapter(base, "llama"),
+            "adapter_config.json": config,
+        },
+    }
+    for repo, given in files.items():
+        plain = {
+            name: safetensors.numpy.save(content) if name.endswith("tensors") else content
+            for name, content in given.items()
+        }
+        hostile.hub_cache(cache, repo, plain)
+    return base
+
+
+@pytest.mark.parametrize("revision", ["", "@main", f"@{COMMIT}"], ids=["", "branch", "commit"])
+def test_base_and_adapter_are_found_in_the_cache(
+    cache: Path, adapted: cases.Arrays, revision: str
+) -> None:
+    base, adapter = (open_checkpoint(f"org/{name}{revision}") for name in ("base", "adapter"))
+    assert adapter.hub_id == f"org/adapter@{COMMIT}"
+    out = cache.parent / "out"
+    assert cases.wsurg("apply-adapter", base.label, adapter.label, "-o", out) == 0
+    assert cases.wsurg("verify-adapter", base.label, adapter.label, out) == 0
+    given = from_arrays(adapted), from_arrays(cases.read(adapter), config=adapter.config)
+    expected = cases.read(apply_adapter(*given, force_base=True))
+    assert cases.stored_in(out) == cases.stored(expected)
+    record = json.loads((out / "wsurg-record.json").read_text())
+    assert [one["name"] for one in record["inputs"]] == [
+        f"org/{name}@{COMMIT}" for name in ("base", "adapter")
+    ]
+    assert [file["name"] for file in record["inputs"][1]["files"]] == [
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    ]
+
+
+def test_an_adapters_two_files_are_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    import huggingface_hub
+
+    asked: list[str] = []
+
+    def fetch(_repo: str, *, allow_patterns: list[str], **_options: object) -> str:
+        asked.extend(allow_patterns)
+        return "/nowhere"
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fetch)
+    assert list(hub.snapshots("org/adapter")) == ["/nowhere"] * 2
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        assert any(fnmatch.fnmatchcase(name, pattern) for pattern in asked)
+
+
+def test_an_adapter_beside_a_models_weights_is_two_answers(cache: Path) -> None:
+    hostile.hub_cache(cache, "org/name", {**ONE, "adapter_config.json": {"peft_type": "LORA"}})
+    with pytest.raises(PolicyError, match=r"model\.safetensors and adapter_config\.json"):
+        open_checkpoint("org/name")
 
 
 def test_a_local_path_comes_before_a_hub_id(cache: Path) -> None:

@@ -2,15 +2,77 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from weightsurgery.anatomy import find_embedding, kind_of
 from weightsurgery.checkpoint import Checkpoint
 
 _HEADS = ("lm_head", "embed_out", "cls.predictions.decoder")
+# Decoders whose config.json may leave the key out and mean true, as transformers 4 wrote it.
+_TIED_BY_DEFAULT = frozenset(
+    (
+        *("bloom", "cohere", "cohere2", "ctrl", "falcon", "falcon_mamba", "gemma", "gemma2"),
+        *("gemma3_text", "gpt2", "gpt_bigcode", "gpt_neo", "lfm2", "mamba", "mpt", "openai-gpt"),
+        *("opt", "recurrent_gemma", "smollm3", "starcoder2", "xglm"),
+    )
+)
+# What has no output head to tie, whatever its config.json says.
+_HEADLESS = ("Classification", "QuestionAnswering", "MultipleChoice", "Model")
+_WITH_HEAD = ("LMHeadModel", "HeadsModel")
+# Where a decoder's word embedding lies if its head is `lm_head.weight`. Encoder-decoders are not
+# here, for T5 computes otherwise where the head is tied.
+_BESIDE_LM_HEAD = (
+    *("model.embed_tokens.weight", "transformer.wte.weight", "wte.weight"),
+    *("backbone.embeddings.weight", "transformer.tokens_embed.weight"),
+    "transformer.word_embeddings.weight",
+)
+
+
+@dataclass(frozen=True)
+class Tie:
+    """An output head that is one with the word embedding.
+
+    Attributes:
+        embedding: The word embedding's name.
+        head: The head's name, stored or not; "" where it is not known.
+    """
+
+    embedding: str
+    head: str
 
 
 def says_tied(checkpoint: Checkpoint) -> bool:
-    """True if config.json ties the output head to the word embedding."""
-    return checkpoint.config.get("tie_word_embeddings") is True
+    """True if config.json ties the output head to the word embedding, or leaves it at that."""
+    said = checkpoint.config.get("tie_word_embeddings")
+    return said is True or (
+        said is None and checkpoint.config.get("model_type") in _TIED_BY_DEFAULT
+    )
+
+
+def find_tie(checkpoint: Checkpoint) -> Tie | None:
+    """The word embedding and the head that is tied to it; None where there is no such thing.
+
+    A model that config.json neither ties nor unties, and that stores no head though it has one by
+    its architecture, is taken to be tied.
+
+    Args:
+        checkpoint: A model with its config.
+    """
+    embedding = find_embedding(checkpoint)
+    named = checkpoint.config.get("architectures")
+    architectures = [str(one) for one in named] if isinstance(named, list) else []
+    if embedding is None or (architectures and all(map(_is_headless, architectures))):
+        return None
+    heads = [name for name in checkpoint if is_output_head(name)]
+    silent = checkpoint.config.get("tie_word_embeddings") is None
+    if not says_tied(checkpoint) and not (silent and architectures and not heads):
+        return None
+    beside = "lm_head.weight" if embedding in _BESIDE_LM_HEAD else ""
+    return Tie(embedding, heads[0] if len(heads) == 1 else beside)
+
+
+def _is_headless(architecture: str) -> bool:
+    return architecture.endswith(_HEADLESS) and not architecture.endswith(_WITH_HEAD)
 
 
 def is_output_head(name: str) -> bool:
@@ -28,7 +90,7 @@ def tied_to(checkpoint: Checkpoint) -> dict[str, str]:
         checkpoint: A model with its config.
 
     Returns:
-        {} unless config.json says `tie_word_embeddings` and the file stores a tensor twice.
+        {} unless config.json ties them and the file stores a tensor twice.
     """
     embedding = find_embedding(checkpoint)
     if not says_tied(checkpoint) or embedding is None:

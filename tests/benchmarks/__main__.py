@@ -14,7 +14,7 @@ from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
-from . import commands, mergekit
+from . import commands, programs
 from .benches import BENCHES, Setting
 from .measure import take_turns
 from .report import Row, failures, table
@@ -32,16 +32,18 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=3, help="runs of each command")
     parser.add_argument("--layers", type=int, default=22, help="22 makes 1.1 B parameters")
     parser.add_argument("--json", type=Path, metavar="OUT", help="write all the figures there too")
-    parser.add_argument("--mergekit", type=Path, help="the mergekit-yaml program")
-    parser.add_argument("--install-mergekit", action="store_true", help="into the work folder")
+    for name, program in programs.PROGRAMS.items():
+        parser.add_argument(f"--{name}", type=Path, help=f"its {program.executable}")
+    text = "those that are not named, into the work folder"
+    parser.add_argument("--install-rivals", action="store_true", help=text)
     settings = parser.parse_args()
     if settings.repeats < 1 or settings.layers < 1:
         parser.error("--repeats and --layers must be at least 1")
     settings.work = settings.work.absolute()
-    if settings.mergekit:
-        settings.mergekit = settings.mergekit.absolute()  # a bare name would be sought on PATH
-        if not settings.mergekit.exists():
-            parser.error(f"--mergekit {settings.mergekit}: no such file")
+    for name in programs.PROGRAMS:
+        named = getattr(settings, name)
+        if named and not named.exists():
+            parser.error(f"--{name} {named}: no such file")
     model = replace(SIZES["tinyllama"], layers=settings.layers).parameters * BYTES_PER_ELEMENT
     needed = 5 * model + OTHER_BYTES  # the pair, the Fisher file that is twice as wide, an output
     settings.work.mkdir(parents=True, exist_ok=True)
@@ -50,14 +52,20 @@ def parse() -> argparse.Namespace:
     return settings
 
 
-def find_mergekit(settings: argparse.Namespace) -> Path | None:
-    """Return the mergekit program, installed now if the command line asks for it, or None."""
-    if settings.install_mergekit and not settings.mergekit:
-        try:
-            return mergekit.install(settings.work)
-        except subprocess.CalledProcessError as error:
-            print(f"mergekit could not be installed: {error}", file=sys.stderr)
-    return mergekit.find(settings.work, settings.mergekit)
+def find_rivals(settings: argparse.Namespace) -> dict[str, Path]:
+    """Return the rivals' programs by name, installed now if the command line asks for it."""
+    found = {}
+    for name, program in programs.PROGRAMS.items():
+        named = getattr(settings, name)
+        if settings.install_rivals and not named:
+            try:
+                programs.install(settings.work, program)
+            except subprocess.CalledProcessError as error:
+                print(f"{name} could not be installed: {error}", file=sys.stderr)
+        place = programs.find(settings.work, program, named)
+        if place is not None:
+            found[name] = place.absolute()  # a bare name would be sought on PATH
+    return found
 
 
 def warm_up(work: Path) -> str:
@@ -67,7 +75,12 @@ def warm_up(work: Path) -> str:
         SystemExit: wsurg does not work at all, so there is nothing to measure.
     """
     models = commands.pair(work, "tiny")
-    turns = [commands.wsurg_diff(models), commands.wsurg_mix(models, work)]
+    adapter, merged = commands.adapter(models, "tiny"), work / "merged-tiny"
+    turns = [
+        commands.wsurg_diff(models),
+        commands.wsurg_mix(models, work),
+        commands.wsurg_apply(models[0], adapter, merged, label="apply-adapter"),
+    ]
     results = take_turns(turns, 1)
     if any(result.error for result in results.values()):
         raise SystemExit("wsurg failed on a tiny pair, nothing was measured")
@@ -95,7 +108,7 @@ def main() -> int:
         work=settings.work,
         repeats=settings.repeats,
         layers=settings.layers,
-        mergekit=find_mergekit(settings),
+        rivals=find_rivals(settings),
     )
     rows: list[Row] = []
     for name in settings.only or BENCHES:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from . import commands, mergekit
-from .measure import Command, Result, take_turns
+from . import commands, programs
+from .measure import Command, Result, run, take_turns
 from .report import Bar, Row, faster, within
 
 LEAST_HELP_REPEATS = 10
@@ -28,12 +29,12 @@ HEAVY = ("torch", "transformers", "numba", "numpy")
 
 @dataclass(frozen=True)
 class Setting:
-    """Where to work, how often to run each command, how large the models are, the rival."""
+    """Where to work, how often to run each command, how large the models are, the rivals."""
 
     work: Path
     repeats: int
     layers: int
-    mergekit: Path | None
+    rivals: Mapping[str, Path]
 
 
 def diff(setting: Setting) -> list[Row]:
@@ -59,8 +60,8 @@ def mix(setting: Setting) -> list[Row]:
         commands.wsurg_mix(models, work, "--no-hash", label="mix --no-hash"),
         commands.wsurg_mix(models, work),
     ]
-    if setting.mergekit:
-        turns.append(mergekit.merge(setting.mergekit, *models, work))
+    if "mergekit" in setting.rivals:
+        turns.append(programs.linear_merge(setting.rivals["mergekit"], *models, work))
     floor = commands.rival("pread_pass", models)
     results = take_turns(turns, setting.repeats, warm=floor)
     merged, bare, hashed = results.get("mergekit", ABSENT), results["mix --no-hash"], results["mix"]
@@ -76,7 +77,7 @@ def purify(setting: Setting) -> list[Row]:
     """`wsurg purify` with a float32 Fisher file against `wsurg mix` of the same pair."""
     work = setting.work
     models = commands.pair(work, "tinyllama", layers=setting.layers)
-    fisher = commands.fisher(models, setting.layers)
+    fisher = commands.fisher(models, layers=setting.layers)
     turns = [
         command
         for name, flags in (("no-hash", ("--no-hash",)), ("hash", ()))
@@ -92,6 +93,67 @@ def purify(setting: Setting) -> list[Row]:
         within("purify", hashed, "mix", results["mix, hash"], 4),
         peak_memory("purify", hashed, 500),
     ]
+
+
+def apply_adapter(setting: Setting) -> list[Row]:
+    """`wsurg apply-adapter` against PEFT's merge and axolotl's, in time and in memory."""
+    work = setting.work
+    models = commands.pair(work, "tinyllama", layers=setting.layers)
+    adapter = commands.adapter(models, layers=setting.layers)
+    bare, out = ("--no-hash", "--no-prove"), work / "out-apply"
+    turns = [
+        commands.merge_script("peft_merge", sys.executable, models[0], adapter, work),
+        commands.wsurg_apply(models[0], adapter, out, *bare, label="bare"),
+        commands.wsurg_apply(models[0], adapter, out, label="apply-adapter"),
+    ]
+    if "axolotl" in setting.rivals:
+        axolotl = setting.rivals["axolotl"]
+        turns.append(commands.merge_script("axolotl_merge", axolotl, models[0], adapter, work))
+    floor = commands.rival("pread_pass", (models[0], models[0]))
+    results = take_turns(turns, setting.repeats, warm=floor)
+    peft, sharded = results["peft_merge"], results.get("axolotl_merge", ABSENT)
+    rows: list[Row] = []
+    for label, name in (("bare", "apply-adapter --no-hash --no-prove"), ("apply-adapter",) * 2):
+        ours = results[label]
+        rows += [
+            faster(name, ours, "PEFT merge_and_unload", peft, 6 if label == "bare" else 2),
+            faster(name, ours, "axolotl's sharded merge", sharded, 1),
+            smaller(name, ours, "PEFT merge_and_unload", peft, 1 / 3),
+        ]
+    return rows
+
+
+def verify_adapter(setting: Setting) -> list[Row]:
+    """`wsurg verify-adapter` against deltalint, on a merge of `wsurg apply-adapter`."""
+    work = setting.work
+    models = commands.pair(work, "tinyllama", layers=setting.layers)
+    adapter = commands.adapter(models, layers=setting.layers)
+    merged = work / "merged"
+    shutil.rmtree(merged, ignore_errors=True)
+    made = Result()
+    flags = ("--no-hash", "--no-prove")
+    run(commands.wsurg_apply(models[0], adapter, merged, *flags, label="merge"), made)
+    turns = [commands.wsurg_verify(models[0], adapter, merged)]
+    if "deltalint" in setting.rivals:
+        program = setting.rivals["deltalint"]
+        turns.append(commands.deltalint(program, models[0], adapter, merged))
+    floor = commands.rival("pread_pass", (models[0], merged))
+    results = take_turns(turns, setting.repeats, warm=floor)
+    shutil.rmtree(merged, ignore_errors=True)
+    ours = Result(error=made.error) if made.error else results["verify-adapter"]
+    lint = results.get("deltalint check", ABSENT)
+    return [
+        faster("verify-adapter", ours, "deltalint check", lint, 6),
+        peak_memory("verify-adapter", ours),
+    ]
+
+
+def smaller(name: str, ours: Result, rival: str, other: Result, at_most: float) -> Row:
+    """Return the row that lets `ours` have so many times the peak memory of `rival`."""
+    failed = ours.error or other.error
+    value = None if failed else ours.peak_bytes / other.peak_bytes
+    bar = Bar("at most", at_most, " of its memory")
+    return Row(f"{name}, peak memory", ours, value, bar, rival, other)
 
 
 def peak_memory(name: str, ours: Result, bar: float = 400) -> Row:
@@ -127,8 +189,8 @@ def help_text(setting: Setting) -> list[Row]:
         Command("help", (*commands.WSURG, "--help")),
     ]
     results = take_turns(turns, max(setting.repeats, LEAST_HELP_REPEATS))
-    if setting.mergekit:
-        turns = [Command("mergekit", (str(setting.mergekit), "--help"))]
+    if "mergekit" in setting.rivals:
+        turns = [Command("mergekit", (str(setting.rivals["mergekit"]), "--help"))]
         results |= take_turns(turns, setting.repeats)
     ours, empty = results["help"], results["pass"]
     bar = Bar("at most", max(0.25, 8 * (empty.best or 0.0)), " s")
@@ -152,5 +214,7 @@ BENCHES: dict[str, Callable[[Setting], list[Row]]] = {
     "diff": diff,
     "mix": mix,
     "purify": purify,
+    "apply-adapter": apply_adapter,
+    "verify-adapter": verify_adapter,
     "memory": memory,
 }

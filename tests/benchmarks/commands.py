@@ -37,16 +37,52 @@ def wsurg_mix(models: tuple[Path, Path], work: Path, *flags: str, label: str = "
     return Command(label, (*WSURG, "mix", *map(str, models), *settings), output)
 
 
-def fisher(models: tuple[Path, Path], layers: int = 0) -> Path:
-    """Return a float32 Fisher file of the pair, made by a process of its own if need be.
+def fisher(models: tuple[Path, Path], size: str = "tinyllama", layers: int = 0) -> Path:
+    """Return a float32 Fisher file of the pair, made if need be."""
+    return _made_beside("fishers", models, size, layers)
+
+
+def adapter(models: tuple[Path, Path], size: str = "tinyllama", layers: int = 0) -> Path:
+    """Return a LoRA adapter of the pair's base, made if need be."""
+    return _made_beside("adapters", models, size, layers)
+
+
+def _made_beside(module: str, models: tuple[Path, Path], size: str, layers: int) -> Path:
+    """Return what a module's own process makes in the pair's folder.
 
     Raises:
-        subprocess.CalledProcessError: The file could not be made.
+        subprocess.CalledProcessError: It could not be made.
     """
-    command = [sys.executable, "-m", "tests.benchmarks.fishers", str(models[0].parent)]
-    command += ["--layers", str(layers)]
+    command = [sys.executable, "-m", f"tests.benchmarks.{module}", str(models[0].parent)]
+    command += ["--size", size, "--layers", str(layers)]
     made = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
     return Path(made.stdout.strip())
+
+
+def wsurg_apply(base: Path, adapter: Path, output: Path, *flags: str, label: str) -> Command:
+    """Return `wsurg apply-adapter` of one adapter."""
+    arguments = (*WSURG, "apply-adapter", str(base), str(adapter), "-o", str(output), *flags)
+    return Command(label, arguments, output)
+
+
+def wsurg_verify(base: Path, adapter: Path, merged: Path) -> Command:
+    """Return `wsurg verify-adapter` of a merge."""
+    given = map(str, (base, adapter, merged))
+    return Command("verify-adapter", (*WSURG, "verify-adapter", *given, "--json"))
+
+
+def merge_script(script: str, python: Path | str, base: Path, adapter: Path, work: Path) -> Command:
+    """Return one of the merging scripts in rivals/, run by a Python that has what it needs."""
+    output = work / f"out-{script}"
+    given = map(str, (base, adapter, output))
+    return Command(script, (str(python), str(RIVALS / f"{script}.py"), *given), output)
+
+
+def deltalint(program: Path, base: Path, adapter: Path, merged: Path) -> Command:
+    """Return deltalint's check of a merge."""
+    named = {"base": base, "adapter": adapter, "merged": merged}
+    given = (word for name, path in named.items() for word in (f"--{name}", str(path)))
+    return Command("deltalint check", (str(program), "check", *given, "--json"))
 
 
 def wsurg_purify(

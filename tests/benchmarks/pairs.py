@@ -28,13 +28,14 @@ def pair_folder(work: Path, shape: Shape, fill: str) -> Path:
     return work / f"pair-{RECIPE}-{fill}-{sizes}"
 
 
-def header(tensors: Tensors) -> bytes:
+def header(tensors: Tensors, dtype: str = "BF16") -> bytes:
     """Return the safetensors header of a file that holds `tensors` in this order."""
+    width = {"BF16": BYTES_PER_ELEMENT, "F32": 4}[dtype]
     table: dict[str, object] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name, shape in tensors.items():
-        start, end = end, end + elements(shape) * BYTES_PER_ELEMENT
-        table[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [start, end]}
+        start, end = end, end + elements(shape) * width
+        table[name] = {"dtype": dtype, "shape": shape, "data_offsets": [start, end]}
     text = json.dumps(table, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     return struct.pack("<Q", len(text)) + text

@@ -22,13 +22,14 @@ from weightsurgery.errors import FormatError, MismatchError, PolicyError, shown
 
 # How training began or ran, or which modules got an adapter, which the tensors tell better.
 _TRAINING = {
-    *("auto_mapping", "corda_config", "ensure_weight_tying", "eva_config", "exclude_modules"),
+    *("auto_mapping", "corda_config", "eva_config", "exclude_modules"),
     *("inference_mode", "layers_pattern", "layers_to_transform", "lora_dropout", "lora_ga_config"),
     *("loftq_config", "megatron_core", "peft_type", "peft_version", "qalora_group_size"),
     *("revision", "runtime_config", "target_modules", "task_type"),
 }
 _UNDERSTOOD = {
-    *("alpha_pattern", "base_model_name_or_path", "bias", "fan_in_fan_out", "init_lora_weights"),
+    *("alpha_pattern", "base_model_name_or_path", "bias", "ensure_weight_tying", "fan_in_fan_out"),
+    "init_lora_weights",
     *("lora_alpha", "lora_bias", "modules_to_save", "r", "rank_pattern", "target_parameters"),
     *("trainable_token_indices", "use_dora", "use_rslora"),
 }
@@ -52,6 +53,8 @@ class AdapterConfig:
         bias: Which biases are replaced: none, all or lora_only.
         fan_in_fan_out: The adapted matrices are stored transposed, as GPT-2's.
         modules_to_save: Modules that are replaced whole.
+        ensure_weight_tying: Of an embedding that is replaced whole, the head that is tied to it is
+            saved too.
         token_indices: Rows of an embedding that are replaced, by the embedding's module; "" stands
             for the word embedding.
         target_parameters: Parameters that are adapted directly.
@@ -68,6 +71,7 @@ class AdapterConfig:
     bias: str
     fan_in_fan_out: bool
     modules_to_save: tuple[str, ...]
+    ensure_weight_tying: bool
     token_indices: Mapping[str, tuple[int, ...]]
     target_parameters: tuple[str, ...]
     base: str
@@ -122,8 +126,8 @@ def read_config(adapter: Checkpoint) -> AdapterConfig:
     _refuse_unknown(adapter)
     check = _Checker(adapter)
     return AdapterConfig(
-        rank=check.rank(given.get("r", 8), "r"),
-        alpha=check.number(given.get("lora_alpha", 8), "lora_alpha"),
+        rank=check.rank(given.get("r"), "r"),
+        alpha=check.number(given.get("lora_alpha"), "lora_alpha"),
         rank_pattern={k: check.rank(v, "rank_pattern") for k, v in check.pattern("rank_pattern")},
         alpha_pattern={
             k: check.number(v, "alpha_pattern") for k, v in check.pattern("alpha_pattern")
@@ -134,6 +138,7 @@ def read_config(adapter: Checkpoint) -> AdapterConfig:
         bias=check.bias(),
         fan_in_fan_out=check.flag("fan_in_fan_out"),
         modules_to_save=check.names("modules_to_save"),
+        ensure_weight_tying=check.flag("ensure_weight_tying"),
         token_indices=check.tokens(),
         target_parameters=check.names("target_parameters"),
         base=check.base(),

@@ -15,15 +15,16 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from weightsurgery.adapters.layout import read_adapter
+from weightsurgery.adapters.heads import Reading, read_adapters, settle
 from weightsurgery.adapters.updates import Update
-from weightsurgery.alignment import Pair, align
-from weightsurgery.checkpoint import Checkpoint, require_checkpoints
-from weightsurgery.errors import GateError, SettingError, shown
+from weightsurgery.alignment import Alignment, Pair, align
+from weightsurgery.checkpoint import Checkpoint, TensorView, require_checkpoints
+from weightsurgery.errors import GateError, shown
 from weightsurgery.kernels import Block, same_float, to_float
 from weightsurgery.low_rank_kernel import residual_sums
 from weightsurgery.quantised import require_unquantised
 from weightsurgery.stream import Engine, fold
+from weightsurgery.ties import is_output_head, says_tied, tied_to
 
 _NEAR = 0.1  # of the change's norm that may be left when a scale is said to explain a difference
 
@@ -97,14 +98,10 @@ def verify_adapter(
     """
     require_checkpoints(base, *adapters, merged)
     require_unquantised(base, merged)
-    if not adapters or (weight and len(weight) != len(adapters)):
-        raise SettingError(f"{len(weight)} weights for {len(adapters)} adapters")
-    updates: dict[str, list[Update]] = {}
-    for adapter, by in zip(adapters, weight or [1.0] * len(adapters), strict=True):
-        for target in read_adapter(base, adapter, weight=by):
-            updates.setdefault(target.name, []).extend(target.updates)
-    paired = align(base, merged)
-    pairs = [replace(p, key=p.name) for p in paired.pairs if p.base is not None and p.eligible]
+    reading = _reading(base, adapters, merged, weight)
+    updates = reading.updates()
+    paired = align(reading.base, merged)
+    pairs = [replace(p, key=p.name, eligible=_compared(p)) for p in paired.pairs if _compared(p)]
     found = {pair.name: _Sums() for pair in pairs}
 
     def step(pair: Pair, start: int, before: Block, after: Block) -> Block:
@@ -120,10 +117,8 @@ def verify_adapter(
         _verdict(pair.name, found[pair.name], bool(pair.base and pair.base.name in updates))
         for pair in pairs
     ]
-    seen = {pair.base.name for pair in pairs if pair.base is not None}
-    tensors += [
-        {"tensor": name, "adapted": True, "verdict": "missing"} for name in updates.keys() - seen
-    ]
+    tensors = [*_absent(reading, paired, merged), *tensors]
+    tensors = list({one["tensor"]: one for one in tensors[::-1]}.values())  # the first one counts
     shown_ones = [one for one in tensors if one["adapted"] or one["verdict"] != "untouched"]
     return {
         "schema": "wsurg.adapter-proof/1",
@@ -134,8 +129,56 @@ def verify_adapter(
         "proved": all(one["verdict"] in ("proved", "untouched") for one in tensors),
         "untouched": sum(one["verdict"] == "untouched" for one in tensors),
         "tensors": sorted(shown_ones, key=lambda one: str(one["tensor"])),
-        "not_compared": paired.to_json()["kept_from_tuned"],
+        "not_compared": [
+            one for one in paired.to_json()["kept_from_tuned"] if one["tensor"] not in found
+        ],
     }
+
+
+def _reading(
+    base: Checkpoint, adapters: Sequence[Checkpoint], merged: Checkpoint, weight: Sequence[float]
+) -> Reading:
+    """What the adapters ask for; of the untied model where they or MERGED need it."""
+    reading = read_adapters(base, adapters, weight)
+    apart = reading.tie is not None and (reading.needs_untying or not _is_tied(merged))
+    return settle(reading, base, untie=apart)
+
+
+def _is_tied(merged: Checkpoint) -> bool:
+    """True if MERGED computes with one tensor for the head and the embedding."""
+    return says_tied(merged) or not any(map(is_output_head, merged))
+
+
+def _compared(pair: Pair) -> int:
+    """How many of a pair's elements are compared: integers and masks too, where they are alike."""
+    if pair.base is None or pair.eligible:
+        return pair.eligible
+    alike = (pair.base.shape, pair.base.dtype) == (pair.tuned.shape, pair.tuned.dtype)
+    return pair.tuned.size if alike else 0
+
+
+def _absent(reading: Reading, paired: Alignment, merged: Checkpoint) -> list[dict[str, Any]]:
+    """Verdicts on what MERGED should store and does not, and on a head it should not tie."""
+    updates, tie = reading.updates(), reading.tie
+    head = tie.head if tie is not None and reading.needs_untying else None
+    seen = {pair.base.name for pair in paired.pairs if pair.base is not None}
+    copies = tied_to(reading.base) if says_tied(merged) else {}
+    missing = [
+        name
+        for name, view in reading.base.items()
+        if name not in seen and name not in copies and (name in updates or _is_parameter(view))
+    ]
+    found = dict.fromkeys(missing, "missing")
+    if head is not None and _is_tied(merged):
+        found[head] = "tied"
+    return [{"tensor": n, "adapted": n in updates, "verdict": v} for n, v in found.items()]
+
+
+def _is_parameter(view: TensorView) -> bool:
+    """False for what a model computes anew and need not store; our choice of names."""
+    last = view.name.rpartition(".")[2]
+    mask = view.name.endswith(".attn.bias") and len(view.shape) == 4  # GPT-2's
+    return view.dtype.arithmetic and view.size > 0 and not mask and last in ("weight", "bias")
 
 
 def check_proof(report: Mapping[str, Any]) -> None:
@@ -163,14 +206,14 @@ def _compare(before: Block, after: Block, start: int, updates: Sequence[Update])
     half = _HALF_STEP.get(after.dtype, 2.0**-24)
     smallest = _SMALLEST.get(after.dtype, 2.0**-150)
     same = before.dtype == after.dtype and not updates
-    old, new = same_float(before, after)
-    expected = to_float(before).astype(old.dtype, copy=False)
-    for update in updates:
-        expected = update.apply(expected, start)
     if same:  # untouched: bytes count, not values
         bits = f"u{before.dtype.itemsize}"
         different = int(np.count_nonzero(before.view(bits) != after.view(bits)))
         return np.array([0.0, 0.0, 0.0, 0.0, 0.0, 0.0, different])
+    old, new = same_float(before, after)
+    expected = to_float(before).astype(old.dtype, copy=False)
+    for update in updates:
+        expected = update.apply(expected, start)
     return residual_sums(old, expected, new, half * max(1, len(updates)), smallest)
 
 

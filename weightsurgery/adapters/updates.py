@@ -121,6 +121,35 @@ class LowRank:
 
 
 @dataclass(frozen=True)
+class LowRankRows:
+    """W + some rows of one matrix of a stack of low-rank products.
+
+    Attributes:
+        stack: The products.
+        matrix: Which.
+        first: Its first row.
+        rows: How many.
+    """
+
+    stack: LowRank
+    matrix: int
+    first: int
+    rows: int
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """See `Update`."""
+        return self.stack.sources
+
+    def apply(self, values: Block, start: int) -> Block:
+        """See `Update`."""
+        left, right = self.stack.factors(values.dtype, values.size)
+        top = self.matrix * self.stack.shape[0] + self.first
+        rows, matrix = left[top : top + self.rows], right[self.matrix : self.matrix + 1]
+        return add_low_rank(values, rows, matrix, start, self.stack.scale)
+
+
+@dataclass(frozen=True)
 class Magnitude:
     """DoRA: each row (or column) of W + s · left @ right is rescaled to a learned norm.
 
@@ -256,3 +285,7 @@ class ReplaceRows:
                 new = to_float(self.by.read(low + offset, high + offset))
                 result[low - start : high - start] = new
         return result
+
+
+ADDED = (LowRank, LowRankRows, Shift)
+"""The updates that are added, and so can be weighed, taken back, or rounded on their own."""

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 import inspect
 from collections.abc import Collection, Mapping
 from typing import Any, Literal, get_args, get_origin
@@ -14,6 +12,7 @@ import weightsurgery.operators
 from weightsurgery.adapters.proof import check_proof
 from weightsurgery.checkpoint import Checkpoint
 from weightsurgery.cli import options
+from weightsurgery.cli.companion import companion_of
 from weightsurgery.formats import open_checkpoint, save
 from weightsurgery.formats.output import check_destination
 from weightsurgery.formats.plan import check_outputs_apart, input_paths, make_plan
@@ -35,7 +34,7 @@ def make_command(name: str) -> click.Command:
         parameters += make_options(setting, kind, declaration, default)
     companion = companion_of(name)
     parameters += [
-        *(companion.PARAMETERS if companion else ()),
+        *companion.parameters,
         *options.WRITING,
         options.WEIGHTS,
         *(options.NAMES if _is_pair(operator) else ()),
@@ -80,8 +79,8 @@ def _open(operator: Operator, given: Mapping[str, Any]) -> tuple[list[Checkpoint
 def _run(operator: Operator, given: dict[str, Any]) -> None:
     context = click.get_current_context()
     companion = companion_of(operator.name)
-    given = {**given, **(companion.check(context) if companion else {})}
-    check_usage(context, operator, given, companion.also_used(given) if companion else ())
+    given = {**given, **companion.check(context)}
+    check_usage(context, operator, given, companion.also_used(given))
     inputs, subject = _open(operator, given)
     further = {n: open_checkpoint(given[n]) for n in operator.optional if given[n] is not None}
     settings = read_settings(context, operator, given, subject)
@@ -98,11 +97,11 @@ def _run(operator: Operator, given: dict[str, Any]) -> None:
             overwrite=given["overwrite"],
             inputs=[path for checkpoint in read for path in input_paths(checkpoint)],
         )
-    further |= companion.before(inputs, settings, given) if companion else {}
+    further |= companion.before(inputs, settings, given)
     limit = given["max_memory"]
     with options.running(given["workers"], max_memory=limit, inputs=read) as engine:
         edited = operator.function(*inputs, **settings, **further, engine=engine)
-    result = companion.after(inputs, edited, given) if companion else edited
+    result = companion.after(inputs, edited, given)
     with options.running(given["workers"], max_memory=limit, inputs=read) as engine:
         if given["dry_run"]:
             plan = make_plan(result, out, engine=engine, **sizes).to_json()
@@ -115,7 +114,7 @@ def _run(operator: Operator, given: dict[str, Any]) -> None:
     if given["dry_run"]:
         _show_plan(plan, result, given)
         return
-    proof = companion.prove(inputs, given) if hasattr(companion, "prove") else None
+    proof = companion.prove(inputs, given)
     if given["as_json"]:
         options.print_json({"out": out, **record, **({"proof": proof} if proof else {})})
     elif "training" in record["report"]:
@@ -132,16 +131,6 @@ def _show_plan(plan: dict[str, Any], result: Checkpoint, given: Mapping[str, Any
         options.print_json({**plan, "alignment": alignment})
     else:
         show(plan_tables(plan, alignment))
-
-
-def companion_of(name: str) -> Any:
-    """The module of what a command does besides its operator; None for most.
-
-    It lies beside this one: `purify_steps` for `purify`. It may have a function `prove` that looks
-    at what was written.
-    """
-    home = f"weightsurgery.cli.{name.replace('-', '_')}_steps"
-    return importlib.import_module(home) if importlib.util.find_spec(home) else None
 
 
 def read_settings(

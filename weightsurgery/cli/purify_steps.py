@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -11,11 +10,12 @@ import click
 from weightsurgery.alignment import align
 from weightsurgery.checkpoint import Checkpoint
 from weightsurgery.cli import model_options, options
+from weightsurgery.cli.companion import Companion, Given, Inputs
 from weightsurgery.formats.record import changed_by
 from weightsurgery.operators.purify import check as checked
 from weightsurgery.training.settings import Hyperparameters
 
-PARAMETERS: tuple[click.Parameter, ...] = (
+_PARAMETERS: tuple[click.Parameter, ...] = (
     click.Option(
         ["--data"],
         type=click.Path(),
@@ -35,7 +35,7 @@ PARAMETERS: tuple[click.Parameter, ...] = (
 )
 
 
-def check(context: click.Context) -> dict[str, Any]:
+def _check(context: click.Context) -> dict[str, Any]:
     """Refuse what says nothing or twice the same; settle what wsurg.toml says beside the command.
 
     Args:
@@ -75,7 +75,7 @@ def check(context: click.Context) -> dict[str, Any]:
     return idle
 
 
-def also_used(given: Mapping[str, Any]) -> tuple[str, ...]:
+def _also_used(given: Given) -> tuple[str, ...]:
     """Settings of the operator that serve the fine-tuning too.
 
     Args:
@@ -84,9 +84,7 @@ def also_used(given: Mapping[str, Any]) -> tuple[str, ...]:
     return ("seed",) if given["finetune"] else ()
 
 
-def before(
-    inputs: Sequence[Checkpoint], settings: Mapping[str, Any], given: Mapping[str, Any]
-) -> dict[str, Checkpoint]:
+def _before(inputs: Inputs, settings: Given, given: Given) -> dict[str, Checkpoint]:
     """The Fisher from --data, where it is needed and not given.
 
     What can be refused is refused first: settings, data, and a model that cannot be loaded.
@@ -114,7 +112,7 @@ def before(
         return {"fisher": fisher(model, examples, **points, progress=progress)}
 
 
-def after(inputs: Sequence[Checkpoint], result: Checkpoint, given: Mapping[str, Any]) -> Checkpoint:
+def _after(inputs: Inputs, result: Checkpoint, given: Given) -> Checkpoint:
     """The result, fine-tuned if that is asked for.
 
     Args:
@@ -143,7 +141,7 @@ def after(inputs: Sequence[Checkpoint], result: Checkpoint, given: Mapping[str, 
     return replace(trained, notes=notes, warnings=result.warnings)
 
 
-def _training(given: Mapping[str, Any]) -> dict[str, Any]:
+def _training(given: Given) -> dict[str, Any]:
     """The settings of the fine-tuning.
 
     Raises:
@@ -152,3 +150,8 @@ def _training(given: Mapping[str, Any]) -> dict[str, Any]:
     chosen = {name: given[name] for name in ("epochs", "learning_rate", "seed")}
     Hyperparameters(**chosen)
     return chosen
+
+
+COMPANION = Companion(
+    parameters=_PARAMETERS, check=_check, also_used=_also_used, before=_before, after=_after
+)

@@ -12,9 +12,9 @@ import click
 import weightsurgery.operators
 from weightsurgery.checkpoint import Checkpoint
 from weightsurgery.cli import attack_options, model_options, options
+from weightsurgery.cli.companion import companion_of
 from weightsurgery.cli.operator_command import (
     check_usage,
-    companion_of,
     make_options,
     make_path_option,
     read_settings,
@@ -114,7 +114,7 @@ def _edit(
     further: dict[str, Any] = {
         n: open_checkpoint(given[n]) for n in operator.optional if given.get(n) is not None
     }
-    further |= companion.before(inputs, settings, given) if companion else {}
+    further |= companion.before(inputs, settings, given)
     if "engine" in inspect.signature(operator.function).parameters:
         further["engine"] = Engine(kept={})
     fixed = {n: value for n, value in settings.items() if n != "ratio"}

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from functools import partial
 
 from weightsurgery.errors import StorageError, shown
-from weightsurgery.formats.layout import CARD, SIDE_FILES, WEIGHTS
+from weightsurgery.formats.layout import ADAPTER_CONFIG, CARD, SIDE_FILES, WEIGHTS
 
 _ID = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(?:@(?P<revision>[\w./-]+))?")
 
@@ -41,7 +41,7 @@ def snapshots(text: str) -> Iterator[str]:
 
     found = _ID.fullmatch(text)
     repo, revision = (found["repo"], found["revision"]) if found else (text, None)
-    wanted = [*WEIGHTS, *SIDE_FILES, CARD]
+    wanted = [*WEIGHTS, *SIDE_FILES, CARD, ADAPTER_CONFIG]
     fetch = partial(snapshot_download, repo, revision=revision, allow_patterns=wanted)
     try:
         # Not an error: the next call may use the network, or says why it may not.

@@ -8,22 +8,21 @@ References:
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Annotated, Any, Literal
 
 import numpy as np
 
 from weightsurgery.adapters.config import read_config
-from weightsurgery.adapters.layout import Target, read_adapter
-from weightsurgery.adapters.updates import LowRank, ReplaceRows, Shift, Update
-from weightsurgery.anatomy import find_embedding
+from weightsurgery.adapters.heads import read_adapters, settle
+from weightsurgery.adapters.layout import Target
+from weightsurgery.adapters.updates import ADDED, Update
 from weightsurgery.checkpoint import Checkpoint, TensorView
-from weightsurgery.errors import MismatchError, NonFiniteError, PolicyError, SettingError, shown
+from weightsurgery.errors import MismatchError, NonFiniteError, PolicyError, shown
 from weightsurgery.kernels import Block, all_finite, to_dtype, to_float
 from weightsurgery.quantised import require_unquantised
 from weightsurgery.registry import AllowNonfinite, Setting, operator
-from weightsurgery.ties import says_tied
 
 
 @operator
@@ -38,6 +37,9 @@ def apply_adapter(
         Literal["once", "peft"],
         "round the sum once, or the change first and then the sum, as PEFT's safe merge does",
     ] = "once",
+    untie: Annotated[
+        bool, "store an output head that BASE ties to its embedding as a tensor of its own"
+    ] = False,
     force_base: Annotated[bool, "accept an adapter that names another base"] = False,
     allow_nonfinite: AllowNonfinite = False,
 ) -> Checkpoint:
@@ -53,6 +55,8 @@ def apply_adapter(
         adapters: PEFT adapters of type LORA.
         weight: One number for each adapter, or none.
         rounding: "once" or "peft".
+        untie: Write head and embedding as two tensors and set `tie_word_embeddings` to false.
+            Needed where an adapter changes one of the two alone, or each in its own way.
         force_base: Do not compare the name of its base that an adapter gives with BASE's.
         allow_nonfinite: Let NaN and infinity pass instead of refusing them.
 
@@ -62,30 +66,28 @@ def apply_adapter(
     Raises:
         SettingError: There is no adapter, or not one `weight` for each.
         FormatError: An adapter is incomplete, or contradicts its configuration.
-        MismatchError: An adapter does not fit BASE.
-        PolicyError: An adapter is of a kind that is not folded in, names another base, or a model
-            is quantised.
+        MismatchError: An adapter does not fit BASE, or `untie` is given and nothing is tied.
+        PolicyError: An adapter is of a kind that is not folded in, names another base, would need
+            `untie`, or a model is quantised.
     """
-    if not adapters:
-        raise SettingError("no adapter is given")
-    if weight and len(weight) != len(adapters):
-        raise SettingError(f"{len(weight)} weights for {len(adapters)} adapters")
     require_unquantised(base)
-    notes, warnings = [], list(base.warnings)
-    edited: dict[str, list[Update]] = {}
-    for adapter, by in zip(adapters, weight or [1.0] * len(adapters), strict=True):
-        warnings += _check_base(base, adapter, force_base)
-        targets = read_adapter(base, adapter, weight=by)
-        for target in targets:
-            edited.setdefault(target.name, []).extend(target.updates)
-        notes.append(_described(adapter, by, targets))
-    _refuse_tied(base, edited)
+    warnings = [w for adapter in adapters for w in _check_base(base, adapter, force_base)]
+    reading = settle(read_adapters(base, adapters, weight), base, untie=untie)
+    edited = reading.updates()
+    given = zip(adapters, weight or [1.0] * len(adapters), reading.targets, strict=True)
+    notes: dict[str, Any] = {"adapters": [_described(*one) for one in given]}
+    if untie and reading.tie:
+        notes["untied"] = {"embedding": reading.tie.embedding, "head": reading.tie.head}
     tensors = {
         name: _merged(view, edited[name], rounding, allow_nonfinite) if name in edited else view
-        for name, view in base.items()
+        for name, view in reading.base.items()
     }
-    found = {**base.notes, "adapters": notes}
-    return replace(base, tensors=tensors, notes=found, warnings=tuple(warnings))
+    return replace(
+        reading.base,
+        tensors=tensors,
+        notes={**base.notes, **notes},
+        warnings=(*base.warnings, *warnings),
+    )
 
 
 def _merged(
@@ -110,32 +112,16 @@ def _merged(
             )
         return stored, result
 
-    return replace(view, read_both=read_both, status="edited")
+    status = "added" if view.status == "added" else "edited"
+    return replace(view, read_both=read_both, status=status)
 
 
 def _rounded_twice(update: Update, values: Block, start: int, dtype: np.dtype[Any]) -> Block:
     """The values after an update, what it adds and the sum both rounded to the stored dtype."""
-    if isinstance(update, (LowRank, Shift)):
+    if isinstance(update, ADDED):
         change = to_float(to_dtype(update.apply(np.zeros_like(values), start), dtype))
         return to_float(to_dtype(values + change, dtype))
     return to_float(to_dtype(update.apply(values, start), dtype))
-
-
-def _refuse_tied(base: Checkpoint, edited: Mapping[str, Sequence[Update]]) -> None:
-    """An adapter of an embedding alone would change the head too, where they are one tensor.
-
-    Raises:
-        PolicyError: The word embedding is adapted, and config.json ties the head to it.
-    """
-    embedding = find_embedding(base) if says_tied(base) else None
-    if any(not isinstance(one, ReplaceRows) for one in edited.get(embedding or "", ())):
-        raise PolicyError(
-            "the adapter changes the word embedding, and config.json ties the output head to it: "
-            "the head would change too, which the adapter does not mean",
-            file=base.label,
-            tensor=embedding,
-            hint="untie the head first: store it on its own and set tie_word_embeddings to false",
-        )
 
 
 def _check_base(base: Checkpoint, adapter: Checkpoint, force: bool) -> list[str]:

@@ -1,0 +1,79 @@
+"""Makes a LoRA adapter of a pair's base, rank 16 on all seven projections, and keeps it.
+
+Usage: python -m tests.benchmarks.adapters PAIR_FOLDER [--size NAME] [--layers N]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+from .pairs import header
+from .shapes import SIZES, Shape, Tensors, shards
+
+SEED, RANK, ALPHA = 20_240_603, 16, 32
+# Of the factors' elements: the change of a weight is then about a third of its size. What changes
+# much less deltalint judges by bits, and another order of sums than torch's is a failure there.
+SCALE = 0.03
+PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+def factors(shape: Shape) -> Tensors:
+    """Return the names and shapes of the adapter's tensors, sorted."""
+    found: Tensors = {}
+    for part in shards(shape).values():
+        for name, (rows, *columns) in part.items():
+            module = name.removesuffix(".weight")
+            if module.endswith(PROJECTIONS):
+                found[f"base_model.model.{module}.lora_A.weight"] = (RANK, *columns)
+                found[f"base_model.model.{module}.lora_B.weight"] = (rows, RANK)
+    return dict(sorted(found.items()))
+
+
+def make_adapter(pair: Path, shape: Shape) -> Path:
+    """Return the adapter's folder in a pair's, made now unless it is there already."""
+    folder = pair / "adapter"
+    if folder.exists():
+        return folder
+    partial = folder.with_suffix(".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir()
+    config = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": str(pair / "base"),
+        "r": RANK,
+        "lora_alpha": ALPHA,
+        "target_modules": sorted(PROJECTIONS),
+    }
+    (partial / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
+    random = np.random.default_rng(SEED)
+    tensors = factors(shape)
+    with (partial / "adapter_model.safetensors").open("wb") as file:
+        file.write(header(tensors, "F32"))
+        for size in tensors.values():
+            values = SCALE * random.standard_normal(size, dtype=np.float32)
+            file.write(values.view(np.uint8).data)
+    return partial.rename(folder)
+
+
+def main() -> None:
+    """Make the adapter that the command line asks for and print its folder."""
+    parser = argparse.ArgumentParser(description=make_adapter.__doc__)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--size", choices=SIZES, default="tinyllama")
+    parser.add_argument("--layers", type=int)
+    settings = parser.parse_args()
+    shape = SIZES[settings.size]
+    if settings.layers:
+        shape = replace(shape, layers=settings.layers)
+    print(make_adapter(settings.folder, shape))
+
+
+if __name__ == "__main__":
+    main()

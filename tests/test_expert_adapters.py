@@ -1,0 +1,137 @@
+"""Adapters of experts that the model fuses in memory and stores one by one on the disk."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import transformers
+
+from tests import cases
+from tests.peft_models import WARNINGS, Trained
+from weightsurgery import apply_adapter, from_arrays, open_checkpoint, save, verify_adapter
+from weightsurgery.errors import MismatchError, PolicyError
+
+pytestmark = WARNINGS
+
+SIZES = {"vocab_size": 32, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+SIZES |= {"num_key_value_heads": 1, "num_experts_per_tok": 2}
+
+
+def mixtral(**options: Any) -> Any:
+    sizes = {**SIZES, "intermediate_size": 24, "num_local_experts": 3, **options}
+    return transformers.MixtralForCausalLM(transformers.MixtralConfig(**sizes))
+
+
+def qwen2() -> Any:
+    sizes = {**SIZES, "moe_intermediate_size": 20, "num_experts": 3, "intermediate_size": 24}
+    sizes |= {"shared_expert_intermediate_size": 12}
+    return transformers.Qwen2MoeForCausalLM(transformers.Qwen2MoeConfig(**sizes))
+
+
+def qwen3() -> Any:
+    sizes = {**SIZES, "moe_intermediate_size": 20, "num_experts": 3, "head_dim": 8}
+    return transformers.Qwen3MoeForCausalLM(transformers.Qwen3MoeConfig(**sizes))
+
+
+MODELS: dict[str, Callable[[], Any]] = {"mixtral": mixtral, "qwen2": qwen2, "qwen3": qwen3}
+EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+VARIANTS: dict[str, dict[str, Any]] = {
+    "linear": {"target_modules": ["q_proj", "v_proj"]},
+    "experts": {"target_modules": [], "target_parameters": EXPERTS},
+    "gate and up alone": {"target_modules": [], "target_parameters": EXPERTS[:1]},
+    "down alone": {"target_modules": [], "target_parameters": EXPERTS[1:]},
+    "router": {"target_modules": [], "target_parameters": ["mlp.gate.weight"]},
+    "named without a module": {"target_modules": ["q_proj"], "target_parameters": ["down_proj"]},
+    "all": {"target_modules": ["q_proj"], "target_parameters": EXPERTS, "use_rslora": True},
+}
+
+
+def logits(model: Any, tokens: Any) -> Any:
+    with torch.no_grad():
+        return model.eval()(input_ids=tokens).logits
+
+
+EVERY = pytest.mark.parametrize("variant", VARIANTS)
+FAMILIES = pytest.mark.parametrize("family", MODELS)
+DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])
+
+
+@EVERY
+@FAMILIES
+@DTYPES
+def test_the_written_model_is_pefts_merge(
+    family: str, variant: str, dtype: Any, tmp_path: Path
+) -> None:
+    made = Trained(tmp_path, MODELS[family], VARIANTS[variant], dtype)
+    tokens = torch.arange(12).reshape(2, 6)
+    expected = logits(made.model, tokens) if dtype == torch.float32 else None
+    save(made.merge(), tmp_path / "ours")
+    kind = type(made.model.get_base_model())
+    theirs = made.model.merge_and_unload()
+    theirs.save_pretrained(tmp_path / "theirs")
+    ours = open_checkpoint(tmp_path / "ours")
+    stored, before = (cases.read(open_checkpoint(tmp_path / n)) for n in ("theirs", "base"))
+    found, twice = cases.read(ours), cases.read(made.merge(rounding="peft"))
+    assert found.keys() == stored.keys()
+    for name, array in stored.items():
+        wanted = array.astype("f4")
+        # In bfloat16 PEFT rounds the change of a parameter, and then the sum.
+        off = [np.abs(one[name].astype("f4") - wanted) for one in (found, twice)]
+        step = np.spacing(np.abs(array)).astype("f4")
+        room = 1e-6 * np.abs(wanted).max() if dtype == torch.float32 else step
+        assert any((one <= room).all() for one in off), name
+    assert any(not np.array_equal(found[name], before[name]) for name in found)
+    base, adapter = open_checkpoint(made.base), open_checkpoint(made.adapter)
+    for merged in (ours, open_checkpoint(tmp_path / "theirs")):
+        report = verify_adapter(base, [adapter], merged)
+        assert report["proved"], report["tensors"]
+    if expected is not None:
+        found = logits(kind.from_pretrained(tmp_path / "ours"), tokens)
+        torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+
+
+def test_an_adapter_of_experts_is_taken_back(tmp_path: Path) -> None:
+    made = Trained(tmp_path, mixtral, VARIANTS["experts"], torch.float32)
+    adapter = open_checkpoint(made.adapter)
+    merged = apply_adapter(made.merge(), adapter, weight=[-1.0], force_base=True)
+    before = cases.read(open_checkpoint(made.base))
+    for name, array in cases.read(merged).items():
+        np.testing.assert_allclose(array, before[name], atol=1e-6)
+
+
+def test_both_ways_round_is_a_doubt(tmp_path: Path) -> None:
+    """Older PEFT took the fused matrices for inputs by outputs; a square one does not tell."""
+    made = Trained(
+        tmp_path, lambda: mixtral(intermediate_size=8), VARIANTS["experts"], torch.float32
+    )
+    with pytest.raises(PolicyError, match="fit more than one way of"):
+        made.merge()
+
+
+FRONT = "base_model.model.mlp.experts.lora_"
+
+
+def with_experts(base: cases.Arrays) -> None:
+    factors = {f"{FRONT}A.weight": np.ones((6, 6), "f4"), f"{FRONT}B.weight": np.ones((4, 6), "f4")}
+    config = cases.adapter_config(target_parameters=["mlp.experts.down_proj"])
+    apply_adapter(from_arrays(base), from_arrays(factors, config=config))
+
+
+def downs(*shapes: tuple[int, ...]) -> cases.Arrays:
+    return {f"mlp.experts.{i}.down_proj.weight": np.ones(s, "f4") for i, s in enumerate(shapes)}
+
+
+def test_stored_experts_must_be_all_there_and_alike() -> None:
+    with_experts(downs((4, 6), (4, 6), (4, 6)))
+    with pytest.raises(PolicyError, match=r"fit none of 'mlp.experts.down_proj' \[2, 4, 6\]"):
+        with_experts(downs((4, 6), (4, 6)))
+    with pytest.raises(PolicyError, match=r"fit none of 'mlp.experts.down_proj' \[4, 4, 6\]"):
+        with_experts(downs((4, 6), (4, 6), (4, 6), (4, 6)))
+    for other in (downs((4, 6), (4, 6), (4, 5)), {"mlp.experts.w2": np.ones((3, 4, 6), "f4")}):
+        with pytest.raises(MismatchError, match=r"BASE has no 'mlp.experts.down_proj'"):
+            with_experts(other)

@@ -1,0 +1,154 @@
+"""Adapters and the tied output head: one tensor that two modules use, each with its own change.
+
+PEFT adapts modules. Where the head is tied to the word embedding, what adapts one of them leaves
+the other as it was; only trained tokens are shared. So a merge is one tensor no longer, unless
+every adapter treats the two alike.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from weightsurgery.adapters.layout import Target, read_adapter
+from weightsurgery.adapters.updates import ReplaceRows, Update
+from weightsurgery.checkpoint import Checkpoint
+from weightsurgery.errors import MismatchError, PolicyError, SettingError
+from weightsurgery.formats.config import with_config
+from weightsurgery.ties import Tie, find_tie
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What adapters do to BASE.
+
+    Attributes:
+        base: BASE; untied, if that was asked for.
+        tie: The embedding and the head that are one tensor in BASE as it was opened, or None.
+        targets: What each adapter does, tensor by tensor.
+    """
+
+    base: Checkpoint
+    tie: Tie | None
+    targets: tuple[tuple[Target, ...], ...]
+
+    def updates(self) -> dict[str, list[Update]]:
+        """What happens to each tensor, adapter after adapter."""
+        found: dict[str, list[Update]] = {}
+        for target in (target for targets in self.targets for target in targets):
+            found.setdefault(target.name, []).extend(target.updates)
+        return found
+
+    @property
+    def needs_untying(self) -> bool:
+        """True if an adapter tells the head from the embedding that it is tied to."""
+        if self.tie is None:
+            return False
+        found = self.updates()
+        embedding = found.get(self.tie.embedding, [])
+        if self.tie.head:
+            return found.get(self.tie.head, []) != embedding
+        return not all(isinstance(update, ReplaceRows) for update in embedding)
+
+
+def read_adapters(
+    base: Checkpoint, adapters: Sequence[Checkpoint], weight: Sequence[float]
+) -> Reading:
+    """What adapters do to BASE, its head untied from the embedding where it was tied.
+
+    Args:
+        base: The model that they were trained on.
+        adapters: From `open_checkpoint`, in order.
+        weight: One number for each, or none.
+
+    Raises:
+        FormatError: An adapter is incomplete, or contradicts its configuration.
+        MismatchError: An adapter does not fit BASE.
+        PolicyError: An adapter is of a kind that is not folded in here.
+        SettingError: There is no adapter, or not one `weight` for each.
+    """
+    if not adapters:
+        raise SettingError("no adapter is given")
+    if weight and len(weight) != len(adapters):
+        raise SettingError(f"{len(weight)} weights for {len(adapters)} adapters")
+    tie = find_tie(base)
+    apart = _untied(base, tie) if tie else base
+    found = []
+    for adapter, by in zip(adapters, weight or [1.0] * len(adapters), strict=True):
+        targets = read_adapter(apart, adapter, weight=by)
+        found.append(tuple(_with_tied_rows(targets, tie, adapter) if tie else targets))
+    return Reading(apart, tie, tuple(found))
+
+
+def settle(reading: Reading, base: Checkpoint, *, untie: bool) -> Reading:
+    """The same for the model that is to be written: tied as BASE, or untied as asked for.
+
+    Args:
+        reading: From `read_adapters`.
+        base: As it was opened.
+        untie: Store the head apart from the embedding.
+
+    Raises:
+        MismatchError: There is nothing to untie.
+        PolicyError: The embedding and its head become different tensors, and `untie` is false;
+            or nobody knows where a head of its own would be stored.
+    """
+    tie = reading.tie
+    if untie and tie is None:
+        raise MismatchError(
+            "its output head is not tied to the word embedding",
+            file=base.label,
+            hint="leave out `untie`",
+        )
+    if untie and tie and not tie.head:
+        raise PolicyError(
+            "where the head of such a model would be stored is not known",
+            file=base.label,
+            tensor=tie.embedding,
+            hint="store the head first, and set tie_word_embeddings to false",
+        )
+    if untie or tie is None:
+        return reading
+    if reading.needs_untying:
+        raise PolicyError(
+            "an adapter changes the word embedding or the output head alone, and config.json ties "
+            "the two: both would change",
+            file=base.label,
+            tensor=tie.embedding,
+            hint="--untie stores the head on its own",
+        )
+    targets = tuple(tuple(t for t in one if t.name in base) for one in reading.targets)
+    return replace(reading, base=base, targets=targets)
+
+
+def _untied(base: Checkpoint, tie: Tie) -> Checkpoint:
+    """BASE with its head stored apart from the embedding; as it is, where no head can be."""
+    if not tie.head:
+        return base
+    tensors = dict(base)
+    if tie.head not in tensors:
+        tensors[tie.head] = replace(base[tie.embedding], name=tie.head, status="added")
+    return with_config(replace(base, tensors=tensors), tie_word_embeddings=False)
+
+
+def _with_tied_rows(targets: Sequence[Target], tie: Tie, adapter: Checkpoint) -> list[Target]:
+    """Trained tokens of the embedding are the head's too, unless those are trained on their own.
+
+    Raises:
+        PolicyError: The embedding or the head is adapted besides.
+    """
+    by_name = {target.name: target for target in targets}
+    embedding, head = by_name.get(tie.embedding), by_name.get(tie.head)
+    if embedding is None or not any(isinstance(u, ReplaceRows) for u in embedding.updates):
+        return list(targets)
+    others = (*embedding.updates, *(head.updates if head else ()))
+    if not all(isinstance(update, ReplaceRows) for update in others):
+        raise PolicyError(
+            "trained tokens of an embedding that the head is tied to, beside another change of "
+            "one of them",
+            file=adapter.label,
+            tensor=tie.embedding,
+            hint="merge it with the library that made it",
+        )
+    shared = [] if head or not tie.head else [Target(tie.head, embedding.updates)]
+    return [*targets, *shared]
