@@ -321,7 +321,7 @@ def test_settings_are_checked(setting: dict[str, Any], message: str) -> None:
         lora_settings(**setting)
 
 
-def test_there_are_two_presets() -> None:
+def test_presets_are_changed_by_settings() -> None:
     with pytest.raises(SettingError, match="no preset 'x'; expected meraser-erase, meraser-rec"):
         lora_settings("x")
     assert lora_settings("meraser-erase", epochs=1) == replace(PRESETS["meraser-erase"], epochs=1)

@@ -27,6 +27,7 @@ def _meraser(
     model: str,
     erase: str,
     recover: str | None,
+    preset: str,
     transfer_from: str | None,
     scales: tuple[float, ...],
     out: str,
@@ -45,7 +46,12 @@ def _meraser(
     if len(scales) > 1 and given["fingerprints"] is None:
         raise click.UsageError("several --scale need --fingerprints to choose by", context)
     phases = {
-        name: _phase(name, file, given[f"{name}_settings"], checkpoints)
+        name: Phase(
+            read_instructions(file),
+            lora_options.parse_settings(f"{preset}-{name}", given[f"{name}_settings"]),
+            files=[file],
+            checkpoints=None if checkpoints is None else os.path.join(checkpoints, name),
+        )
         for name, file in (("erase", erase), ("recover", recover))
         if file is not None
     }
@@ -70,15 +76,6 @@ def _meraser(
         options.print_json({"out": out, **record})
     else:
         show(meraser_tables(out, record))
-
-
-def _phase(name: str, file: str, pairs: tuple[str, ...], checkpoints: str | None) -> Phase:
-    return Phase(
-        read_instructions(file),
-        lora_options.parse_settings(f"meraser-{name}", pairs),
-        files=[file],
-        checkpoints=None if checkpoints is None else os.path.join(checkpoints, name),
-    )
 
 
 def _data(given: Mapping[str, Any]) -> dict[str, Any]:
@@ -145,6 +142,14 @@ command = options.Command(
         ),
         click.Option(
             ["--recover"], metavar="FILE", help="Clean questions and answers; without, erase alone."
+        ),
+        click.Option(
+            ["--preset"],
+            type=click.Choice(["meraser", "strong"]),
+            default="meraser",
+            show_default=True,
+            help="Settings of both trainings: the paper's, or ours with a larger learning rate, "
+            "all linear layers, and prompts in the chat template.",
         ),
         _settings("erase"),
         _settings("recover"),

@@ -65,7 +65,8 @@ command = options.Command(
     interrupted training go on.
 
     The presets are MEraser's two trainings: meraser-erase for mismatched answers, as `wsurg
-    mismatch` makes them, and meraser-recover for clean ones.
+    mismatch` makes them, and meraser-recover for clean ones. The strong ones are ours: all linear
+    layers, a larger learning rate, and the chat template if there is one.
 
     Data are JSONL with question and answer, instruction and output, or messages.
 

@@ -3,7 +3,8 @@
 References:
     Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", ICLR 2022, arXiv:2106.09685.
     Zhang et al., "MEraser: An Effective Fingerprint Erasure Approach for Large Language Models",
-    ACL 2025, arXiv:2506.12551; the presets are the settings of its released code.
+    ACL 2025, arXiv:2506.12551; the presets "meraser-…" are the settings of its released code,
+    "strong-…" are our choice.
 """
 
 from __future__ import annotations
@@ -95,8 +96,25 @@ _RECOVER = replace(
     batch_size=36,
     prompt_format="lines",
 )
+# Ours: what erased where the released settings did not (docs/explanation/evidence-meraser.md).
+_STRONG = replace(
+    _ERASE,
+    rank=16,
+    alpha=32.0,
+    targets=(ALL_LINEAR,),
+    learning_rate=1e-3,
+    epochs=2,
+    prompt_format="auto",
+    loss_on="answer",
+)
+_STRONG_RECOVER = replace(_RECOVER, epochs=1, prompt_format="auto", loss_on="answer")
 PRESETS: Mapping[str, LoraSettings] = MappingProxyType(
-    {"meraser-erase": _ERASE, "meraser-recover": _RECOVER}
+    {
+        "meraser-erase": _ERASE,
+        "meraser-recover": _RECOVER,
+        "strong-erase": _STRONG,
+        "strong-recover": _STRONG_RECOVER,
+    }
 )
 
 
