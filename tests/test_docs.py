@@ -185,7 +185,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 # Pages whose commands compute with a model: they need one that transformers loads.
 WITH_ADAPTERS = ("apply-adapter", "verify-adapter")
-WITH_MODELS = ("epur", "evaluate", "finetune", "fisher", "purify", "sweep")
+WITH_MODELS = ("epur", "evaluate", "extract-adapter", "finetune", "fisher", "purify", "sweep")
 
 
 def stand_in(page: Path, folder: Path) -> None:

@@ -727,7 +727,11 @@ def test_the_record_and_the_table_tell_what_was_kept(
     assert cases.wsurg(*given) == 5  # it is there
     assert cases.wsurg(*given, "--overwrite", "--rank", "2", "--rest", "list") == 0
     text = capsys.readouterr().out
-    for words in ("Matrices, least energy kept first", "Not in the adapter, though it differs", "rank 2"):
+    for words in (
+        "Matrices, least energy kept first",
+        "Not in the adapter, though it differs",
+        "rank 2",
+    ):
         assert words in text
     assert cases.wsurg(*given, "--overwrite", "--rank", "0") == 2
     assert "--rank is 0; expected an integer" in capsys.readouterr().err
