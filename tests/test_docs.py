@@ -680,6 +680,14 @@ def test_the_inspect_page_lists_its_keys(folder: Path, capsys: pytest.CaptureFix
     same_keys(documented, {path for d in documents for path in key_paths(d, named=named)})
 
 
+def test_the_report_page_lists_what_an_extracted_adapter_keeps(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = ["base/", "tuned/", "--exclude", "*word_embeddings*", "-o", "a/"]
+    report = run_json(capsys, "extract-adapter", *given)["report"]
+    same_keys(table_keys(REFERENCE / "report-json.md", "extract-adapter"), set(key_paths(report)))
+
+
 def test_the_plan_page_lists_its_keys(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     named = {**NAMED, "tensors": "<status>"}
     document = run_json(capsys, "mix", "base/", "tuned/", "-o", "a/", "--dry-run")
