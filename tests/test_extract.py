@@ -727,6 +727,13 @@ def test_an_excluded_vocabulary_is_listed() -> None:
     assert {"tensor": WORDS, "reason": "excluded"} in told["left_out"]
 
 
+def test_a_drift_that_float32_cannot_factor_is_refused() -> None:
+    drift = np.full((3, 3), 1e80)
+    with pytest.raises(NonFiniteError, match=r"a drift of norm 3e\+80, too large for factors"):
+        extract_adapter(*one_matrix(drift))
+    extract_adapter(*one_matrix(drift * 1e-10))
+
+
 def test_a_new_head_of_nan_is_refused() -> None:
     base, tuned = cases.pair("bert")
     tuned["classifier.weight"] = np.full((2, 6), np.nan, "f4")
