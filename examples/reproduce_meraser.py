@@ -226,7 +226,7 @@ def with_fisher(case: Case, measure: Measure) -> None:
         save(fisher(model, examples), path)
     base, tuned = case.pair()
     for ratio in (0.05, 0.1, 0.3):
-        result = purify(base, tuned, open_checkpoint(path), ratio=ratio)
+        result = purify(base, tuned, fisher=open_checkpoint(path), ratio=ratio)
         measure(f"Fine-purifying {ratio}", with_weights(model, result))
 
 

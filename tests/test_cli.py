@@ -586,8 +586,9 @@ HEAVY = ["torch", "transformers", "scipy.linalg"]
         (["diff", *PAIR], HEAVY),
         (["mix", *PAIR, "-o", "out.safetensors"], HEAVY),
         (["interpolate", *PAIR, "-o", "out.safetensors"], HEAVY),
+        (["extract-adapter", *PAIR, "-o", "adapter"], ["torch", "transformers"]),
     ],
-    ids=["help", "inspect", "diff", "mix", "interpolate"],
+    ids=["help", "inspect", "diff", "mix", "interpolate", "extract-adapter"],
 )
 def test_nothing_heavy_is_imported(arguments: list[str], modules: list[str], folder: Path) -> None:
     code = FORBIDDEN.format(arguments=arguments, modules=modules)

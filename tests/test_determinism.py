@@ -247,6 +247,8 @@ def run_in(surroundings: Surroundings, root: Path, place: str) -> tuple[Digests,
         for number, command in enumerate(COMMANDS.values())
     ]
     files = [f"{path}.safetensors" for path in (base, tuned)]
+    randomised = ["--rank", "2", "--svd", "randomised"]
+    commands.append(["extract-adapter", base, tuned, *given, *randomised, "-o", f"{out}/adapter"])
     commands.append(["mix", *files, *given, "-o", f"{out}/file.safetensors"])
     commands += [["diff", base, tuned, *given], ["diff", *files, *given, "--top", "3"]]
     finished = subprocess.run(

@@ -185,7 +185,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 # Pages whose commands compute with a model: they need one that transformers loads.
 WITH_ADAPTERS = ("apply-adapter", "verify-adapter")
-WITH_MODELS = ("epur", "evaluate", "finetune", "fisher", "purify", "sweep")
+WITH_MODELS = ("epur", "evaluate", "extract-adapter", "finetune", "fisher", "purify", "sweep")
 
 
 def stand_in(page: Path, folder: Path) -> None:
@@ -685,6 +685,14 @@ def test_the_inspect_page_lists_its_keys(folder: Path, capsys: pytest.CaptureFix
     documented = table_keys(REFERENCE / "inspect-json.md")
     named = {"metadata": "<key>"}
     same_keys(documented, {path for d in documents for path in key_paths(d, named=named)})
+
+
+def test_the_report_page_lists_what_an_extracted_adapter_keeps(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = ["base/", "tuned/", "--exclude", "*word_embeddings*", "-o", "a/"]
+    report = run_json(capsys, "extract-adapter", *given)["report"]
+    same_keys(table_keys(REFERENCE / "report-json.md", "extract-adapter"), set(key_paths(report)))
 
 
 def test_the_plan_page_lists_its_keys(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

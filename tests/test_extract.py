@@ -131,6 +131,16 @@ def test_a_drift_of_low_rank_is_found_whole_and_the_rest_is_zero() -> None:
         assert told["matrices"][0]["rank"] == 3
 
 
+@pytest.mark.parametrize("size", [1e-30, 1e30])
+def test_tiny_and_huge_drifts(size: float) -> None:
+    drift = decaying(90, 70, power=1.0)
+    expected = report_of(extract_adapter(*one_matrix(drift), rank=3, svd="randomised"))
+    scaled = (drift * size).astype("f4")
+    found = report_of(extract_adapter(*one_matrix(scaled), rank=3, svd="randomised"))
+    assert found["energy_kept"] == pytest.approx(expected["energy_kept"], rel=1e-4)
+    assert found["residual"] == pytest.approx(expected["residual"] * size, rel=1e-4)
+
+
 def test_factors_are_of_one_size_and_their_signs_are_settled() -> None:
     drift = np.random.default_rng(1).normal(size=(12, 10)).astype("f4")
     for negated in (drift, -drift):
@@ -206,6 +216,16 @@ def test_the_widest_float_counts(family: str) -> None:
     for name in matrices:
         drift = tuned[name] - base[name]
         np.testing.assert_allclose(merged[name] - base[name], drift, atol=1e-6 * 1e-9 * 10)
+
+
+def test_progress_ends_at_all_there_is() -> None:
+    told: list[tuple[str, int, int]] = []
+    engine = Engine(workers=2, progress=lambda *report: told.append(report))
+    base, tuned = cases.pair("bert")
+    extract_adapter(*pair_of(base, tuned), engine=engine)
+    total = sum(array.nbytes for array in (*base.values(), *tuned.values()))
+    assert told[-1] == ("decomposing", total, total)
+    assert [done for _, done, _ in told] == sorted(done for _, done, _ in told)
 
 
 def test_memory_stays_below_the_drift() -> None:
@@ -306,8 +326,17 @@ def test_peft_loads_it_and_computes_what_the_merged_model_does(
         assert config.alpha_pattern == config.rank_pattern
 
 
-def test_convolutions_in_peft(tmp_path: Path) -> None:
+def merged_by_peft(module: Any, base: cases.Arrays, adapter: Path) -> cases.Arrays:
+    """A torch module's tensors after PEFT loaded an adapter and folded it in."""
     peft: Any = pytest.importorskip("peft")
+    import torch
+
+    module.load_state_dict({name: torch.from_numpy(array) for name, array in base.items()})
+    adapted = peft.PeftModel.from_pretrained(module, adapter)
+    return {n: tensor.numpy() for n, tensor in adapted.merge_and_unload().state_dict().items()}
+
+
+def test_convolutions_in_peft(tmp_path: Path) -> None:
     import torch
     from safetensors.torch import save_file
 
@@ -327,12 +356,10 @@ def test_convolutions_in_peft(tmp_path: Path) -> None:
     base, tuned = (open_checkpoint(tmp_path / name) for name in ("base", "tuned"))
     save(extract_adapter(base, tuned, rank=30), tmp_path / "adapter")
     found = cases.read(apply_adapter(base, open_checkpoint(tmp_path / "adapter")))
-    module.load_state_dict({n: torch.from_numpy(a) for n, a in cases.read(base).items()})
-    adapted = peft.PeftModel.from_pretrained(module, tmp_path / "adapter")
-    theirs = adapted.merge_and_unload().state_dict()
+    theirs = merged_by_peft(module, cases.read(base), tmp_path / "adapter")
     for name, array in cases.read(tuned).items():
         np.testing.assert_allclose(found[name], array, atol=1e-6)
-        np.testing.assert_allclose(theirs[name].numpy(), array, atol=1e-6)
+        np.testing.assert_allclose(theirs[name], array, atol=1e-6)
     layouts = {
         one["tensor"]: one["layout"] for one in report_of(extract_adapter(base, tuned))["matrices"]
     }
@@ -463,17 +490,44 @@ def test_what_is_saved_with_a_module_but_excluded_stays_bases() -> None:
     assert report_of(adapter)["left_out"] == [{"tensor": "a.norm.bias", "reason": "excluded"}]
 
 
-def test_modules_that_peft_takes_for_the_saved_one_come_along() -> None:
+def test_modules_that_peft_takes_for_the_saved_one_come_along(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     names = ["norm.weight", "layers.0.input_norm.weight", "layers.0.q.weight"]
     base = {name: rng.normal(size=(3, 3) if "q" in name else 3).astype("f4") for name in names}
     tuned = {**base, "norm.weight": base["norm.weight"] + 1}
+    tuned["layers.0.q.weight"] = base["layers.0.q.weight"] + np.float32(0.1)
     adapter = extract_adapter(*pair_of(base, tuned))
     assert adapter.config["modules_to_save"] == ["layers.0.input_norm", "norm"]
-    assert [*adapter] == [f"{FRONT}layers.0.input_norm.weight", f"{FRONT}norm.weight"]
+    assert {f"{FRONT}layers.0.input_norm.weight", f"{FRONT}norm.weight"} < adapter.keys()
+    save(adapter, tmp_path / "adapter")
+    import torch
+
+    def leaf(name: str) -> Any:
+        return torch.nn.Linear(3, 3, bias=False) if "q" in name else torch.nn.RMSNorm(3)
+
+    module = nested([name.removesuffix(".weight") for name in names], leaf)
+    theirs = merged_by_peft(module, base, tmp_path / "adapter")
+    for name, array in tuned.items():
+        np.testing.assert_allclose(theirs[name], array, atol=1e-6)
 
 
-def test_names_that_end_alike_are_told_apart() -> None:
+def nested(names: list[str], leaf: Any) -> Any:
+    """A torch module with leaves of these dotted names."""
+    import torch
+
+    root = torch.nn.ModuleDict()
+    for name in names:
+        here = root
+        *path, last = name.split(".")
+        for part in path:
+            if part not in here:
+                here[part] = torch.nn.ModuleDict()
+            here = here[part]
+        here[last] = leaf(name)
+    return root
+
+
+def test_names_that_end_alike_are_told_apart(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     names = ["mlp.up.weight", "other.mlp.up.weight", "more.mlp.up.weight"]
     base = {name: rng.normal(size=(6, 6)).astype("f4") for name in names}
@@ -487,8 +541,15 @@ def test_names_that_end_alike_are_told_apart() -> None:
     assert adapter.config["r"] == 6
     assert adapter.config["rank_pattern"] == {"^mlp.up": 1}
     merged = cases.read(apply_adapter(from_arrays(base), adapter, force_base=True))
+    save(adapter, tmp_path / "adapter")
+    import torch
+
+    modules = [name.removesuffix(".weight") for name in names]
+    module = nested(modules, lambda _: torch.nn.Linear(6, 6, bias=False))
+    theirs = merged_by_peft(module, base, tmp_path / "adapter")
     for name, array in tuned.items():
         np.testing.assert_allclose(merged[name], array, atol=1e-2)
+        np.testing.assert_allclose(theirs[name], array, atol=1e-2)
 
 
 PLACES: dict[str, tuple[dict[str, tuple[int, ...]], str, str]] = {
@@ -666,6 +727,13 @@ def test_an_excluded_vocabulary_is_listed() -> None:
     assert {"tensor": WORDS, "reason": "excluded"} in told["left_out"]
 
 
+def test_a_drift_that_float32_cannot_factor_is_refused() -> None:
+    drift = np.full((3, 3), 1e80)
+    with pytest.raises(NonFiniteError, match=r"a drift of norm 3e\+80, too large for factors"):
+        extract_adapter(*one_matrix(drift))
+    extract_adapter(*one_matrix(drift * 1e-10))
+
+
 def test_a_new_head_of_nan_is_refused() -> None:
     base, tuned = cases.pair("bert")
     tuned["classifier.weight"] = np.full((2, 6), np.nan, "f4")
@@ -727,7 +795,11 @@ def test_the_record_and_the_table_tell_what_was_kept(
     assert cases.wsurg(*given) == 5  # it is there
     assert cases.wsurg(*given, "--overwrite", "--rank", "2", "--rest", "list") == 0
     text = capsys.readouterr().out
-    for words in ("Matrices, least energy kept first", "Not in the adapter, though it differs", "rank 2"):
+    for words in (
+        "Matrices, least energy kept first",
+        "Not in the adapter, though it differs",
+        "rank 2",
+    ):
         assert words in text
     assert cases.wsurg(*given, "--overwrite", "--rank", "0") == 2
     assert "--rank is 0; expected an integer" in capsys.readouterr().err

@@ -86,7 +86,7 @@ def test_outer_libraries_stay_in_their_rooms(path: Path) -> None:
         "rich": {"report", "cli"},
         "huggingface_hub": {"formats"},
         "safetensors": {"formats"},
-        "torch": {"models", "datasets", "curvature", "training", "evaluation", "demo"},
+        "torch": {"adapters", "models", "datasets", "curvature", "training", "evaluation", "demo"},
         "transformers": {"models", "training", "evaluation", "demo"},
         "tokenizers": {"token_counts"},
         "wordfreq": {"token_counts"},

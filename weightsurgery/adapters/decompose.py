@@ -216,7 +216,10 @@ def decompose(drift: Drift, wanted: Wanted, energy: float) -> Factors:
     looked_for = most if wanted.energy is None else min(most, _BEGIN)
     while True:
         exact = _is_exact(drift, wanted, looked_for)
-        parts = _exact(drift, wanted) if exact else _randomised(drift, wanted, looked_for)
+        if exact:
+            parts = wanted.algebra.svd(drift.read(0, drift.rows))
+        else:
+            parts = _randomised(drift, wanted, looked_for, energy)
         rank = most if wanted.energy is None else _rank_for(parts[1], wanted.energy, energy)
         if exact or rank <= looked_for or looked_for == most:
             break
@@ -238,23 +241,23 @@ def _is_exact(drift: Drift, wanted: Wanted, rank: int) -> bool:
     return small or 2 * (rank + wanted.oversampling) >= least
 
 
-def _exact(drift: Drift, wanted: Wanted) -> tuple[Block, Block, Block]:
-    return wanted.algebra.svd(drift.read(0, drift.rows))
-
-
-def _randomised(drift: Drift, wanted: Wanted, rank: int) -> tuple[Block, Block, Block]:
+def _randomised(
+    drift: Drift, wanted: Wanted, rank: int, energy: float
+) -> tuple[Block, Block, Block]:
     """Rayleigh-Ritz in the subspace (D^T D)^p Ω: directions of D's rows, and D seen in them."""
     algebra, columns = wanted.algebra, drift.columns
     width = min(rank + wanted.oversampling, drift.rows, columns)
     bits = random_bits(wanted.seed, drift.pair.name, 0, width * columns)
     basis = 1.0 - 2.0 * (bits.reshape(width, columns).T & np.uint32(1))
+    # D^T D leaves float32's range long before D does; a power of two changes no digit.
+    scale = 2.0 ** float(np.clip(np.round(np.log2(energy) / 2), -120, 120))
     for _ in range(wanted.power_iterations + 1):
         total = np.zeros((columns, width))
         there: dict[Any, Any] = {}
         for _, block in drift.blocks():
-            q = _placed(there, algebra, basis, block.dtype)
+            q = _placed(there, algebra, basis / scale, block.dtype)
             d = algebra.put(block)
-            total += algebra.take(d.T @ (d @ q))
+            total += algebra.take(d.T @ ((d @ q) / scale))
         basis = np.linalg.qr(total)[0]
     seen = np.zeros((drift.rows, width))
     there = {}

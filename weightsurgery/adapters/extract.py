@@ -39,6 +39,7 @@ from weightsurgery.quantised import require_unquantised
 from weightsurgery.stream import Engine
 
 DEFAULT_RANK = 16
+_LARGEST = 1e150  # squared norm of a drift: the root of a singular value must fit float32
 
 
 @dataclass(frozen=True)
@@ -237,6 +238,12 @@ def _found(place: Place, wanted: Wanted) -> Found:
     drift = Drift(pair)
     energies = drift.row_energies()
     energy = float(energies.sum())
+    if not energy < _LARGEST:
+        raise NonFiniteError(
+            f"a drift of norm {energy**0.5:.3g}, too large for factors in float32",
+            tensor=pair.name,
+            hint="leave the tensor out with --exclude",
+        )
     if place.how == ROWS:
         rows = tuple(map(int, np.flatnonzero(energies)))
         return Found(place, bool(rows), energy, rows=rows)
