@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import threading
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Protocol
 
@@ -25,10 +24,8 @@ from weightsurgery.adapters.places import (
     Tree,
 )
 from weightsurgery.alignment import Alignment
-from weightsurgery.checkpoint import Checkpoint, FileRef, TensorView, from_arrays
-from weightsurgery.formats.layout import ADAPTER, ADAPTER_CONFIG
-from weightsurgery.formats.record import public_name
-from weightsurgery.formats.strict_json import dump
+from weightsurgery.checkpoint import Checkpoint, TensorView, from_arrays
+from weightsurgery.formats.adapter import name_base, new_adapter
 from weightsurgery.kernels import Block
 
 _FRONT = "base_model.model."
@@ -75,15 +72,7 @@ def make_adapter(alignment: Alignment, kept: Sequence[Held], base_name: str) -> 
     for one in kept:
         tensors |= _tensors(one, adapted=_adapted(kept))
     config = make_config(alignment, kept, base_name)
-    return Checkpoint(
-        tensors,
-        label="adapter",
-        metadata={"format": "pt"},
-        layout=dict.fromkeys(tensors, ADAPTER),
-        is_directory=True,
-        side_files=(_side_file(ADAPTER_CONFIG, dump(config)),),
-        config=config,
-    )
+    return new_adapter(tensors, config)
 
 
 def _adapted(kept: Sequence[Held]) -> set[str]:
@@ -157,9 +146,9 @@ def make_config(alignment: Alignment, kept: Sequence[Held], base_name: str) -> d
         kept: What the adapter holds.
         base_name: What it belongs to; "" for BASE's own name.
     """
-    base = alignment.base
-    commit = base.hub_id.partition("@")[2]
-    name = public_name(base).removesuffix(f"@{commit}")  # never where it lies
+    named = name_base(alignment.base)
+    if base_name:
+        named = {"base_model_name_or_path": base_name, "revision": None}
     ranks = {o.place.module: o.factors.rank for o in kept if o.factors is not None}
     usual = _usual(ranks)
     tree = Tree(alignment.tuned)
@@ -172,8 +161,7 @@ def make_config(alignment: Alignment, kept: Sequence[Held], base_name: str) -> d
     return {
         "peft_type": "LORA",
         "task_type": _task(alignment.tuned),
-        "base_model_name_or_path": base_name or name,
-        "revision": None if base_name else commit or None,
+        **named,
         "inference_mode": True,
         "init_lora_weights": True,
         "r": usual,
@@ -211,17 +199,3 @@ def _task(tuned: Checkpoint) -> str | None:
     named = tuned.config.get("architectures")
     first = str(named[0]) if isinstance(named, list) and named else ""
     return next((task for ending, task in _TASKS.items() if first.endswith(ending)), None)
-
-
-def _side_file(name: str, content: bytes) -> FileRef:
-    """A small file that is made here."""
-
-    def hashed(_stop: threading.Event | None) -> str:
-        raise ValueError(f"{name} is no input")
-
-    def nothing() -> None: ...
-
-    def begin() -> Callable[[], None]:
-        return nothing
-
-    return FileRef(name, name, len(content), lambda: content, begin, hashed, nothing)

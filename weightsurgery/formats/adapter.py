@@ -11,6 +11,7 @@ from weightsurgery.checkpoint import Checkpoint, FileRef, TensorView
 from weightsurgery.errors import FormatError
 from weightsurgery.formats.files import open_member
 from weightsurgery.formats.layout import ADAPTER, ADAPTER_CONFIG
+from weightsurgery.formats.record import public_name
 from weightsurgery.formats.safetensors import open_safetensors, refuse_pickle
 from weightsurgery.formats.strict_json import dump, parse_object
 
@@ -78,6 +79,17 @@ def new_adapter(tensors: Mapping[str, TensorView], config: Mapping[str, Any]) ->
         side_files=(_made_file(ADAPTER_CONFIG, dump(config)),),
         config=config,
     )
+
+
+def name_base(base: Checkpoint) -> dict[str, str | None]:
+    """The fields of an adapter's configuration that tell its base, without where it lies.
+
+    Args:
+        base: The model that the adapter belongs to.
+    """
+    commit = base.hub_id.partition("@")[2]
+    name = public_name(base).partition("@")[0]
+    return {"base_model_name_or_path": name, "revision": commit or None}
 
 
 def _made_file(name: str, content: bytes) -> FileRef:

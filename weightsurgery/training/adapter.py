@@ -27,7 +27,7 @@ from weightsurgery.datasets.batches import (
 )
 from weightsurgery.datasets.read import Instruction
 from weightsurgery.errors import MismatchError, NonFiniteError, SettingError, not_installed, shown
-from weightsurgery.formats.adapter import new_adapter
+from weightsurgery.formats.adapter import name_base, new_adapter
 from weightsurgery.models import CAUSAL, Model
 from weightsurgery.operators.apply_adapter import apply_adapter
 from weightsurgery.stream import Progress
@@ -204,17 +204,6 @@ def _adapter_of(adapted: Model, step: Step) -> Checkpoint:
 
 def _config_of(adapted: Model) -> dict[str, Any]:
     """The contents of adapter_config.json: PEFT's, without paths."""
-    base = adapted.checkpoint
-    hub, _, commit = base.hub_id.partition("@")
     given: Mapping[str, Any] = adapted.module.peft_config["default"].to_dict()
-    plain = {
-        key: sorted(value) if isinstance(value, set) else value for key, value in given.items()
-    }
-    named = hub or os.path.basename(os.path.abspath(base.label))
-    return {
-        **plain,
-        "peft_type": "LORA",
-        "base_model_name_or_path": named,
-        "revision": commit or None,
-        "inference_mode": True,
-    }
+    plain = {k: sorted(value) if isinstance(value, set) else value for k, value in given.items()}
+    return {**plain, "peft_type": "LORA", **name_base(adapted.checkpoint), "inference_mode": True}
