@@ -111,7 +111,7 @@ def settle(reading: Reading, base: Checkpoint, *, untie: bool) -> Reading:
         return reading
     if reading.needs_untying:
         raise PolicyError(
-            "an adapter changes the word embedding or the output head alone, and config.json ties "
+            "an adapter changes the word embedding or the output head alone, and BASE ties "
             "the two: both would change",
             file=base.label,
             tensor=tie.embedding,
