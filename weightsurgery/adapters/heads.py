@@ -24,7 +24,8 @@ class Reading:
 
     Attributes:
         base: BASE; untied, if that was asked for.
-        tie: The embedding and the head that are one tensor in BASE as it was opened, or None.
+        tie: The embedding and the head that are one tensor in BASE as it was opened; None where
+            there are none, or where they stay one.
         targets: What each adapter does, tensor by tensor.
     """
 
@@ -118,7 +119,7 @@ def settle(reading: Reading, base: Checkpoint, *, untie: bool) -> Reading:
             hint="--untie stores the head on its own",
         )
     targets = tuple(tuple(t for t in one if t.name in base) for one in reading.targets)
-    return replace(reading, base=base, targets=targets)
+    return Reading(base, None, targets)  # the two stay one tensor: nothing tells them apart
 
 
 def _untied(base: Checkpoint, tie: Tie) -> Checkpoint:
