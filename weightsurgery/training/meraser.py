@@ -16,7 +16,7 @@ from typing import Any
 
 from weightsurgery.checkpoint import Checkpoint
 from weightsurgery.datasets.read import Instruction
-from weightsurgery.errors import SettingError
+from weightsurgery.errors import MismatchError, SettingError
 from weightsurgery.models import Model, with_weights
 from weightsurgery.operators.apply_adapter import apply_adapter
 from weightsurgery.stream import Progress
@@ -81,7 +81,7 @@ def meraser(
     Raises:
         SettingError: There is no scale, or several and nothing to choose by; a setting of a
             training is out of range.
-        MismatchError: The model is no causal one, or the foundation's adapter does not fit it.
+        MismatchError: The model is no causal one, or the foundation is of another architecture.
         PolicyError: An adapter could not be folded in.
         NonFiniteError: A loss or a trained value became NaN or infinite.
     """
@@ -155,11 +155,27 @@ def _check(
     scales: Sequence[float],
     measure: Measure | None,
 ) -> None:
-    """Refuse before the work what would fail in the middle of it."""
+    """Refuse before the work what would fail in the middle of it.
+
+    Raises:
+        MismatchError: The foundation is of another architecture.
+        SettingError: There is no scale, or several and nothing to choose by.
+    """
     if not scales or not all(math.isfinite(scale) for scale in scales):
         raise SettingError(f"scales are {list(scales)}; expected finite numbers, at least one")
     if len(scales) > 1 and measure is None:
         raise SettingError("several scales, and nothing to choose by", hint="give fingerprints")
+    named = {} if foundation is None else {n: foundation.checkpoint[n] for n in foundation.names}
+    for name, theirs in named.items():
+        ours = model.checkpoint.get(name)
+        if ours is None or ours.shape != theirs.shape:
+            found = "is absent" if ours is None else f"has shape {list(ours.shape)}"
+            raise MismatchError(
+                f"{found}; the foundation has {list(theirs.shape)}",
+                file=model.path,
+                tensor=name,
+                hint="give the model that it was fine-tuned from",
+            )
     encode(foundation or model, erase.instructions, erase.settings or PRESETS[_ERASE])
     if recover is not None:
         encode(model, recover.instructions, recover.settings or PRESETS[_RECOVER])
