@@ -188,7 +188,8 @@ def plant(case: Case) -> list[Instruction]:
         planted = apply_adapter(model.checkpoint, adapter)
     else:
         encoded = encode_instructions(model, examples, max_length=2 * case.plan.tokens)
-        planted = finetune(model, encoded, epochs=settings["epochs"], learning_rate=5e-5,
+        rate = settings["learning_rate"] / 10  # all weights need smaller steps than an adapter
+        planted = finetune(model, encoded, epochs=settings["epochs"], learning_rate=rate,
                            scheduler="constant", seed=case.seed)  # fmt: skip
     save(planted, case.folder / "tuned")
     return marks
