@@ -124,15 +124,14 @@ def apply_adapter(setting: Setting) -> list[Row]:
 
 
 def verify_adapter(setting: Setting) -> list[Row]:
-    """`wsurg verify-adapter` against deltalint, on a merge of `wsurg apply-adapter`."""
+    """`wsurg verify-adapter` against deltalint, on a merge by PEFT."""
     work = setting.work
     models = commands.pair(work, "tinyllama", layers=setting.layers)
     adapter = commands.adapter(models, layers=setting.layers)
-    merged = work / "merged"
+    merge = commands.merge_script("peft_merge", sys.executable, models[0], adapter, work)
+    merged, made = work / "out-peft_merge", Result()
     shutil.rmtree(merged, ignore_errors=True)
-    made = Result()
-    flags = ("--no-hash", "--no-prove")
-    run(commands.wsurg_apply(models[0], adapter, merged, *flags, label="merge"), made)
+    run(merge, made)
     turns = [commands.wsurg_verify(models[0], adapter, merged)]
     if "deltalint" in setting.rivals:
         program = setting.rivals["deltalint"]
@@ -140,7 +139,7 @@ def verify_adapter(setting: Setting) -> list[Row]:
     floor = commands.rival("pread_pass", (models[0], merged))
     results = take_turns(turns, setting.repeats, warm=floor)
     shutil.rmtree(merged, ignore_errors=True)
-    ours = Result(error=made.error) if made.error else results["verify-adapter"]
+    ours = made if made.error else results["verify-adapter"]
     lint = results.get("deltalint check", ABSENT)
     return [
         faster("verify-adapter", ours, "deltalint check", lint, 6),
