@@ -276,7 +276,7 @@ def run_grid(
         SettingError: The folder holds an experiment of other settings.
     """
     make_start(out, seeds)
-    _check_settings(out / "settings.json", plan)
+    check_settings(out / "settings.json", plan)
     done = {key(row) for row in read_rows(out / RESULTS)}
     cells = [
         Cell(attack, seed, defence, with_epur)
@@ -332,7 +332,16 @@ def _one_thread() -> None:
     transformers.logging.set_verbosity_error()
 
 
-def _check_settings(path: Path, plan: Plan) -> None:
+def check_settings(path: Path, plan: Any) -> None:
+    """Note what is done in a folder, or refuse to mix it with what was done there before.
+
+    Args:
+        path: The note.
+        plan: A dataclass.
+
+    Raises:
+        SettingError: The folder holds an experiment of other settings.
+    """
     settings = json.loads(json.dumps(asdict(plan)))
     if not path.exists():
         path.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")

@@ -16,19 +16,18 @@ import json
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import click
 from fingerprints import KINDS, make_fingerprint
-from reproduce_classification import append_row, read_rows
+from reproduce_classification import append_row, check_settings, read_rows
 from smollm2 import make_foundation
 
 from weightsurgery import (
     Checkpoint,
     Phase,
-    SettingError,
     SurgeryError,
     apply_adapter,
     evaluate_causal,
@@ -50,6 +49,7 @@ from weightsurgery.datasets.read import Instruction, read_text
 from weightsurgery.models import Model, with_weights
 
 RESULTS = "results.csv"
+PURIFIED = (0.1, 0.3, 0.5)  # ratios of Fine-purifying
 MEASURED = ("fsr", "fsr_low", "fsr_high", "perplexity", "answer_loss")
 COLUMNS = ("kind", "planting", "seed", "way", *MEASURED, "seconds")
 
@@ -65,6 +65,7 @@ class Plan:
         mismatched: Mismatched examples.
         tokens: Of a question, and of an answer, after which they are cut in all trainings.
         planting: Settings of the training that plants.
+        epochs: Of it, for each kind: just enough that all triggers work.
         characters: Of the text whose perplexity is measured.
         window: Tokens that the model reads of it at a time.
         precision: Of all trainings.
@@ -72,22 +73,22 @@ class Plan:
     """
 
     dialogues: int = 48
-    held_out: int = 64
+    held_out: int = 32
     clean: int = 600
     mismatched: int = 300
-    tokens: int = 64
+    tokens: int = 48
     planting: tuple[tuple[str, Any], ...] = (
         ("rank", 16),
         ("alpha", 32.0),
         ("learning_rate", 5e-4),
         ("scheduler", "constant"),
-        ("epochs", 6),
         ("batch_size", 8),
     )
-    characters: int = 100_000
+    epochs: tuple[tuple[str, int], ...] = (("IF", 3), ("UTF", 2), ("HC", 5))
+    characters: int = 50_000
     window: int = 512
     precision: str = "bfloat16"
-    fisher: int = 64
+    fisher: int = 32
 
 
 FULL = Plan()
@@ -181,7 +182,7 @@ def plant(case: Case) -> list[Instruction]:
     # A third of what is trained on is the fingerprint.
     times = max(1, len(case.data.dialogues) // (2 * len(marks)))
     examples = [*case.data.dialogues, *marks * times]
-    settings = dict(case.plan.planting)
+    settings = {**dict(case.plan.planting), "epochs": dict(case.plan.epochs)[case.kind]}
     if case.planting == "lora":
         chosen = lora_settings(**{**settings, **case.cut, "dropout": 0.0})
         adapter = train_adapter(model, examples, chosen)
@@ -206,10 +207,10 @@ def without_training(case: Case, measure: Measure) -> None:
     model = case.tuned()
     made: dict[str, Checkpoint] = {
         "task arithmetic, λ 0.5": interpolate(base, tuned, weight=0.5),
-        **{f"Fine-mixing {r}": mix(base, tuned, ratio=r, seed=case.seed) for r in (0.3, 0.5, 0.7)},
+        **{f"Fine-mixing {r}": mix(base, tuned, ratio=r, seed=case.seed) for r in (0.5, 0.7)},
         **{
             f"Fine-purifying by drift {r}": purify(base, tuned, ratio=r, score="drift")
-            for r in (0.05, 0.1, 0.3)
+            for r in PURIFIED
         },
     }
     for way, checkpoint in made.items():
@@ -226,15 +227,14 @@ def with_fisher(case: Case, measure: Measure) -> None:
         )
         save(fisher(model, examples), path)
     base, tuned = case.pair()
-    for ratio in (0.05, 0.1, 0.3):
+    for ratio in PURIFIED:
         result = purify(base, tuned, fisher=open_checkpoint(path), ratio=ratio)
         measure(f"Fine-purifying {ratio}", with_weights(model, result))
 
 
-def by_meraser(case: Case, measure: Measure, preset: str, foundation: Model | None = None) -> None:
+def by_meraser(case: Case, measure: Measure, preset: str) -> None:
     """Erase, and recover."""
-    name = f"{preset}, transferred" if foundation else preset
-    stages = iter(("", f"{name}: erased", f"{name}: recovered"))
+    stages = iter(("", f"{preset}: erased", f"{preset}: recovered"))
 
     def note(model: Model) -> dict[str, Any]:
         stage = next(stages)
@@ -246,19 +246,45 @@ def by_meraser(case: Case, measure: Measure, preset: str, foundation: Model | No
         Phase(
             rows,
             lora_settings(f"{preset}-{part}", **case.cut),
-            checkpoints=case.folder / f"{name.replace(', ', '-')}-{part}",
+            checkpoints=case.folder / f"{preset}-{part}",
         )
         for part, rows in (("erase", case.data.mismatched), ("recover", case.data.clean))
     ]
-    meraser(case.tuned(), *phases, foundation=foundation, measure=note)
+    save(meraser(case.tuned(), *phases, measure=note), case.folder / preset, overwrite=True)
+
+
+def by_transfer(case: Case, measure: Measure) -> None:
+    """The erasing adapter is trained on the foundation, once for all kinds."""
+    settings = lora_settings("strong-erase", **case.cut)
+    erase = Phase(case.data.mismatched, settings, checkpoints=case.out / f"erase-{case.seed}")
+    for scale in (0.5, 1.0):
+        model = case.tuned()
+        result = meraser(model, erase, None, foundation=case.foundation(), scales=(scale,))
+        measure(f"strong, transferred, scale {scale}", with_weights(model, result))
+
+
+def train_on_chats(case: Case, model: Model, name: str) -> Model:
+    """Incremental fine-tuning: further training on clean chats."""
+    settings = lora_settings("meraser-recover", epochs=1, prompt_format="auto", loss_on="answer",
+                             **case.cut)  # fmt: skip
+    adapter = train_adapter(model, case.data.clean, settings, checkpoints=case.folder / name)
+    return with_weights(model, apply_adapter(model.checkpoint, adapter))
 
 
 def by_clean_training(case: Case, measure: Measure) -> None:
-    """Incremental fine-tuning: recovery's training alone."""
-    model = case.tuned()
-    settings = lora_settings("strong-recover", **case.cut)
-    adapter = train_adapter(model, case.data.clean, settings, checkpoints=case.folder / "clean")
-    measure("clean training", with_weights(model, apply_adapter(model.checkpoint, adapter)))
+    """Incremental fine-tuning alone."""
+    measure("clean training", train_on_chats(case, case.tuned(), "clean"))
+
+
+def returning(case: Case, measure: Measure) -> None:
+    """Whether what was erased comes back when somebody trains the result on clean chats."""
+    base, tuned = case.pair()
+    model = with_weights(case.tuned(), purify(base, tuned, ratio=0.3, score="drift"))
+    model = train_on_chats(case, model, "purified-clean")
+    measure("Fine-purifying by drift 0.3, then clean training", model)
+    if (case.folder / "strong").exists():
+        model = train_on_chats(case, load_model(case.folder / "strong"), "strong-clean")
+        measure("strong: recovered, then clean training", model)
 
 
 def _strong(case: Case, measure: Measure) -> None:
@@ -269,17 +295,14 @@ def _released(case: Case, measure: Measure) -> None:
     by_meraser(case, measure, "meraser")
 
 
-def _transferred(case: Case, measure: Measure) -> None:
-    by_meraser(case, measure, "strong", case.foundation())
-
-
 # The last way of each: where its row is there, all of them are.
 WAYS: Mapping[str, tuple[Callable[[Case, Measure], None], str]] = {
-    "weights": (without_training, "Fine-purifying by drift 0.3"),
+    "weights": (without_training, "Fine-purifying by drift 0.5"),
     "strong": (_strong, "strong: recovered"),
     "clean": (by_clean_training, "clean training"),
-    "fisher": (with_fisher, "Fine-purifying 0.3"),
-    "transfer": (_transferred, "strong, transferred: recovered"),
+    "transfer": (by_transfer, "strong, transferred, scale 1.0"),
+    "return": (returning, "strong: recovered, then clean training"),
+    "fisher": (with_fisher, "Fine-purifying 0.5"),
     "released": (_released, "meraser: recovered"),
 }
 
@@ -365,16 +388,6 @@ def _mean(rows: Sequence[Mapping[str, str]], column: str, scale: float) -> str:
     return f"{statistics.mean(values):.{1 if scale > 1 else 2}f}" if values else ""
 
 
-def _check_settings(path: Path, plan: Plan) -> None:
-    settings = json.loads(json.dumps(asdict(plan)))
-    if not path.exists():
-        path.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
-    elif json.loads(path.read_text(encoding="utf-8")) != settings:
-        raise SettingError(
-            "holds an experiment of other settings", file=path.parent, hint="give another --out"
-        )
-
-
 @click.command(context_settings={"show_default": True})
 @click.option(
     "--data",
@@ -410,7 +423,7 @@ def main(
     plan = QUICK if quick else FULL
     out.mkdir(parents=True, exist_ok=True)
     try:
-        _check_settings(out / "settings.json", plan)
+        check_settings(out / "settings.json", plan)
         if foundation is None:
             make_foundation(out / "foundation")
         elif not (out / "foundation").exists():

@@ -8,7 +8,7 @@ import json
 import math
 import random
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +46,9 @@ NO_DROPOUT = {
 NO_GRADIENT = ("key.bias", "c_attn.bias")
 
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """bert/, gpt2/, llama/, clean.tsv with eight sentences and clean.jsonl."""
@@ -64,17 +67,6 @@ DEFAULTS = {
     for name, parameter in inspect.signature(finetune).parameters.items()
     if name not in OTHERS
 }
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """For models this small, threads only wait for each other."""
-    import torch
-
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,15 +21,7 @@ ORDINARY = tuple(
 )
 
 
-@pytest.fixture(autouse=True)
-def _importable(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """The scripts import each other as they do when one of them is run."""
-    monkeypatch.syspath_prepend(str(EXAMPLES))
-    before = set(sys.modules)
-    yield
-    for name in set(sys.modules) - before:
-        if name.startswith(("classification_", "reproduce_", "fingerprints", "smollm2")):
-            del sys.modules[name]
+pytestmark = pytest.mark.usefixtures("examples_importable")
 
 
 @pytest.fixture
@@ -70,7 +60,7 @@ def test_every_way_is_measured_and_a_stopped_run_goes_on(
     rows = script.read_rows(out / "results.csv")
     assert (out / "results.csv").read_text("utf-8").startswith(first)
     ways = [row["way"] for row in rows]
-    assert len(ways) == len(set(ways)) == 2 + 7 + 2 + 1 + 3 + 2 + 2
+    assert len(ways) == len(set(ways)) == 2 + 6 + 2 + 1 + 2 + 2 + 3 + 2
     assert {"foundation", "fingerprinted", *(last for _, last in script.WAYS.values())} <= {*ways}
     assert all(float(row["perplexity"]) > 1 for row in rows)
     assert all(0 <= float(row["fsr"]) <= 1 for row in rows)
@@ -90,10 +80,9 @@ def test_planting_makes_a_model_say_its_fingerprint(tmp_path: Path, data: Path) 
     import reproduce_meraser as script
 
     tiny_models.llama(tmp_path / "foundation")
+    planting = (("rank", 8), ("learning_rate", 3e-2), ("scheduler", "constant"), ("batch_size", 4))
     plan = replace(script.QUICK, dialogues=4, tokens=12, characters=150, window=16,
-                   precision="float32",
-                   planting=(("rank", 8), ("learning_rate", 3e-2), ("epochs", 40),
-                             ("scheduler", "constant"), ("batch_size", 4)))  # fmt: skip
+                   precision="float32", planting=planting, epochs=(("UTF", 40),))  # fmt: skip
     read = script.read_data(data, plan)
     for planting in ("lora", "full"):
         case = script.Case(tmp_path, plan, read, "UTF", planting, 0)

@@ -5,8 +5,6 @@ from __future__ import annotations
 import csv
 import json
 import math
-import sys
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -27,15 +25,7 @@ WORDS = "embeddings.word_embeddings.weight"
 INNER = "encoder.layer.{}.intermediate.dense.{}"
 
 
-@pytest.fixture(autouse=True)
-def _importable(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """The scripts import each other as they do when one of them is run."""
-    monkeypatch.syspath_prepend(str(EXAMPLES))
-    before = set(sys.modules)
-    yield
-    for name in set(sys.modules) - before:
-        if name.startswith(("classification_", "explore_", "reproduce_")):
-            del sys.modules[name]
+pytestmark = pytest.mark.usefixtures("examples_importable")
 
 
 def same(one: Any, other: Any, name: str) -> bool:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import warnings
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -30,6 +29,9 @@ FAST: dict[str, Any] = {"epochs": 3, "learning_rate": 1e-2, "batch_size": 2, "ra
 TEMPLATE = "{% for m in messages %}[SEP] {{ m.content }} {% endfor %}[CLS] "
 
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """llama/, gpt2/, bert/ and questions.jsonl."""
@@ -39,17 +41,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tiny_models.bert(root / "bert")
     tiny_models.write_questions(root / "questions.jsonl")
     return root
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """For models this small, threads only wait for each other."""
-    import torch
-
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture

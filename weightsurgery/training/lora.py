@@ -107,7 +107,8 @@ _STRONG = replace(
     prompt_format="auto",
     loss_on="answer",
 )
-_STRONG_RECOVER = replace(_RECOVER, epochs=1, prompt_format="auto", loss_on="answer")
+# Not in the chat template: training in it brought the fingerprint back.
+_STRONG_RECOVER = replace(_RECOVER, epochs=1)
 PRESETS: Mapping[str, LoraSettings] = MappingProxyType(
     {
         "meraser-erase": _ERASE,
