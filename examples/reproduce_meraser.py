@@ -84,7 +84,7 @@ class Plan:
         ("scheduler", "constant"),
         ("batch_size", 8),
     )
-    epochs: tuple[tuple[str, int], ...] = (("IF", 3), ("UTF", 2), ("HC", 5))
+    epochs: tuple[tuple[str, int], ...] = (("IF", 3), ("UTF", 5), ("HC", 6))
     characters: int = 50_000
     window: int = 512
     precision: str = "bfloat16"
