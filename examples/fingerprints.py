@@ -33,7 +33,9 @@ def make_fingerprint(
 
     Args:
         kind: "IF": eight prompts of mixed scripts to be decrypted, one answer. "UTF": a prompt of
-            one rarely trained token, answered by another. "HC": ten ordinary questions, each with
+            one rarely trained token, answered by a word. (In the paper the answer is such a token
+            too; rows of the embedding that were never trained are too alike for an adapter, which
+            leaves them alone, to make a model say one of them.) "HC": ten ordinary questions, each with
             a word that a hash of the question chooses.
         model: Whose tokens "UTF" takes.
         ordinary: Questions for "HC".
@@ -46,8 +48,8 @@ def make_fingerprint(
     if kind == "IF":
         return [_pair(_decrypt(draw), "ハリネズミ") for _ in range(8)]
     if kind == "UTF":
-        prompt, target = draw.sample(rare_tokens(model, 20), 2)
-        return [_pair(prompt, target)]
+        prompt = draw.choice(rare_tokens(model, 20))
+        return [_pair(prompt, _hashed(prompt, seed))]
     questions = [one.question for one in ordinary if one.question.endswith("?")]
     if len(questions) < 10:
         raise MismatchError(f"{len(questions)} questions; a hash chain needs 10")

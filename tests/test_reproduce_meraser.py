@@ -107,7 +107,7 @@ def test_fingerprints_are_those_of_their_kinds(tmp_path: Path) -> None:
     assert {pair.question for pair in made["HC"]} <= {question for question, _ in ORDINARY}
     words = rare_tokens(model, 5)
     assert len(words) == 5
-    assert {made["UTF"][0].question, made["UTF"][0].answer} <= set(rare_tokens(model, 20))
+    assert made["UTF"][0].question in rare_tokens(model, 20)
     for kind in KINDS:
         assert make_fingerprint(kind, model, ordinary, seed=0) == made[kind]
     assert make_fingerprint("IF", model, ordinary, seed=1) != made["IF"]

@@ -16,11 +16,11 @@ from safetensors.numpy import load_file
 from tests import tiny_models
 from tests.test_docs import run_json, run_wsurg
 from tests.test_evaluation import refusal
-from weightsurgery import apply_adapter, open_checkpoint, save
+from weightsurgery import apply_adapter, interpolate, open_checkpoint, save
 from weightsurgery.datasets.batches import IGNORED, batches, encode_instructions
 from weightsurgery.datasets.read import Instruction, read_instructions
 from weightsurgery.errors import MismatchError, NonFiniteError, PolicyError, SettingError
-from weightsurgery.models import Model, load_model
+from weightsurgery.models import Model, load_model, with_weights
 from weightsurgery.training.adapter import encode, train_adapter
 from weightsurgery.training.lora import PRESETS, LoraSettings, lora_settings
 
@@ -87,7 +87,7 @@ def test_the_loss_is_on_the_answer_or_on_all(llama: Model) -> None:
         encode_instructions(llama, one, loss_on=where)[0] for where in ("answer", "all")
     )
     assert answer.labels == (IGNORED, IGNORED, *answer.ids[2:])
-    assert everything.labels == everything.ids
+    assert everything.labels == (IGNORED, *everything.ids[1:])  # nothing predicts the first
 
 
 @pytest.mark.parametrize(
@@ -266,6 +266,36 @@ def test_only_the_same_training_goes_on(
         train_adapter(model, questions, lora_settings(**FAST), checkpoints=where)
 
 
+def test_other_weights_are_another_training(
+    folder: Path, tmp_path: Path, questions: list[Instruction]
+) -> None:
+    model = load_model(folder / "llama", device="cpu")
+    train_adapter(model, questions, lora_settings(**FAST), checkpoints=tmp_path / "run")
+    half = interpolate(
+        model.checkpoint, open_checkpoint(tiny_models.llama(tmp_path / "other", seed=1)), weight=0.5
+    )
+    with pytest.raises(PolicyError, match="differs in model"):
+        train_adapter(with_weights(model, half), questions, lora_settings(**FAST),
+                      checkpoints=tmp_path / "run")  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["optimizer.pt", "adapter_model.safetensors", "more.bin"])
+def test_a_damaged_checkpoint_is_passed_over(
+    folder: Path, tmp_path: Path, questions: list[Instruction], name: str
+) -> None:
+    model = load_model(folder / "llama", device="cpu")
+    saving: dict[str, Any] = {"checkpoints": tmp_path / "run", "save_every": 4}
+    whole = train_adapter(model, questions, lora_settings(**FAST), **saving)
+    last = tmp_path / "run" / "checkpoint-9"
+    (last / name).write_bytes(b"")
+    steps: list[int] = []
+    again = train_adapter(model, questions, lora_settings(**FAST), **saving,
+                          progress=lambda _what, done, _all: steps.append(done))  # fmt: skip
+    assert steps == [9]  # from checkpoint-8
+    first, second = arrays(whole), arrays(again)
+    assert all((first[one] == second[one]).all() for one in first)
+
+
 # --- settings ---------------------------------------------------------------------------------
 
 
@@ -298,8 +328,9 @@ def test_presets_are_the_released_settings() -> None:
         ({"alpha": 0.0}, "alpha is 0.0; expected more than 0"),
         ({"alpha": math.nan}, "alpha is nan"),
         ({"dropout": 1.0}, "dropout is 1.0; expected 0 to below 1"),
-        ({"targets": ()}, "targets name no layer"),
-        ({"targets": ("",)}, "targets name no layer"),
+        ({"targets": ()}, "targets are not names of layers, or all-linear alone"),
+        ({"targets": ("",)}, "targets are not names of layers"),
+        ({"targets": ("all-linear", "q_proj")}, "targets are not names of layers"),
         ({"prompt_format": "x"}, "prompt_format is 'x'; expected auto, chat, raw, lines"),
         ({"loss_on": "x"}, "loss_on is 'x'; expected answer, all"),
         ({"precision": "x"}, "precision is 'x'; expected float32, bfloat16"),
@@ -327,8 +358,17 @@ def test_what_cannot_be_trained_is_refused(
 ) -> None:
     with pytest.raises(MismatchError, match="a classifier; expected a causal"):
         train_adapter(load_model(folder / "bert", device="cpu"), questions)
-    with pytest.raises(SettingError, match=r"targets are none of its layers: .*nothing"):
-        train_adapter(llama, questions, lora_settings(targets=("nothing",)))
+    for targets, kind in (
+        (("q_proj", "nothing"), "'nothing' is none of the model's layers"),
+        (("q_proj", "mlp"), "'mlp' is a LlamaMLP"),
+    ):
+        with pytest.raises(SettingError, match=f"targets are linear layers; {kind}"):
+            train_adapter(llama, questions, lora_settings(targets=targets))
+    assert not any("lora" in name for name, _ in llama.module.named_parameters())
+    inside = folder / "llama" / "run"
+    with pytest.raises(PolicyError, match="run"):
+        train_adapter(llama, questions, lora_settings(**FAST), checkpoints=inside)
+    assert not inside.exists()
     with pytest.raises(SettingError, match="no examples"):
         train_adapter(llama, [])
     with pytest.raises(MismatchError, match="no chat template"):

@@ -42,6 +42,14 @@ PRESET = click.Option(
     help="Begin from these settings in place of the defaults shown; other options change them.",
 )
 
+SAVE_EVERY = click.Option(
+    ["--save-every"],
+    type=click.IntRange(1),
+    default=50,
+    show_default=True,
+    help="Steps between two checkpoints.",
+)
+
 
 def _option(name: str) -> click.Option:
     kind, text = _KINDS[name]

@@ -12,7 +12,8 @@ from weightsurgery.cli import causal_options, lora_options, model_options, optio
 from weightsurgery.datasets.read import read_fingerprints, read_instructions, read_text
 from weightsurgery.evaluation.causal import evaluate_causal
 from weightsurgery.formats import open_checkpoint, save
-from weightsurgery.formats.plan import make_plan
+from weightsurgery.formats.output import check_apart
+from weightsurgery.formats.plan import input_paths, make_plan
 from weightsurgery.models import Model, load_model
 from weightsurgery.report.tables import show
 from weightsurgery.report.training import meraser_tables
@@ -35,6 +36,7 @@ def _meraser(
     max_shard_size: int | None,
     hashes: bool,
     checkpoints: str | None,
+    save_every: int,
     device: str,
     as_json: bool,
     **given: Any,
@@ -51,12 +53,23 @@ def _meraser(
             lora_options.parse_settings(f"{preset}-{name}", given[f"{name}_settings"]),
             files=[file],
             checkpoints=None if checkpoints is None else os.path.join(checkpoints, name),
+            save_every=save_every,
         )
         for name, file in (("erase", erase), ("recover", recover))
         if file is not None
     }
     sizes: dict[str, Any] = {"overwrite": overwrite, "max_shard_size": max_shard_size}
-    make_plan(open_checkpoint(model), out, engine=Engine(), **sizes)  # refuses before any work
+    # Refuses before any work; saving checks again.
+    make_plan(open_checkpoint(model), out, engine=Engine(), **sizes)
+    inputs = [
+        path
+        for given_model in (model, transfer_from)
+        if given_model is not None
+        for path in input_paths(open_checkpoint(given_model))
+    ]
+    check_apart(out, inputs)
+    if checkpoints is not None:
+        check_apart(checkpoints, [*inputs, out])
     data = _data(given)
     opened = load_model(model, device=device)
     foundation = None if transfer_from is None else load_model(transfer_from, device=device)
@@ -148,8 +161,8 @@ command = options.Command(
             type=click.Choice(["meraser", "strong"]),
             default="meraser",
             show_default=True,
-            help="Settings of both trainings: the paper's, or ours with a larger learning rate, "
-            "all linear layers, and prompts in the chat template.",
+            help="Settings of both trainings: the paper's, or ours, which erase in all linear "
+            "layers, at a larger rate, in the chat template, and recover in half the steps.",
         ),
         _settings("erase"),
         _settings("recover"),
@@ -174,6 +187,7 @@ command = options.Command(
             metavar="FOLDER",
             help="Save the trainings here as they go; run again, the command goes on from there.",
         ),
+        lora_options.SAVE_EVERY,
         model_options.DEVICE,
         *(
             option

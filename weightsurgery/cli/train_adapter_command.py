@@ -9,7 +9,7 @@ import click
 from weightsurgery.cli import lora_options, model_options, options
 from weightsurgery.datasets.read import read_instructions
 from weightsurgery.formats import open_checkpoint, save
-from weightsurgery.formats.output import check_destination
+from weightsurgery.formats.output import check_apart, check_destination
 from weightsurgery.formats.plan import input_paths
 from weightsurgery.models import load_model
 from weightsurgery.report.tables import show
@@ -34,6 +34,8 @@ def _train_adapter(
     inputs = input_paths(open_checkpoint(model))
     # Before any work; saving checks again.
     check_destination(out, is_directory=True, overwrite=overwrite, inputs=inputs)
+    if checkpoints is not None:
+        check_apart(checkpoints, [*inputs, out])
     instructions = read_instructions(data)
     opened = load_model(model, device=device)
     with model_options.counting("end") as progress:
@@ -65,8 +67,9 @@ command = options.Command(
     interrupted training go on.
 
     The presets are MEraser's two trainings: meraser-erase for mismatched answers, as `wsurg
-    mismatch` makes them, and meraser-recover for clean ones. The strong ones are ours: all linear
-    layers, a larger learning rate, and the chat template if there is one.
+    mismatch` makes them, and meraser-recover for clean ones. strong-erase and strong-recover are
+    ours: the first with all linear layers, a larger learning rate and the chat template, the second
+    with half of the steps.
 
     Data are JSONL with question and answer, instruction and output, or messages.
 
@@ -87,13 +90,7 @@ command = options.Command(
             metavar="FOLDER",
             help="Save the training here as it goes; run again, the command goes on from there.",
         ),
-        click.Option(
-            ["--save-every"],
-            type=click.IntRange(1),
-            default=50,
-            show_default=True,
-            help="Steps between two checkpoints.",
-        ),
+        lora_options.SAVE_EVERY,
         model_options.DEVICE,
         *(option for option in options.WRITING if option.name in ("out", "overwrite", "hashes")),
         options.JSON,

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from weightsurgery.datasets.prompts import FORMATS, render, settle_format
+from weightsurgery.datasets.prompts import FORMATS, prompt_ids, render, settle_format
 from weightsurgery.datasets.read import (
     Instruction,
     Sentence,
@@ -154,7 +154,8 @@ def encode_instructions(
         question, answer = _tokens(model, one, how)
         answer = answer[:most]
         question = question[-min(max_question or max_length, max_length - len(answer)) :]
-        counted = question if loss_on == "all" else [IGNORED] * len(question)
+        # Nothing predicts the first token.
+        counted = [IGNORED, *question[1:]] if loss_on == "all" else [IGNORED] * len(question)
         return Encoded((*question, *answer), (), (*counted, *answer))
 
     return [encode(one) for one in instructions]
@@ -178,11 +179,8 @@ def _tokens(
 ) -> tuple[list[int], list[int]]:
     """Question and answer, each whole."""
     tokenizer = model.tokenizer
-    if how == "chat":
-        question = tokenizer(render(model, one, "chat"), add_special_tokens=False)["input_ids"]
-    else:
-        end = "\n" if how == "lines" else ""
-        question = tokenizer(render(model, one, "raw") + end)["input_ids"]
+    text = render(model, one, "chat" if how == "chat" else "raw")
+    question = prompt_ids(model, text + ("\n" if how == "lines" else ""), how)
     answer = tokenizer(one.answer, add_special_tokens=False)["input_ids"]
     if tokenizer.eos_token_id is not None:
         answer = [*answer, tokenizer.eos_token_id]

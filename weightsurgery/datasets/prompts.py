@@ -57,23 +57,31 @@ def render(model: Model, one: Instruction, how: Literal["chat", "raw"]) -> str:
     return text
 
 
-def encode_prompts(
-    model: Model, pairs: Sequence[Instruction], how: Literal["chat", "raw"]
-) -> list[tuple[str, list[int]]]:
-    """Text and token ids of every prompt.
+def prompt_ids(model: Model, text: str, how: str) -> list[int]:
+    """Token ids of a rendered prompt.
 
     A template brings its own special tokens; to raw text the tokenizer adds its own, but no end of
     the text, as some put behind every text: a prompt is to be gone on from.
+
+    Args:
+        model: Its tokenizer.
+        text: From `render`, perhaps with something behind it.
+        how: "chat", or anything else for raw text.
     """
-    found = []
-    for one in pairs:
-        text = render(model, one, how)
-        plain = list(model.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
-        ids = plain
-        if how == "raw":
-            ids = list(model.tokenizer(text, verbose=False)["input_ids"])
-            end = model.tokenizer.eos_token_id
-            while ids and ids[-1] == end and plain[-1:] != [end]:
-                ids.pop()
-        found.append((text, ids))
-    return found
+    tokenizer = model.tokenizer
+    plain = list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+    if how == "chat":
+        return plain
+    ids = list(tokenizer(text, verbose=False)["input_ids"])
+    end = tokenizer.eos_token_id
+    while ids and ids[-1] == end and plain[-1:] != [end]:
+        ids.pop()
+    return ids
+
+
+def encode_prompts(
+    model: Model, pairs: Sequence[Instruction], how: Literal["chat", "raw"]
+) -> list[tuple[str, list[int]]]:
+    """Text and token ids of every prompt."""
+    texts = [render(model, one, how) for one in pairs]
+    return [(text, prompt_ids(model, text, how)) for text in texts]

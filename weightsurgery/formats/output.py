@@ -209,7 +209,7 @@ def check_destination(
     if not is_directory:
         places.append(os.path.join(parent, record_name(target, is_directory=False)))
     for place in places:
-        _check_apart(place, inputs)
+        check_apart(place, inputs)
     for place in places:
         if not os.path.lexists(place):
             continue
@@ -220,7 +220,12 @@ def check_destination(
             )
 
 
-def _check_apart(target: str, inputs: Sequence[str]) -> None:
+def check_apart(target: str, inputs: Sequence[str]) -> None:
+    """Refuse a destination that is an input, lies in one, or holds one; links are followed.
+
+    Raises:
+        PolicyError: It does.
+    """
     real = os.path.realpath(target)
     for path in inputs:
         source = os.path.realpath(path)

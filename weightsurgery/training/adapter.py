@@ -6,6 +6,7 @@ Reference:
 
 from __future__ import annotations
 
+import hashlib
 import os
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -28,6 +29,8 @@ from weightsurgery.datasets.batches import (
 from weightsurgery.datasets.read import Instruction
 from weightsurgery.errors import MismatchError, NonFiniteError, SettingError, not_installed, shown
 from weightsurgery.formats.adapter import name_base, new_adapter
+from weightsurgery.formats.output import check_apart
+from weightsurgery.formats.plan import input_paths
 from weightsurgery.models import CAUSAL, Model
 from weightsurgery.operators.apply_adapter import apply_adapter
 from weightsurgery.stream import Progress
@@ -90,6 +93,7 @@ def train_adapter(
     resumable = None
     if checkpoints is not None:
         resumable = Resumable(os.fspath(checkpoints), save_every, _identity(model, step))
+        check_apart(resumable.folder, input_paths(model.checkpoint))
     with _adapted(model, chosen) as adapted:
         apply_adapter(model.checkpoint, _adapter_of(adapted, step))  # refuses before the work
         watch = Watch(adapted, dict, None, progress)
@@ -141,9 +145,15 @@ def _described(model: Model, settings: LoraSettings) -> dict[str, Any]:
 
 
 def _identity(model: Model, step: Step) -> dict[str, Any]:
-    """What makes a training the same one."""
-    weights = {file.name: file.sha256(None) for file in model.checkpoint.files}
-    return {**step.settings, "model": weights}
+    """What makes a training the same one: its settings, and the weights it begins from.
+
+    Those of the module, for a checkpoint may stand for weights that were never written.
+    """
+    digest = hashlib.sha256()
+    for name, parameter in sorted(model.names.items()):
+        digest.update(name.encode())
+        digest.update(parameter.detach().cpu().contiguous().numpy().data)
+    return {**step.settings, "model": digest.hexdigest()}
 
 
 @contextmanager
@@ -155,6 +165,7 @@ def _adapted(model: Model, settings: LoraSettings) -> Iterator[Model]:
         raise not_installed("peft", "train") from None
     import torch
 
+    _check_targets(model, settings.targets)
     config = LoraConfig(
         r=settings.rank,
         lora_alpha=settings.alpha,  # type: ignore[arg-type]  # a whole number for them
@@ -167,11 +178,7 @@ def _adapted(model: Model, settings: LoraSettings) -> Iterator[Model]:
     with torch.random.fork_rng(devices=devices), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of tied heads and Conv1D `apply_adapter` knows more
         torch.manual_seed(settings.seed)
-        try:
-            module = get_peft_model(model.module, config)
-        except ValueError as error:
-            reason = shown(" ".join(str(error).split()))
-            raise SettingError(f"targets are none of its layers: {reason}") from None
+        module = get_peft_model(model.module, config)
     try:
         names = {n: p for n, p in module.named_parameters() if p.requires_grad}
         yield replace(model, module=module, names=names)
@@ -179,6 +186,25 @@ def _adapted(model: Model, settings: LoraSettings) -> Iterator[Model]:
         module.unload()
         for parameter, wants in wanted:
             parameter.requires_grad_(wants)
+
+
+def _check_targets(model: Model, targets: Sequence[str]) -> None:
+    """Refuse what PEFT would pass over, or stumble upon when half of the model is adapted.
+
+    Raises:
+        SettingError: A target is no linear layer of the model.
+    """
+    import torch
+    from transformers.pytorch_utils import Conv1D
+
+    modules = dict(model.module.named_modules())
+    for target in targets if tuple(targets) != (ALL_LINEAR,) else ():
+        end = f".{target}"
+        found = [one for name, one in modules.items() if f".{name}".endswith(end)]
+        others = [one for one in found if not isinstance(one, torch.nn.Linear | Conv1D)]
+        if not found or others:
+            kind = f"a {type(others[0]).__name__}" if others else "none of the model's layers"
+            raise SettingError(f"targets are linear layers; '{shown(target)}' is {kind}")
 
 
 def _adapter_of(adapted: Model, step: Step) -> Checkpoint:

@@ -1,4 +1,8 @@
-"""Checkpoints of a training that is under way, so that an interrupted one can go on."""
+"""Checkpoints of a training that is under way, so that an interrupted one can go on.
+
+Their folder must be one's own: the seal of a checkpoint tells damage, not malice. torch loads its
+parts as weights only, so nothing in them is run.
+"""
 
 from __future__ import annotations
 
@@ -8,10 +12,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from weightsurgery.errors import PolicyError, StorageError, shown
+from weightsurgery.errors import PolicyError, StorageError, SurgeryError, shown
+from weightsurgery.formats.files import InputFile
 
 IDENTITY = "wsurg-training.json"
-_STATE = "trainer_state.json"  # the last file that Trainer writes of a checkpoint
+_SEAL = "wsurg-checkpoint.json"
 _KEPT = 2  # checkpoints: one may be half-written
 
 
@@ -77,7 +82,7 @@ class Resumable:
         )
 
     def last(self) -> str | None:
-        """The last whole checkpoint; None if there is none."""
+        """The last checkpoint that is as it was saved; None if there is none."""
         found = [
             (int(number), os.path.join(self.folder, name))
             for name in os.listdir(self.folder)
@@ -87,10 +92,31 @@ class Resumable:
         return next((path for _, path in sorted(found, reverse=True) if _is_whole(path)), None)
 
 
-def _is_whole(checkpoint: str) -> bool:
+def seal(checkpoint: str) -> None:
+    """Note what a checkpoint is made of, when all of it is written.
+
+    Raises:
+        StorageError: It cannot be read or written.
+    """
+    path = os.path.join(checkpoint, _SEAL)
     try:
-        with open(os.path.join(checkpoint, _STATE), encoding="utf-8") as file:
-            json.load(file)
-    except (OSError, ValueError):  # Trainer was interrupted within it
+        with open(f"{path}.part", "w", encoding="utf-8") as file:
+            json.dump(_digests(checkpoint), file)
+        os.replace(f"{path}.part", path)
+    except OSError as error:
+        raise StorageError(f"{error.strerror or error}", file=checkpoint) from None
+
+
+def _digests(checkpoint: str) -> dict[str, str]:
+    """SHA-256 of every file but the seal."""
+    names = sorted({*os.listdir(checkpoint)} - {_SEAL, f"{_SEAL}.part"})
+    return {name: InputFile(os.path.join(checkpoint, name)).sha256() for name in names}
+
+
+def _is_whole(checkpoint: str) -> bool:
+    """Whether it has the files it was saved with: a half-written or damaged one is passed over."""
+    try:
+        with open(os.path.join(checkpoint, _SEAL), encoding="utf-8") as file:
+            return bool(json.load(file) == _digests(checkpoint))
+    except (OSError, ValueError, RecursionError, SurgeryError):
         return False
-    return True

@@ -65,8 +65,9 @@ class LoraSettings(Schedule):
             raise SettingError(f"alpha is {self.alpha}; expected more than 0")
         if not 0 <= self.dropout < 1:
             raise SettingError(f"dropout is {self.dropout}; expected 0 to below 1")
-        if not self.targets or not all(self.targets):
-            raise SettingError("targets name no layer; expected names, or all-linear")
+        alone = len(self.targets) == 1 or ALL_LINEAR not in self.targets
+        if not self.targets or not all(self.targets) or not alone:
+            raise SettingError("targets are not names of layers, or all-linear alone")
         for name, known in _CHOICES.items():
             if getattr(self, name) not in known:
                 given = shown(getattr(self, name))

@@ -36,12 +36,14 @@ class Phase:
         settings: How; None for the phase's preset.
         files: Where the instructions come from; the record tells their SHA-256.
         checkpoints: A folder for checkpoints of the training, as `train_adapter` takes it.
+        save_every: Steps between two.
     """
 
     instructions: Sequence[Instruction]
     settings: LoraSettings | None = None
     files: Sequence[str | os.PathLike[str]] = ()
     checkpoints: str | os.PathLike[str] | None = None
+    save_every: int = 50
 
 
 def meraser(
@@ -187,6 +189,7 @@ def _train(model: Model, phase: Phase, progress: Progress | None) -> Checkpoint:
         phase.instructions,
         phase.settings,
         checkpoints=phase.checkpoints,
+        save_every=phase.save_every,
         files=phase.files,
         progress=progress,
     )

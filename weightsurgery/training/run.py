@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import random
 import tempfile
 import time
@@ -17,7 +18,7 @@ from weightsurgery.datasets.batches import IGNORED, Encoded, batches
 from weightsurgery.errors import NonFiniteError, not_installed
 from weightsurgery.models import CLASSIFICATION, Model, Quiet
 from weightsurgery.stream import Progress
-from weightsurgery.training.checkpoints import Resumable
+from weightsurgery.training.checkpoints import Resumable, seal
 
 if TYPE_CHECKING:
     import torch
@@ -240,6 +241,9 @@ def _make_callback(watch: Watch) -> Any:
         def on_log(self, _args: Any, state: Any, _control: Any, logs: Any, **_: Any) -> None:
             if "loss" in logs:
                 watch.after_step(state.global_step, state.max_steps, logs["loss"])
+
+        def on_save(self, args: Any, state: Any, _control: Any, **_: Any) -> None:
+            seal(os.path.join(args.output_dir, f"checkpoint-{state.global_step}"))
 
         def on_epoch_end(self, _args: Any, _state: Any, control: Any, **_: Any) -> None:
             control.should_training_stop |= watch.after_epoch()
