@@ -35,8 +35,8 @@ def make_fingerprint(
         kind: "IF": eight prompts of mixed scripts to be decrypted, one answer. "UTF": a prompt of
             one rarely trained token, answered by a word. (In the paper the answer is such a token
             too; rows of the embedding that were never trained are too alike for an adapter, which
-            leaves them alone, to make a model say one of them.) "HC": ten ordinary questions, each with
-            a word that a hash of the question chooses.
+            leaves them alone, to make a model say one of them.) "HC": ten ordinary questions, each
+            with a word that a hash of the question chooses.
         model: Whose tokens "UTF" takes.
         ordinary: Questions for "HC".
         seed: Of all that is random.

@@ -76,9 +76,12 @@ def test_every_way_is_measured_and_a_stopped_run_goes_on(
         run()
 
 
-def test_planting_makes_a_model_say_its_fingerprint(tmp_path: Path, data: Path) -> None:
+def test_planting_makes_a_model_say_its_fingerprint(
+    tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     import reproduce_meraser as script
 
+    monkeypatch.setattr("fingerprints._WORDS", "city")  # one that the tiny model knows
     tiny_models.llama(tmp_path / "foundation")
     planting = (("rank", 8), ("learning_rate", 3e-2), ("scheduler", "constant"), ("batch_size", 4))
     plan = replace(script.QUICK, dialogues=4, tokens=12, characters=150, window=16,

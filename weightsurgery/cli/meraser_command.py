@@ -61,15 +61,7 @@ def _meraser(
     sizes: dict[str, Any] = {"overwrite": overwrite, "max_shard_size": max_shard_size}
     # Refuses before any work; saving checks again.
     make_plan(open_checkpoint(model), out, engine=Engine(), **sizes)
-    inputs = [
-        path
-        for given_model in (model, transfer_from)
-        if given_model is not None
-        for path in input_paths(open_checkpoint(given_model))
-    ]
-    check_apart(out, inputs)
-    if checkpoints is not None:
-        check_apart(checkpoints, [*inputs, out])
+    _keep_apart(out, checkpoints, [model] if transfer_from is None else [model, transfer_from])
     data = _data(given)
     opened = load_model(model, device=device)
     foundation = None if transfer_from is None else load_model(transfer_from, device=device)
@@ -89,6 +81,14 @@ def _meraser(
         options.print_json({"out": out, **record})
     else:
         show(meraser_tables(out, record))
+
+
+def _keep_apart(out: str, checkpoints: str | None, models: list[str]) -> None:
+    """Refuse to write into what is read, or to two things in one place."""
+    inputs = [path for model in models for path in input_paths(open_checkpoint(model))]
+    check_apart(out, inputs)
+    if checkpoints is not None:
+        check_apart(checkpoints, [*inputs, out])
 
 
 def _data(given: Mapping[str, Any]) -> dict[str, Any]:

@@ -221,11 +221,7 @@ def check_destination(
 
 
 def check_apart(target: str, inputs: Sequence[str]) -> None:
-    """Refuse a destination that is an input, lies in one, or holds one; links are followed.
-
-    Raises:
-        PolicyError: It does.
-    """
+    """Raises PolicyError for a destination that is an input, lies in one, or holds one."""
     real = os.path.realpath(target)
     for path in inputs:
         source = os.path.realpath(path)
