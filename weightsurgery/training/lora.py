@@ -28,6 +28,9 @@ class LoraSettings(Schedule):
     """How to train a LoRA adapter. The defaults are our choice.
 
     Attributes:
+        epochs: Passes over the examples.
+        learning_rate: After the warm-up.
+        scheduler: "linear", "cosine" or "constant".
         rank: r, the rank of B·A.
         alpha: α; B·A is scaled by α/r.
         dropout: Share of a layer's inputs that A does not see in a step.
@@ -126,6 +129,9 @@ def lora_settings(preset: str | None = None, **settings: Any) -> LoraSettings:
     Args:
         preset: A name in `PRESETS`.
         settings: Fields of `LoraSettings`.
+
+    Returns:
+        The settings, checked.
 
     Raises:
         SettingError: There is no such preset or setting, or a setting is out of range.
