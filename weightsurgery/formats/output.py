@@ -221,7 +221,11 @@ def check_destination(
 
 
 def check_apart(target: str, inputs: Sequence[str]) -> None:
-    """Raises PolicyError for a destination that is an input, lies in one, or holds one."""
+    """Refuse a destination that is an input, lies in one, or holds one.
+
+    Raises:
+        PolicyError: It does.
+    """
     real = os.path.realpath(target)
     for path in inputs:
         source = os.path.realpath(path)
