@@ -405,6 +405,70 @@ def test_a_wrong_merge_is_described() -> None:
         check_proof(report)
 
 
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [
+        ("model.layers.0.self_attn.q_proj.bias", (6,)),
+        ("model.layers.2.self_attn.q_proj.weight", (6, 6)),
+        ("planted", (2,)),
+    ],
+)
+def test_what_base_lacks_is_extra(
+    name: str, shape: tuple[int, ...], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = cases.model("llama")
+    arrays, config = cases.adapter(base, "llama"), cases.adapter_config("llama")
+    given = pair_of(base, arrays, family="llama")
+    merged = cases.read(apply_adapter(*given))
+    assert verify_adapter(given[0], [given[1]], from_arrays(merged))["proved"]
+    for kind in ("f4", "i4"):
+        planted = {**merged, name: np.ones(shape, kind)}
+        report = verify_adapter(given[0], [given[1]], from_arrays(planted))
+        wrong = [one for one in report["tensors"] if one["verdict"] != "proved"]
+        assert wrong == [{"tensor": name, "adapted": False, "verdict": "extra"}]
+        assert (report["proved"], report["not_compared"]) == (False, [])
+    cases.write_directory(tmp_path / "base", base)
+    cases.write_directory(tmp_path / "merged", planted)
+    cases.write_adapter(tmp_path / "adapter", arrays, config)
+    paths = [tmp_path / one for one in ("base", "adapter", "merged")]
+    assert cases.wsurg("verify-adapter", *paths) == GateError.exit_code == 10
+    table = capsys.readouterr().out.splitlines()
+    assert [line for line in table if name in line and "extra" in line]
+
+
+@pytest.mark.parametrize("change", [0, 1])
+def test_a_copy_of_the_tied_embedding_is_extra_unless_it_is_the_same(change: int) -> None:
+    base = cases.model("llama", dtype="f4")
+    del base["lm_head.weight"]
+    given = pair_of(base, cases.adapter(base, "llama"), family="llama")
+    merged = cases.read(apply_adapter(*given))
+    name, copy = "model.embed_tokens.weight", "decoder.wte.weight"
+    merged[copy] = merged[name] + np.float32(change)
+    config = {"tie_word_embeddings": True}
+    merged = {copy: merged.pop(copy), "shared.weight": merged.pop(name), **merged}
+    base = {"shared.weight": base.pop(name), **base}
+    tied = (from_arrays(base, config=config), [given[1]], from_arrays(merged, config=config))
+    report = verify_adapter(*tied)
+    assert report["proved"] == (change == 0)
+    reason = "the same as 'shared.weight', which it is tied to"
+    assert report["not_compared"] == ([] if change else [{"tensor": copy, "reason": reason}])
+
+
+def test_a_tensor_of_another_shape_is_not_bases() -> None:
+    base = cases.model("llama")
+    config = {"vocab_size": 11}
+    adapter = pair_of(base, cases.adapter(base, "llama"), family="llama")[1]
+    merged = cases.read(apply_adapter(from_arrays(base), adapter))
+    name = "model.embed_tokens.weight"
+    merged[name] = np.concatenate([merged[name], merged[name][:1]])
+    merged["position_ids"] = merged["position_ids"].astype("i4")
+    given = (from_arrays(base, config=config), [adapter], from_arrays(merged, config=config))
+    report = verify_adapter(*given)
+    found = {one["tensor"]: one["verdict"] for one in report["tensors"] if not one["adapted"]}
+    assert found == {name: "edited", "position_ids": "edited"}
+    assert not report["proved"]
+
+
 def test_nan_proves_nothing() -> None:
     base = cases.model("llama")
     given = pair_of(base, cases.adapter(base, "llama"), family="llama")
