@@ -350,6 +350,33 @@ def test_the_bases_name_is_compared_by_its_last_part(named: str) -> None:
     assert not [w for w in apply_adapter(*given).warnings if "which base" in w]
 
 
+@pytest.mark.parametrize(
+    ("one", "other", "settings"),
+    [
+        (
+            "encoder.layer.0.output.dense.lora_magnitude_vector",
+            "encoder.layer.0.output.dense.lora_magnitude_vector.weight",
+            {"use_dora": True},
+        ),
+        (
+            "encoder.layer.0.attention.self.query.bias",
+            "encoder.layer.0.attention.self.query.base_layer.bias",
+            {"bias": "all"},
+        ),
+    ],
+)
+def test_two_tensors_of_one_role_are_refused(
+    one: str, other: str, settings: dict[str, Any]
+) -> None:
+    base = cases.model("bert")
+    twice = {f"{FRONT}{one}": np.zeros(6, "f4"), f"{FRONT}{other}": np.ones(6, "f4")}
+    given = pair_of(base, cases.adapter(base) | twice, **settings)
+    with pytest.raises(FormatError, match="has the same role; expected one of the two") as told:
+        apply_adapter(*given)
+    assert f"'{FRONT}{one}'" in str(told.value)
+    assert f"'{FRONT}{other}'" in str(told.value)
+
+
 def test_a_pickled_adapter_is_refused(tmp_path: Path) -> None:
     (tmp_path / "adapter_config.json").write_text(json.dumps(cases.adapter_config()))
     with pytest.raises(FormatError, match=r"without adapter_model\.safetensors"):
