@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -375,6 +376,32 @@ def test_two_tensors_of_one_role_are_refused(
         apply_adapter(*given)
     assert f"'{FRONT}{one}'" in str(told.value)
     assert f"'{FRONT}{other}'" in str(told.value)
+
+
+@pytest.mark.parametrize(
+    "beside",
+    ["adapter_model.bin", "pytorch_model.bin", "pytorch_model-00001-of-00002.bin"],
+)
+def test_other_weights_beside_an_adapter_are_two_answers(beside: str, tmp_path: Path) -> None:
+    cases.write_adapter(
+        tmp_path / "adapter", cases.adapter(cases.model("bert")), cases.adapter_config()
+    )
+    for harmless in ("model_card.md", "modelcard.json"):
+        (tmp_path / "adapter" / harmless).write_text("{}")
+    assert open_checkpoint(tmp_path / "adapter")
+    (tmp_path / "adapter" / beside).write_bytes(b"pickle")
+    told = f"two answers to which weights are meant: adapter_model.safetensors and {beside}"
+    with pytest.raises(PolicyError, match=re.escape(told)):
+        open_checkpoint(tmp_path / "adapter")
+
+
+def test_a_model_beside_an_adapter_is_two_answers(tmp_path: Path) -> None:
+    cases.write_adapter(
+        tmp_path / "adapter", cases.adapter(cases.model("bert")), cases.adapter_config()
+    )
+    cases.write_file(tmp_path / "adapter" / "model.safetensors", cases.model("bert"))
+    with pytest.raises(PolicyError, match="two answers"):
+        open_checkpoint(tmp_path / "adapter")
 
 
 def test_a_pickled_adapter_is_refused(tmp_path: Path) -> None:
