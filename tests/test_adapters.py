@@ -6,6 +6,7 @@ import json
 import math
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -349,6 +350,34 @@ def test_the_bases_name_is_compared_by_its_last_part(named: str) -> None:
     base = cases.model("bert")
     given = pair_of(base, cases.adapter(base), base_model_name_or_path=named)
     assert not [w for w in apply_adapter(*given).warnings if "which base" in w]
+
+
+HUB = {"hub_id": "orgA/model@c0ffee", "label": "orgA/model"}
+NAMES: dict[str, tuple[str, dict[str, Any], bool]] = {
+    "one id": ("orgA/Model", HUB, True),
+    "one id at a revision": ("orgA/model@refs/pr/1", HUB, True),
+    "another's model of that name": ("orgB/model", HUB, False),
+    "a path": ("/somewhere/model", HUB, True),
+    "what its config says": ("orgA/model", {"config": {"_name_or_path": "orgA/model"}}, True),
+    "another than its config": ("orgB/model", {"config": {"_name_or_path": "orgA/model"}}, False),
+    "a folder": ("orgB/model", {"label": "models/model"}, True),
+    "a folder below an @": ("org/model", {"label": "/home/me@work/model"}, True),
+    "another below it": ("org/me", {"label": "/home/me@work/model"}, False),
+    "no folder": ("/home/model@work/other", HUB, False),
+}
+
+
+@pytest.mark.parametrize("case", NAMES)
+def test_hub_ids_are_compared_whole_and_paths_by_their_ends(case: str) -> None:
+    named, fields, same_base = NAMES[case]
+    arrays = cases.model("bert")
+    base = replace(from_arrays(arrays), **fields)
+    adapter = pair_of(arrays, cases.adapter(arrays), base_model_name_or_path=named)[1]
+    if same_base:
+        assert apply_adapter(base, adapter)
+        return
+    with pytest.raises(PolicyError, match="--force-base"):
+        apply_adapter(base, adapter)
 
 
 @pytest.mark.parametrize(
