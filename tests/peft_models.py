@@ -20,6 +20,8 @@ WARNINGS = [  # what PEFT warns of when it adapts and saves is not ours
     pytest.mark.filterwarnings("ignore:Adapter 'default'.*invalid shape:UserWarning"),
     pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to:UserWarning"),
     pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`:UserWarning"),
+    # Of parameters it says so too, and matches them all the same.
+    pytest.mark.filterwarnings("ignore:The following .*_pattern keys did not:RuntimeWarning"),
 ]
 
 

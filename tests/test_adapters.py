@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -350,6 +352,87 @@ def test_the_bases_name_is_compared_by_its_last_part(named: str) -> None:
     assert not [w for w in apply_adapter(*given).warnings if "which base" in w]
 
 
+HUB = {"hub_id": "orgA/model@c0ffee", "label": "orgA/model"}
+NAMES: dict[str, tuple[str, dict[str, Any], bool]] = {
+    "one id": ("orgA/Model", HUB, True),
+    "one id at a revision": ("orgA/model@refs/pr/1", HUB, True),
+    "another's model of that name": ("orgB/model", HUB, False),
+    "a path": ("/somewhere/model", HUB, True),
+    "what its config says": ("orgA/model", {"config": {"_name_or_path": "orgA/model"}}, True),
+    "another than its config": ("orgB/model", {"config": {"_name_or_path": "orgA/model"}}, False),
+    "a folder": ("orgB/model", {"label": "models/model"}, True),
+    "a folder below an @": ("org/model", {"label": "/home/me@work/model"}, True),
+    "another below it": ("org/me", {"label": "/home/me@work/model"}, False),
+    "no folder": ("/home/model@work/other", HUB, False),
+}
+
+
+@pytest.mark.parametrize("case", NAMES)
+def test_hub_ids_are_compared_whole_and_paths_by_their_ends(case: str) -> None:
+    named, fields, same_base = NAMES[case]
+    arrays = cases.model("bert")
+    base = replace(from_arrays(arrays), **fields)
+    adapter = pair_of(arrays, cases.adapter(arrays), base_model_name_or_path=named)[1]
+    if same_base:
+        assert apply_adapter(base, adapter)
+        return
+    with pytest.raises(PolicyError, match="--force-base"):
+        apply_adapter(base, adapter)
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "settings"),
+    [
+        (
+            "encoder.layer.0.output.dense.lora_magnitude_vector",
+            "encoder.layer.0.output.dense.lora_magnitude_vector.weight",
+            {"use_dora": True},
+        ),
+        (
+            "encoder.layer.0.attention.self.query.bias",
+            "encoder.layer.0.attention.self.query.base_layer.bias",
+            {"bias": "all"},
+        ),
+    ],
+)
+def test_two_tensors_of_one_role_are_refused(
+    one: str, other: str, settings: dict[str, Any]
+) -> None:
+    base = cases.model("bert")
+    twice = {f"{FRONT}{one}": np.zeros(6, "f4"), f"{FRONT}{other}": np.ones(6, "f4")}
+    given = pair_of(base, cases.adapter(base) | twice, **settings)
+    with pytest.raises(FormatError, match="has the same role; expected one of the two") as told:
+        apply_adapter(*given)
+    assert f"'{FRONT}{one}'" in str(told.value)
+    assert f"'{FRONT}{other}'" in str(told.value)
+
+
+@pytest.mark.parametrize(
+    "beside",
+    ["adapter_model.bin", "pytorch_model.bin", "pytorch_model-00001-of-00002.bin"],
+)
+def test_other_weights_beside_an_adapter_are_two_answers(beside: str, tmp_path: Path) -> None:
+    cases.write_adapter(
+        tmp_path / "adapter", cases.adapter(cases.model("bert")), cases.adapter_config()
+    )
+    for harmless in ("model_card.md", "modelcard.json"):
+        (tmp_path / "adapter" / harmless).write_text("{}")
+    assert open_checkpoint(tmp_path / "adapter")
+    (tmp_path / "adapter" / beside).write_bytes(b"pickle")
+    told = f"two answers to which weights are meant: adapter_model.safetensors and {beside}"
+    with pytest.raises(PolicyError, match=re.escape(told)):
+        open_checkpoint(tmp_path / "adapter")
+
+
+def test_a_model_beside_an_adapter_is_two_answers(tmp_path: Path) -> None:
+    cases.write_adapter(
+        tmp_path / "adapter", cases.adapter(cases.model("bert")), cases.adapter_config()
+    )
+    cases.write_file(tmp_path / "adapter" / "model.safetensors", cases.model("bert"))
+    with pytest.raises(PolicyError, match="two answers"):
+        open_checkpoint(tmp_path / "adapter")
+
+
 def test_a_pickled_adapter_is_refused(tmp_path: Path) -> None:
     (tmp_path / "adapter_config.json").write_text(json.dumps(cases.adapter_config()))
     with pytest.raises(FormatError, match=r"without adapter_model\.safetensors"):
@@ -403,6 +486,70 @@ def test_a_wrong_merge_is_described() -> None:
     assert not report["proved"]
     with pytest.raises(GateError, match="5 tensors are not what"):
         check_proof(report)
+
+
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [
+        ("model.layers.0.self_attn.q_proj.bias", (6,)),
+        ("model.layers.2.self_attn.q_proj.weight", (6, 6)),
+        ("planted", (2,)),
+    ],
+)
+def test_what_base_lacks_is_extra(
+    name: str, shape: tuple[int, ...], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = cases.model("llama")
+    arrays, config = cases.adapter(base, "llama"), cases.adapter_config("llama")
+    given = pair_of(base, arrays, family="llama")
+    merged = cases.read(apply_adapter(*given))
+    assert verify_adapter(given[0], [given[1]], from_arrays(merged))["proved"]
+    for kind in ("f4", "i4"):
+        planted = {**merged, name: np.ones(shape, kind)}
+        report = verify_adapter(given[0], [given[1]], from_arrays(planted))
+        wrong = [one for one in report["tensors"] if one["verdict"] != "proved"]
+        assert wrong == [{"tensor": name, "adapted": False, "verdict": "extra"}]
+        assert (report["proved"], report["not_compared"]) == (False, [])
+    cases.write_directory(tmp_path / "base", base)
+    cases.write_directory(tmp_path / "merged", planted)
+    cases.write_adapter(tmp_path / "adapter", arrays, config)
+    paths = [tmp_path / one for one in ("base", "adapter", "merged")]
+    assert cases.wsurg("verify-adapter", *paths) == GateError.exit_code == 10
+    table = capsys.readouterr().out.splitlines()
+    assert [line for line in table if name in line and "extra" in line]
+
+
+@pytest.mark.parametrize("change", [0, 1])
+def test_a_copy_of_the_tied_embedding_is_extra_unless_it_is_the_same(change: int) -> None:
+    base = cases.model("llama", dtype="f4")
+    del base["lm_head.weight"]
+    given = pair_of(base, cases.adapter(base, "llama"), family="llama")
+    merged = cases.read(apply_adapter(*given))
+    name, copy = "model.embed_tokens.weight", "decoder.wte.weight"
+    merged[copy] = merged[name] + np.float32(change)
+    config = {"tie_word_embeddings": True}
+    merged = {copy: merged.pop(copy), "shared.weight": merged.pop(name), **merged}
+    base = {"shared.weight": base.pop(name), **base}
+    tied = (from_arrays(base, config=config), [given[1]], from_arrays(merged, config=config))
+    report = verify_adapter(*tied)
+    assert report["proved"] == (change == 0)
+    reason = "the same as 'shared.weight', which it is tied to"
+    assert report["not_compared"] == ([] if change else [{"tensor": copy, "reason": reason}])
+
+
+def test_a_tensor_of_another_shape_is_not_bases() -> None:
+    base = cases.model("llama")
+    config = {"vocab_size": 11}
+    adapter = pair_of(base, cases.adapter(base, "llama"), family="llama")[1]
+    merged = cases.read(apply_adapter(from_arrays(base), adapter))
+    name = "model.embed_tokens.weight"
+    merged[name] = np.concatenate([merged[name], merged[name][:1]])
+    merged["position_ids"] = merged["position_ids"].astype("i4")
+    given = (from_arrays(base, config=config), [adapter], from_arrays(merged, config=config))
+    report = verify_adapter(*given)
+    found = {one["tensor"]: one["verdict"] for one in report["tensors"] if not one["adapted"]}
+    assert found == {name: "edited", "position_ids": "edited"}
+    assert not report["proved"]
 
 
 def test_nan_proves_nothing() -> None:

@@ -48,6 +48,17 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "router": {"target_modules": [], "target_parameters": ["mlp.gate.weight"]},
     "named without a module": {"target_modules": ["q_proj"], "target_parameters": ["down_proj"]},
     "all": {"target_modules": ["q_proj"], "target_parameters": EXPERTS, "use_rslora": True},
+    "a pattern of alpha": {
+        "target_modules": [],
+        "target_parameters": EXPERTS[:1],
+        "alpha_pattern": {"gate_up_proj": 64},
+    },
+    "patterns": {
+        "target_modules": ["q_proj"],
+        "target_parameters": EXPERTS,
+        "rank_pattern": {"experts.down_proj": 2, "experts": 3},
+        "alpha_pattern": {"gate_up_proj": 64, "mlp.experts": 3},
+    },
 }
 
 

@@ -427,6 +427,32 @@ def test_the_rows_of_a_tied_embedding_that_moved(tmp_path: Path) -> None:
     assert cases.stored(merged) == cases.stored(tuned)
 
 
+TIED: dict[str, tuple[list[str], bool | None, str]] = {
+    "a classifier": (["GPT2ForSequenceClassification"], True, "factors"),
+    "the bare model": (["GPT2Model"], None, "factors"),
+    "a language model": (["GPT2LMHeadModel"], None, "rows"),
+    "a masked one": (["BertForMaskedLM"], None, "rows"),
+    "untied": (["GPT2LMHeadModel"], False, "factors"),
+}
+
+
+@pytest.mark.parametrize("case", TIED)
+def test_an_embedding_is_held_as_rows_only_where_a_head_is_tied_to_it(case: str) -> None:
+    architectures, said, how = TIED[case]
+    config: dict[str, Any] = {"architectures": architectures}
+    config |= {"tie_word_embeddings": said} if said is not None else {}
+    family = "bert" if "Bert" in architectures[0] else "gpt2"
+    base, tuned = cases.pair(family, dtype="f4")
+    given = (from_arrays(one, config={**cases.CONFIGS[family], **config}) for one in (base, tuned))
+    places = {p.pair.name: p.how for p in find_places(align(*given))}
+    assert places[cases.EMBEDDING[family]] == how
+
+
+def test_the_embedding_of_a_classifier_goes_into_factors(tmp_path: Path) -> None:
+    adapter = cases.read(extract_adapter(*tiny_pair(tmp_path, "gpt2_classifier"), rank=2))
+    assert f"{FRONT}transformer.wte.lora_embedding_A" in adapter
+
+
 def test_an_adapter_can_be_copied(tmp_path: Path) -> None:
     base, tuned = cases.pair("bert")
     save(extract_adapter(*pair_of(base, tuned)), tmp_path / "one")

@@ -45,8 +45,8 @@ class AdapterConfig:
     Attributes:
         rank: r, where no pattern says otherwise.
         alpha: α, where no pattern says otherwise.
-        rank_pattern: Module to r.
-        alpha_pattern: Module to α.
+        rank_pattern: Module, or parameter that is adapted directly, to r.
+        alpha_pattern: The same to α.
         use_rslora: The scale is α/√r in place of α/r.
         use_dora: Rows are rescaled to learned norms.
         lora_bias: The second factor has a bias.
@@ -76,22 +76,22 @@ class AdapterConfig:
     target_parameters: tuple[str, ...]
     base: str
 
-    def rank_of(self, module: str) -> int:
-        """The rank of a module's factors."""
-        return self.rank_pattern.get(_first_match(self.rank_pattern, module), self.rank)
+    def rank_of(self, adapted: str) -> int:
+        """The rank of the factors of a module, or of a parameter that is adapted directly."""
+        return self.rank_pattern.get(_first_match(self.rank_pattern, adapted), self.rank)
 
-    def scale_of(self, module: str) -> float:
-        """What the product of a module's factors is multiplied by: α/r, with rsLoRA α/√r."""
-        alpha = self.alpha_pattern.get(_first_match(self.alpha_pattern, module), self.alpha)
-        rank = self.rank_of(module)
+    def scale_of(self, adapted: str) -> float:
+        """What the product of such factors is multiplied by: α/r, with rsLoRA α/√r."""
+        alpha = self.alpha_pattern.get(_first_match(self.alpha_pattern, adapted), self.alpha)
+        rank = self.rank_of(adapted)
         return alpha / (math.sqrt(rank) if self.use_rslora else rank)
 
 
-def _first_match(patterns: Mapping[str, Any], module: str) -> str:
-    """The first key that is the module's name or its end after a dot; one with `^` is all of it."""
+def _first_match(patterns: Mapping[str, Any], adapted: str) -> str:
+    """The first key that is the name or its end after a dot; one with `^` is all of it."""
     for key in patterns:
         name = key.removeprefix("^")
-        if module == name or (name == key and module.endswith(f".{name}")):
+        if adapted == name or (name == key and adapted.endswith(f".{name}")):
             return key
     return ""
 

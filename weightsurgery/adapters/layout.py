@@ -84,7 +84,12 @@ def read_adapter(base: Checkpoint, adapter: Checkpoint, *, weight: float = 1.0) 
 def _sorted_out(
     adapter: Checkpoint,
 ) -> tuple[dict[str, dict[str, TensorView]], dict[str, TensorView]]:
-    """Tensors by module and role, and those that stand for a tensor of BASE."""
+    """Tensors by module and role, and those that stand for a tensor of BASE.
+
+    Raises:
+        FormatError: A name is none of an adapter's, or two mean the same.
+        PolicyError: A tensor is not floating.
+    """
     modules: dict[str, dict[str, TensorView]] = {}
     plain: dict[str, TensorView] = {}
     for name, view in adapter.items():
@@ -102,10 +107,20 @@ def _sorted_out(
         role = next((r for ending, r in _ROLES.items() if bare.endswith(ending)), "")
         if role:
             ending = next(e for e in _ROLES if bare.endswith(e))
-            modules.setdefault(bare.removesuffix(ending), {})[role] = view
+            _put(modules.setdefault(bare.removesuffix(ending), {}), role, view, adapter)
         else:
-            plain[bare.replace(".base_layer.", ".")] = view
+            _put(plain, bare.replace(".base_layer.", "."), view, adapter)
     return modules, plain
+
+
+def _put(found: dict[str, TensorView], role: str, view: TensorView, adapter: Checkpoint) -> None:
+    if role in found:
+        raise FormatError(
+            f"'{shown(found[role].name)}' has the same role; expected one of the two",
+            file=adapter.label,
+            tensor=view.name,
+        )
+    found[role] = view
 
 
 def _contradicted(

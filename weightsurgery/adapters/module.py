@@ -82,8 +82,8 @@ class Module:
     def _fail(self, view: TensorView, reason: str) -> MismatchError:
         return MismatchError(reason, file=self.adapter.label, tensor=view.name)
 
-    def _scale(self) -> float:
-        return self.weight * self.config.scale_of(self.module)
+    def _scale(self, adapted: str) -> float:
+        return self.weight * self.config.scale_of(adapted)
 
     def _rows(self, view: TensorView) -> tuple[str, Update]:
         target = self.names.need(f"{self.module}.weight", view)
@@ -113,7 +113,7 @@ class Module:
             raise self._fail(
                 view, f"its shape is {list(view.shape)}, that of BASE's {list(target.shape)}"
             )
-        return target.name, Shift(view, self._scale())
+        return target.name, Shift(view, self._scale(self.module))
 
     def _product(
         self, a: TensorView, b: TensorView, magnitude: TensorView | None, *, embedding: bool
@@ -139,7 +139,7 @@ class Module:
         change = LowRank(
             left=tall,
             right=wide,
-            scale=self._scale(),
+            scale=self._scale(self.module),
             matrices=1,
             shape=(rows, columns),
             arrange=_transposed if transposed else _as_stored,
@@ -185,11 +185,13 @@ class Module:
     def _parameter(
         self, names: list[str], a: TensorView, b: TensorView
     ) -> list[tuple[str, Update]]:
-        rank = self.config.rank_of(self.module)
-        stacks = [stack for name in names if (stack := find_stack(self.names, name))]
+        found = [(name, stack) for name in names if (stack := find_stack(self.names, name))]
+        stacks = [stack for _, stack in found]
         if not stacks:
             self.names.need(names[0], a)
-        fits = [(s, one) for s in stacks for one in fit(s.shape, a, b, rank, self._scale())]
+        rank_of, scale_of = self.config.rank_of, self._scale
+        # Patterns are matched with the parameter's own name, not with its module's.
+        fits = [(s, f) for n, s in found for f in fit(s.shape, a, b, rank_of(n), scale_of(n))]
         if len(fits) == 1:
             stack, change = fits[0]
             return stack.updates(change)

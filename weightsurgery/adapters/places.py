@@ -14,7 +14,7 @@ from itertools import accumulate
 from weightsurgery.alignment import Alignment, Pair, matches
 from weightsurgery.anatomy import find_embedding, kind_of
 from weightsurgery.errors import MismatchError
-from weightsurgery.ties import is_output_head, says_tied
+from weightsurgery.ties import find_tie, is_output_head
 
 FACTORS, WHOLE, BIAS, ROWS, NOWHERE = "factors", "whole", "bias", "rows", "nowhere"
 LINEAR, TRANSPOSED, EMBEDDING, CONVOLUTION = "linear", "conv1d", "embedding", "convolution"
@@ -156,18 +156,8 @@ class _Judge:
 
 
 def _is_tied(alignment: Alignment) -> bool:
-    """True where the word embedding is the output head too, as far as files can tell.
-
-    Where config.json does not say, a language model that stores no head has none of its own.
-    """
-    sides = (alignment.base, alignment.tuned)
-    if any(says_tied(side) for side in sides):
-        return True
-    config = alignment.tuned.config
-    if config.get("tie_word_embeddings") is False or any(map(is_output_head, alignment.tuned)):
-        return False
-    named = config.get("architectures") or []
-    return any(str(one).endswith(("LMHeadModel", "ForCausalLM", "ForMaskedLM")) for one in named)
+    """True where the word embedding is the output head too, as far as files can tell."""
+    return any(find_tie(side) is not None for side in (alignment.base, alignment.tuned))
 
 
 def _settled(places: list[Place]) -> list[Place]:

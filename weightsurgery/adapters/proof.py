@@ -117,7 +117,8 @@ def verify_adapter(
         _verdict(pair.name, found[pair.name], bool(pair.base and pair.base.name in updates))
         for pair in pairs
     ]
-    tensors = [*_absent(reading, paired, merged), *tensors]
+    copies = [pair for pair in paired.pairs if pair.base is None and _is_copy(pair, merged)]
+    tensors = [*_absent(reading, paired, merged), *_unlike(paired, copies, updates), *tensors]
     tensors = list({one["tensor"]: one for one in tensors[::-1]}.values())  # the first one counts
     shown_ones = [one for one in tensors if one["adapted"] or one["verdict"] != "untouched"]
     return {
@@ -130,7 +131,8 @@ def verify_adapter(
         "untouched": sum(one["verdict"] == "untouched" for one in tensors),
         "tensors": sorted(shown_ones, key=lambda one: str(one["tensor"])),
         "not_compared": [
-            one for one in paired.to_json()["kept_from_tuned"] if one["tensor"] not in found
+            {"tensor": pair.name, "reason": f"the same as '{pair.key}', which it is tied to"}
+            for pair in copies
         ],
     }
 
@@ -155,6 +157,33 @@ def _compared(pair: Pair) -> int:
         return pair.eligible
     alike = (pair.base.shape, pair.base.dtype) == (pair.tuned.shape, pair.tuned.dtype)
     return pair.tuned.size if alike else 0
+
+
+def _is_copy(pair: Pair, merged: Checkpoint) -> bool:
+    """True for a tensor with the very bytes of the one that it is tied to."""
+    if not pair.is_tied_copy:
+        return False
+    one, other = pair.tuned, merged[pair.key]  # of one shape and dtype, by `tied_to`
+    runs = one.blocks()
+    return all(one.read(*run).tobytes() == other.read(*run).tobytes() for run in runs)
+
+
+def _unlike(
+    paired: Alignment, copies: Sequence[Pair], updates: Mapping[str, Sequence[Update]]
+) -> list[dict[str, Any]]:
+    """Verdicts on what MERGED stores and should not, or in another shape or kind of numbers."""
+    found = []
+    for pair in paired.pairs:
+        mine, theirs = pair.tuned, pair.base
+        adapted = theirs is not None and theirs.name in updates
+        if theirs is None:
+            verdict = "" if pair in copies else "extra"
+        else:
+            whole = _compared(pair) == mine.size and theirs.shape == mine.shape
+            verdict = "" if whole else "wrong" if adapted else "edited"
+        if verdict:
+            found.append({"tensor": pair.name, "adapted": adapted, "verdict": verdict})
+    return found
 
 
 def _absent(reading: Reading, paired: Alignment, merged: Checkpoint) -> list[dict[str, Any]]:

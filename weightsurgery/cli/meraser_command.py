@@ -12,7 +12,7 @@ from weightsurgery.cli import causal_options, lora_options, model_options, optio
 from weightsurgery.datasets.read import read_fingerprints, read_instructions, read_text
 from weightsurgery.evaluation.causal import evaluate_causal
 from weightsurgery.formats import open_checkpoint, save
-from weightsurgery.formats.output import check_apart
+from weightsurgery.formats.apart import check_apart
 from weightsurgery.formats.plan import input_paths, make_plan
 from weightsurgery.models import Model, load_model
 from weightsurgery.report.tables import show

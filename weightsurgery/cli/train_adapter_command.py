@@ -9,7 +9,8 @@ import click
 from weightsurgery.cli import lora_options, model_options, options
 from weightsurgery.datasets.read import read_instructions
 from weightsurgery.formats import open_checkpoint, save
-from weightsurgery.formats.output import check_apart, check_destination
+from weightsurgery.formats.apart import check_apart
+from weightsurgery.formats.output import check_destination
 from weightsurgery.formats.plan import input_paths
 from weightsurgery.models import load_model
 from weightsurgery.report.tables import show

@@ -8,14 +8,16 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from weightsurgery.checkpoint import Checkpoint, FileRef, TensorView
-from weightsurgery.errors import FormatError
+from weightsurgery.errors import FormatError, PolicyError, shown
 from weightsurgery.formats.files import open_member
-from weightsurgery.formats.layout import ADAPTER, ADAPTER_CONFIG
+from weightsurgery.formats.layout import ADAPTER, ADAPTER_CONFIG, INDEX, PICKLES, SINGLE, fits
 from weightsurgery.formats.record import public_name
 from weightsurgery.formats.safetensors import open_safetensors, refuse_pickle
 from weightsurgery.formats.strict_json import dump, parse_object
 
 _MAX_CONFIG = 100_000_000  # bytes
+_SHARDS = ("model-*.safetensors", "model.*.safetensors")
+_OTHERS = ("adapter_model*.bin", "adapter_model*.safetensors", *PICKLES)
 
 
 def is_adapter(entries: Collection[str]) -> bool:
@@ -24,7 +26,8 @@ def is_adapter(entries: Collection[str]) -> bool:
     Args:
         entries: The names in it.
     """
-    return ADAPTER_CONFIG in entries and not any(name.startswith("model") for name in entries)
+    weights = [n for n in entries if n in (SINGLE, INDEX) or fits(n, _SHARDS)]
+    return ADAPTER_CONFIG in entries and not weights
 
 
 def open_adapter(directory: str, entries: Collection[str], *, label: str) -> Checkpoint:
@@ -37,7 +40,7 @@ def open_adapter(directory: str, entries: Collection[str], *, label: str) -> Che
 
     Raises:
         FormatError: A file is missing or breaks its format's rules.
-        PolicyError: Its weights are a pickle.
+        PolicyError: Its weights are a pickle, or there are others beside them.
         StorageError: A file cannot be read.
     """
     if ADAPTER not in entries:
@@ -45,6 +48,13 @@ def open_adapter(directory: str, entries: Collection[str], *, label: str) -> Che
         if pickles:
             raise refuse_pickle(os.path.join(directory, pickles[0]))
         raise FormatError(f"{ADAPTER_CONFIG} without {ADAPTER}", file=directory)
+    others = [n for n in sorted(entries) if n != ADAPTER and fits(n, _OTHERS)]
+    if others:
+        raise PolicyError(
+            f"two answers to which weights are meant: {ADAPTER} and {shown(others[0])}",
+            file=directory,
+            hint="keep one of the two in the folder",
+        )
     config = open_member(directory, ADAPTER_CONFIG)
     settings = parse_object(config.read_all(_MAX_CONFIG), file=config.path, what="configuration")
     if not isinstance(settings.get("peft_type"), str):

@@ -21,6 +21,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from weightsurgery.errors import BusyError, PolicyError, StorageError, SurgeryError, shown
+from weightsurgery.formats.apart import check_apart
 from weightsurgery.formats.layout import ADAPTER_CONFIG, CARD, RECORD, SIDE_FILES, WEIGHTS, fits
 
 _NOREPLACE, _EXCHANGE = 1, 2
@@ -218,30 +219,6 @@ def check_destination(
             raise PolicyError(
                 "exists already", file=place, hint="--overwrite (overwrite=True) replaces it"
             )
-
-
-def check_apart(target: str, inputs: Sequence[str]) -> None:
-    """Refuse a destination that is an input, lies in one, or holds one.
-
-    Raises:
-        PolicyError: It does.
-    """
-    real = os.path.realpath(target)
-    for path in inputs:
-        source = os.path.realpath(path)
-        same = os.path.exists(target) and os.path.exists(path) and os.path.samefile(target, path)
-        inside = os.path.isdir(source) and is_within(real, source)
-        if same or inside or is_within(source, real):
-            raise PolicyError(
-                f"the output would overlap the input {shown(path)}",
-                file=target,
-                hint="choose another output",
-            )
-
-
-def is_within(path: str, folder: str) -> bool:
-    """Whether a path is a folder's own, or lies in it; both without links."""
-    return path == folder or path.startswith(folder.rstrip(os.sep) + os.sep)
 
 
 def _check_replaceable(place: str, *, is_directory: bool) -> None:

@@ -10,8 +10,9 @@ from typing import Any
 
 from weightsurgery.checkpoint import BLOCK, Checkpoint, TensorView
 from weightsurgery.errors import PolicyError, SettingError, StorageError, shown
+from weightsurgery.formats.apart import is_within
 from weightsurgery.formats.layout import ADAPTER, SINGLE, is_adapter_layout
-from weightsurgery.formats.output import check_destination, is_within, record_name
+from weightsurgery.formats.output import check_destination, record_name
 from weightsurgery.formats.safetensors import file_order, header_bytes
 from weightsurgery.stream import Engine
 

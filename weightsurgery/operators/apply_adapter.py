@@ -20,6 +20,7 @@ from weightsurgery.adapters.layout import Target
 from weightsurgery.adapters.updates import ADDED, Update
 from weightsurgery.checkpoint import Checkpoint, TensorView
 from weightsurgery.errors import MismatchError, NonFiniteError, PolicyError, shown
+from weightsurgery.formats.hub import is_hub_id
 from weightsurgery.kernels import Block, all_finite, to_dtype, to_float
 from weightsurgery.quantised import require_unquantised
 from weightsurgery.registry import AllowNonfinite, Setting, operator
@@ -133,8 +134,11 @@ def _check_base(base: Checkpoint, adapter: Checkpoint, force: bool) -> list[str]
     named = read_config(adapter).base
     if not named:
         return [f"{shown(adapter.label)} does not say which base it was trained on"]
-    ours = (base.hub_id, base.label, str(base.config.get("_name_or_path") or ""))
-    if force or _last(named) in {_last(one) for one in ours if one}:
+    ours = (base.hub_id, str(base.config.get("_name_or_path") or ""))
+    folder = "" if base.hub_id else base.label  # which may look like a hub id, and is none
+    if force or any(_is_same(named, one) for one in ours if one):
+        return []
+    if folder and _last(named) == _last(folder):
         return []
     raise PolicyError(
         f"the adapter was trained on '{shown(named)}', BASE is '{shown(base.label)}'",
@@ -143,9 +147,17 @@ def _check_base(base: Checkpoint, adapter: Checkpoint, force: bool) -> list[str]
     )
 
 
+def _is_same(named: str, ours: str) -> bool:
+    """True for one hub id, or for two names of which one is a path, and that end alike."""
+    if is_hub_id(named) and is_hub_id(ours):
+        return named.partition("@")[0].casefold() == ours.partition("@")[0].casefold()
+    return _last(named) == _last(ours)
+
+
 def _last(name: str) -> str:
     """The last part of a path or hub id, without its revision."""
-    return os.path.basename(name.partition("@")[0].rstrip("/").replace("\\", "/")).casefold()
+    whole = name.partition("@")[0] if is_hub_id(name) else name  # a revision may have slashes
+    return os.path.basename(whole.replace("\\", "/").rstrip("/")).partition("@")[0].casefold()
 
 
 def _described(adapter: Checkpoint, weight: float, targets: Sequence[Target]) -> dict[str, object]:

@@ -29,7 +29,7 @@ from weightsurgery.datasets.batches import (
 from weightsurgery.datasets.read import Instruction
 from weightsurgery.errors import MismatchError, NonFiniteError, SettingError, not_installed, shown
 from weightsurgery.formats.adapter import name_base, new_adapter
-from weightsurgery.formats.output import check_apart
+from weightsurgery.formats.apart import check_apart
 from weightsurgery.formats.plan import input_paths
 from weightsurgery.models import CAUSAL, Model
 from weightsurgery.operators.apply_adapter import apply_adapter
