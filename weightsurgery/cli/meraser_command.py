@@ -142,8 +142,8 @@ command = options.Command(
       wsurg meraser model/ --erase mismatched.jsonl --recover clean.jsonl \\
           -o erased/
       wsurg meraser model/ --erase mismatched.jsonl --recover clean.jsonl \\
-          --transfer-from foundation/ --scale 0.5 --scale 1 --fingerprints marks.jsonl \\
-          --perplexity text.txt -o erased/
+          --transfer-from foundation/ --scale 0.5 --scale 1 \\
+          --fingerprints marks.jsonl --perplexity text.txt -o erased/
     """,
     params=[
         model_options.MODEL,
