@@ -174,8 +174,8 @@ def test_base_and_adapter_are_found_in_the_cache(
         f"org/{name}@{COMMIT}" for name in ("base", "adapter")
     ]
     assert [file["name"] for file in record["inputs"][1]["files"]] == [
-        "adapter_config.json",
         "adapter_model.safetensors",
+        "adapter_config.json",
     ]
 
 

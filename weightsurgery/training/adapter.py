@@ -168,7 +168,7 @@ def _adapted(model: Model, settings: LoraSettings) -> Iterator[Model]:
     _check_targets(model, settings.targets)
     config = LoraConfig(
         r=settings.rank,
-        lora_alpha=settings.alpha,  # type: ignore[arg-type]  # a whole number for them
+        lora_alpha=settings.alpha,
         lora_dropout=settings.dropout,
         target_modules=ALL_LINEAR if settings.targets == (ALL_LINEAR,) else list(settings.targets),
         task_type="CAUSAL_LM",
