@@ -5,16 +5,14 @@ Usage: python -m tests.benchmarks.adapters PAIR_FOLDER [--size NAME] [--layers N
 
 from __future__ import annotations
 
-import argparse
 import json
 import shutil
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
 from .pairs import header
-from .shapes import SIZES, Shape, Tensors, shards
+from .shapes import Shape, Tensors, run_maker, shards
 
 SEED, RANK, ALPHA = 20_240_603, 16, 32
 SCALE = 0.01  # of the factors' elements: a weight's change is then a twenty-fifth of its size
@@ -60,18 +58,5 @@ def make_adapter(pair: Path, shape: Shape) -> Path:
     return partial.rename(folder)
 
 
-def main() -> None:
-    """Make the adapter that the command line asks for and print its folder."""
-    parser = argparse.ArgumentParser(description=make_adapter.__doc__)
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("--size", choices=SIZES, default="tinyllama")
-    parser.add_argument("--layers", type=int)
-    settings = parser.parse_args()
-    shape = SIZES[settings.size]
-    if settings.layers:
-        shape = replace(shape, layers=settings.layers)
-    print(make_adapter(settings.folder, shape))
-
-
 if __name__ == "__main__":
-    main()
+    run_maker(make_adapter)

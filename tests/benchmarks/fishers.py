@@ -5,15 +5,13 @@ Usage: python -m tests.benchmarks.fishers PAIR_FOLDER [--size NAME] [--layers N]
 
 from __future__ import annotations
 
-import argparse
 import json
 import struct
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
-from .shapes import SIZES, Shape, elements, shards
+from .shapes import Shape, elements, run_maker, shards
 from .weights import BLOCK
 
 SEED, SCALE = 20_240_602, 1e-6
@@ -46,18 +44,5 @@ def make_fisher(folder: Path, shape: Shape) -> Path:
     return partial.rename(path)
 
 
-def main() -> None:
-    """Make the file that the command line asks for and print its path."""
-    parser = argparse.ArgumentParser(description=make_fisher.__doc__)
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("--size", choices=SIZES, default="tinyllama")
-    parser.add_argument("--layers", type=int)
-    settings = parser.parse_args()
-    shape = SIZES[settings.size]
-    if settings.layers:
-        shape = replace(shape, layers=settings.layers)
-    print(make_fisher(settings.folder, shape))
-
-
 if __name__ == "__main__":
-    main()
+    run_maker(make_fisher)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
 import math
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 BYTES_PER_ELEMENT = 2  # bfloat16
@@ -91,3 +94,20 @@ def config(shape: Shape) -> dict[str, Any]:
         "max_position_embeddings": 2048,
         "rms_norm_eps": 1e-05,
     }
+
+
+def run_maker(make: Callable[[Path, Shape], Path]) -> None:
+    """Make in the folder that the command line names, of the size it asks for; print the path.
+
+    Args:
+        make: Its first docstring line is the help.
+    """
+    parser = argparse.ArgumentParser(description=make.__doc__)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--size", choices=SIZES, default="tinyllama")
+    parser.add_argument("--layers", type=int)
+    settings = parser.parse_args()
+    shape = SIZES[settings.size]
+    if settings.layers:
+        shape = replace(shape, layers=settings.layers)
+    print(make(settings.folder, shape))
