@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests import cases
+from tests import cases, reference
 from tests.peft_models import WARNINGS, Trained, bert, biased, conv, experts, gpt2, llama
 from weightsurgery import apply_adapter, from_arrays, open_checkpoint, save, verify_adapter
 from weightsurgery.adapters.config import read_config
@@ -30,7 +30,7 @@ from weightsurgery.errors import (
     SettingError,
     SurgeryError,
 )
-from weightsurgery.low_rank_kernel import add_low_rank, squared_lines
+from weightsurgery.low_rank_kernel import add_low_rank, residual_sums, squared_lines
 
 pytestmark = WARNINGS
 
@@ -45,12 +45,14 @@ def test_any_run_of_a_stack_of_products(rank: int, dtype: str) -> None:
     right = rng.normal(size=(3, rank, 7)).astype(dtype)
     values = rng.normal(size=42).astype(dtype)
     naive = np.concatenate([left[2 * i : 2 * i + 2] @ right[i] for i in range(3)]).ravel()
+    whole = add_low_rank(values, left, right, 0, 0.5)
     for start in range(42):
         for stop in range(start, 43):
             found = add_low_rank(values[start:stop], left, right, start, 0.5)
             assert found.dtype == dtype
             expected = values[start:stop] + 0.5 * naive[start:stop]
             np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
+            assert found.tobytes() == whole[start:stop].tobytes()  # however rows are paired
 
 
 def test_rows_longer_than_what_the_cache_holds() -> None:
@@ -70,6 +72,22 @@ def test_squares_of_lines_add_up(by_column: bool) -> None:
         first = 0 if by_column else start // 5
         total[first : first + part.size] += part
     np.testing.assert_allclose(total, naive)
+
+
+@pytest.mark.parametrize("dtype", ["f4", "f8"])
+@pytest.mark.parametrize("odd", [None, np.nan, -np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("place", [0, 1, 2])
+def test_residuals(dtype: str, odd: float | None, place: int) -> None:
+    rng = np.random.default_rng(3)
+    before, expected, after = blocks = [rng.normal(size=37).astype(dtype) for _ in range(3)]
+    after[:5] = before[:5]
+    if odd is not None:
+        blocks[place][11] = odd
+    with np.errstate(invalid="ignore"):
+        found = residual_sums(before, expected, after, 2.0**-8, 2.0**-134)
+        naive = reference.residuals(before, expected, after, 2.0**-8, 2.0**-134)
+    np.testing.assert_allclose(found, naive, rtol=1e-6)
+    assert found[6] == 32
 
 
 # --- PEFT is the oracle ------------------------------------------------------------------------

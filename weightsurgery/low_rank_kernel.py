@@ -2,32 +2,59 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
 from weightsurgery.buffers import empty
 from weightsurgery.kernels import Block, Lanes, jit, jit_with
 
-_COLUMNS = 1024  # of a row at a time: the sum and four rows of the right factor stay in the cache
+_COLUMNS = 1024  # of a row at a time: two sums and four rows of the right factor stay in the cache
 
 
 @jit
-def _row_segment(left: Lanes, right: Lanes, row: int, matrix: int, first: int, out: Lanes) -> None:
-    """Out = left[row] @ right[matrix][:, first:], four ranks at a time, always in this order."""
-    rank = left.shape[1]
-    for c in range(out.size):
-        out[c] = 0
-    whole = rank // 4 * 4
+def _add_rank(one: Lanes, two: Lanes, row: Lanes, sum1: Lanes, sum2: Lanes) -> None:
+    for i in range(row.size):
+        sum1[i] += one * row[i]
+        sum2[i] += two * row[i]
+
+
+@jit
+def _add_four_ranks(
+    one: Lanes, two: Lanes, rows: tuple[Lanes, Lanes, Lanes, Lanes], sum1: Lanes, sum2: Lanes
+) -> None:
+    a1, b1, c1, d1 = one[0], one[1], one[2], one[3]
+    a2, b2, c2, d2 = two[0], two[1], two[2], two[3]
+    row0, row1, row2, row3 = rows
+    for i in range(row0.size):
+        w, x, y, z = row0[i], row1[i], row2[i], row3[i]
+        sum1[i] += (a1 * w + b1 * x) + (c1 * y + d1 * z)
+        sum2[i] += (a2 * w + b2 * x) + (c2 * y + d2 * z)
+
+
+@jit
+def _add_scaled(values: Lanes, scale: Lanes, product: Lanes, out: Lanes) -> None:
+    for i in range(values.size):
+        out[i] = values[i] + scale * product[i]
+
+
+@jit
+def _products(
+    one: Lanes, two: Lanes, right: Lanes, first: int, last: int, sum1: Lanes, sum2: Lanes
+) -> None:
+    """One @ right[:, first:last] and two @ the same: each number of `right` is read once."""
+    sum1[:], sum2[:] = 0, 0
+    whole = one.size // 4 * 4
     for k in range(0, whole, 4):
-        a, b, c, d = left[row, k], left[row, k + 1], left[row, k + 2], left[row, k + 3]
-        for i in range(out.size):
-            j = first + i
-            out[i] += (a * right[matrix, k, j] + b * right[matrix, k + 1, j]) + (
-                c * right[matrix, k + 2, j] + d * right[matrix, k + 3, j]
-            )
-    for k in range(whole, rank):
-        a = left[row, k]
-        for i in range(out.size):
-            out[i] += a * right[matrix, k, first + i]
+        rows = (
+            right[k, first:last],
+            right[k + 1, first:last],
+            right[k + 2, first:last],
+            right[k + 3, first:last],
+        )
+        _add_four_ranks(one[k : k + 4], two[k : k + 4], rows, sum1, sum2)
+    for k in range(whole, one.size):
+        _add_rank(one[k], two[k], right[k, first:last], sum1, sum2)
 
 
 @jit
@@ -35,15 +62,25 @@ def _add(
     values: Lanes, left: Lanes, right: Lanes, rows: int, start: int, scale: Lanes, out: Lanes
 ) -> None:
     width = right.shape[2]
-    product = np.empty(_COLUMNS, left.dtype)
+    sums = np.empty((2, _COLUMNS), left.dtype)
     done = 0
     while done < out.size:
-        row, first = (start + done) // width, (start + done) % width
-        count = min(_COLUMNS, width - first, out.size - done)
-        _row_segment(left, right, row, row // rows, first, product[:count])
-        for i in range(count):
-            out[done + i] = values[done + i] + scale * product[i]
-        done += count
+        row, begin = (start + done) // width, (start + done) % width
+        end = min(width, begin + out.size - done)
+        matrix = row // rows
+        # A row that is not whole, or the last, has no partner but itself.
+        paired = begin == 0 and out.size - done >= 2 * width and (row + 1) // rows == matrix
+        other, ahead = (row + 1, width) if paired else (row, 0)
+        for first in range(begin, end, _COLUMNS):
+            last = min(end, first + _COLUMNS)
+            sum1, sum2 = sums[0, : last - first], sums[1, : last - first]
+            _products(left[row], left[other], right[matrix], first, last, sum1, sum2)
+            i, j = done + first - begin, done + last - begin
+            _add_scaled(values[i:j], scale, sum1, out[i:j])
+            if paired:
+                i, j = i + ahead, j + ahead
+                _add_scaled(values[i:j], scale, sum2, out[i:j])
+        done += end - begin + ahead
 
 
 def add_low_rank(values: Block, left: Block, right: Block, start: int, scale: float) -> Block:
@@ -89,19 +126,24 @@ def squared_lines(values: Block, start: int, width: int, *, by_column: bool) -> 
     return out
 
 
-@jit_with(fastmath={"reassoc", "contract"})  # sums in vector lanes
-def _largest_change(before: Lanes, expected: Lanes) -> float:
-    largest = np.float32(0)
+# The bits of numbers that are not negative order like the numbers, with NaN above all: a maximum
+# of bits runs in vector lanes and does not lose a NaN.
+
+
+@jit
+def _largest_change(before: Lanes, expected: Lanes) -> Any:
+    largest = np.uint32(0)
     for i in range(before.size):
-        largest = max(largest, np.float32(abs(expected[i] - before[i])))
-    return float(largest)
+        largest = max(largest, np.float32(abs(expected[i] - before[i])).view(np.uint32))
+    return largest
 
 
-@jit_with(fastmath={"reassoc", "contract"})
+@jit_with(fastmath={"reassoc", "contract"})  # sums in vector lanes
 def _residuals(
     before: Lanes, expected: Lanes, after: Lanes, half: float, floor: float, sums: Lanes
-) -> None:
-    change2, actual2, both, left2, allowed2, worst, moved = 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0
+) -> Any:
+    change2, actual2, both, left2, allowed2, moved = 0.0, 0.0, 0.0, 0.0, 0.0, 0.0
+    worst = np.int64(0)
     for i in range(before.size):
         b, e, a = np.float64(before[i]), np.float64(expected[i]), np.float64(after[i])
         change, actual, left = e - b, a - b, abs(a - e)
@@ -112,10 +154,11 @@ def _residuals(
         both += change * actual
         left2 += left * left
         allowed2 += allowed * allowed
-        worst = max(worst, left / allowed)
+        worst = max(worst, np.float64(abs(left / allowed)).view(np.int64))
         moved += 1.0 if a != b else 0.0
     sums[0], sums[1], sums[2], sums[3] = change2, actual2, both, left2
-    sums[4], sums[5], sums[6] = allowed2, worst, moved
+    sums[4], sums[6] = allowed2, moved
+    return worst
 
 
 def residual_sums(
@@ -135,8 +178,9 @@ def residual_sums(
         residual in tolerances (NaN where there is one), and the number of elements that moved.
     """
     sums = np.zeros(7)
-    floor = smallest + 2.0**-20 * float(_largest_change(before, expected))
-    _residuals(before, expected, after, half, floor, sums)
-    if not np.isfinite(sums).all():  # a maximum does not see NaN
+    largest = np.uint32(_largest_change(before, expected)).view(np.float32)
+    floor = smallest + 2.0**-20 * float(largest)
+    sums[5] = np.int64(_residuals(before, expected, after, half, floor, sums)).view(np.float64)
+    if not np.isfinite(sums).all():
         sums[5] = np.nan
     return sums

@@ -139,7 +139,7 @@ def _write_shards(
     ]
     tensors: dict[str, Any] = {}
     outputs: dict[str, Any] = {}
-    done = 0
+    done, total = 0, plan.nbytes
     with ExitStack() as stack:
         file_digest, tensor_digest = _Digest(hashes, stack), _Digest(hashes, stack)
         # Closed here: an error's traceback would keep it, and the garbage collector then join its
@@ -158,7 +158,7 @@ def _write_shards(
                     tensor_digest.update(data)
                     changed += different
                     done += len(data)
-                    engine.report("writing", done, plan.nbytes)
+                    engine.report("writing", done, total)
                 tensors[view.name] = _entry(view, shard, changed, tensor_digest.finish())
             outputs[shard.name] = {"size": shard.nbytes, "sha256": file_digest.finish()}
     for entry in (*tensors.values(), *outputs.values()):
