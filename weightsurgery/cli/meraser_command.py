@@ -9,13 +9,13 @@ from typing import Any
 import click
 
 from weightsurgery.cli import causal_options, lora_options, model_options, options
+from weightsurgery.cli.writing import write
 from weightsurgery.datasets.read import read_fingerprints, read_instructions, read_text
 from weightsurgery.evaluation.causal import evaluate_causal
-from weightsurgery.formats import open_checkpoint, save
+from weightsurgery.formats import open_checkpoint
 from weightsurgery.formats.apart import check_apart
 from weightsurgery.formats.plan import input_paths, make_plan
 from weightsurgery.models import Model, load_model
-from weightsurgery.report.tables import show
 from weightsurgery.report.training import meraser_tables
 from weightsurgery.stream import Engine, Progress
 from weightsurgery.training.meraser import Measure, Phase, meraser
@@ -75,12 +75,7 @@ def _meraser(
             measure=_measure(data, given, progress),
             progress=progress,
         )
-    with options.running(0, inputs=[result]) as engine:
-        record = save(result, out, hashes=hashes, engine=engine, **sizes)
-    if as_json:
-        options.print_json({"out": out, **record})
-    else:
-        show(meraser_tables(out, record))
+    write(result, out, meraser_tables, as_json=as_json, hashes=hashes, **sizes)
 
 
 def _keep_apart(out: str, checkpoints: str | None, models: list[str]) -> None:
@@ -181,13 +176,7 @@ command = options.Command(
             help="Multiply the erasing adapter's change; repeatable, with --fingerprints.",
         ),
         *(option for option in causal_options.OPTIONS if option.name in _MEASURED),
-        click.Option(
-            ["--checkpoints"],
-            type=click.Path(),
-            metavar="FOLDER",
-            help="Save the trainings here as they go; run again, the command goes on from there.",
-        ),
-        lora_options.SAVE_EVERY,
+        *lora_options.CHECKPOINTS,
         model_options.DEVICE,
         *(
             option
