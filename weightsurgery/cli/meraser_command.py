@@ -10,8 +10,7 @@ import click
 
 from weightsurgery.cli import causal_options, lora_options, model_options, options
 from weightsurgery.cli.writing import write
-from weightsurgery.datasets.read import read_fingerprints, read_instructions, read_text
-from weightsurgery.evaluation.causal import evaluate_causal
+from weightsurgery.datasets.read import read_instructions
 from weightsurgery.formats import open_checkpoint
 from weightsurgery.formats.apart import check_apart
 from weightsurgery.formats.plan import input_paths, make_plan
@@ -62,7 +61,7 @@ def _meraser(
     # Refuses before any work; saving checks again.
     make_plan(open_checkpoint(model), out, engine=Engine(), **sizes)
     _keep_apart(out, checkpoints, [model] if transfer_from is None else [model, transfer_from])
-    data = _data(given)
+    data = causal_options.read_data(given)
     opened = load_model(model, device=device)
     foundation = None if transfer_from is None else load_model(transfer_from, device=device)
     with model_options.counting("end") as progress:
@@ -86,25 +85,15 @@ def _keep_apart(out: str, checkpoints: str | None, models: list[str]) -> None:
         check_apart(checkpoints, [*inputs, out])
 
 
-def _data(given: Mapping[str, Any]) -> dict[str, Any]:
-    """What to measure with."""
-    marks, text = given["fingerprints"], given["text"]
-    return {
-        "fingerprints": None if marks is None else read_fingerprints(marks),
-        "text": None if text is None else read_text(text),
-    }
-
-
 def _measure(
     data: Mapping[str, Any], given: Mapping[str, Any], progress: Progress | None
 ) -> Measure | None:
     """What measures a stage; None if nothing is to be measured."""
     if not any(data.values()):
         return None
-    settings = {name: given[name] for name in _MEASURED if name not in data}
 
     def measure(model: Model) -> dict[str, Any]:
-        report = evaluate_causal(model, **data, **settings, progress=progress)
+        report = causal_options.measure(model, data, given, progress=progress)
         return {name: report[name] for name in _KEPT}
 
     return measure
