@@ -15,19 +15,18 @@ from typing import Any
 import click
 from classification_attacks import ATTACKS, LENGTH, encode
 from classification_defences import Case
+from experiment import append_row, read_rows
 from reproduce_classification import (
     FULL,
     OUT,
     TRAINING,
     WORKERS,
     Cell,
-    append_row,
     make_model,
     make_start,
     measure,
     model_folder,
     read_data,
-    read_rows,
     spread,
 )
 

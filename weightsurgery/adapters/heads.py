@@ -81,45 +81,55 @@ def read_adapters(
     return Reading(apart, tie, tuple(found))
 
 
-def settle(reading: Reading, base: Checkpoint, *, untie: bool) -> Reading:
-    """The same for the model that is to be written: tied as BASE, or untied as asked for.
+def stored_as_in_base(reading: Reading, base: Checkpoint) -> Reading:
+    """The same for a model that is written as BASE is: what it ties stays one tensor.
 
     Args:
         reading: From `read_adapters`.
         base: As it was opened.
-        untie: Store the head apart from the embedding.
 
     Raises:
-        MismatchError: There is nothing to untie.
-        PolicyError: The embedding and its head become different tensors, and `untie` is false;
-            or nobody knows where a head of its own would be stored.
+        PolicyError: The embedding and its head would become different tensors.
     """
-    tie = reading.tie
-    if untie and tie is None:
-        raise MismatchError(
-            "its output head is not tied to the word embedding",
-            file=base.label,
-            hint="leave out `untie`",
-        )
-    if untie and tie and not tie.head:
-        raise PolicyError(
-            "where the head of such a model would be stored is not known",
-            file=base.label,
-            tensor=tie.embedding,
-            hint="store the head first, and set tie_word_embeddings to false",
-        )
-    if untie or tie is None:
+    if reading.tie is None:
         return reading
     if reading.needs_untying:
         raise PolicyError(
             "an adapter changes the word embedding or the output head alone, and BASE ties "
             "the two: both would change",
             file=base.label,
-            tensor=tie.embedding,
+            tensor=reading.tie.embedding,
             hint="--untie stores the head on its own",
         )
     targets = tuple(tuple(t for t in one if t.name in base) for one in reading.targets)
     return Reading(base, None, targets)  # the two stay one tensor: nothing tells them apart
+
+
+def stored_apart(reading: Reading, base: Checkpoint) -> Reading:
+    """The same for a model that is written with its head apart from the embedding.
+
+    Args:
+        reading: From `read_adapters`.
+        base: As it was opened.
+
+    Raises:
+        MismatchError: There is nothing to untie.
+        PolicyError: Nobody knows where a head of its own would be stored.
+    """
+    if reading.tie is None:
+        raise MismatchError(
+            "its output head is not tied to the word embedding",
+            file=base.label,
+            hint="leave out `untie`",
+        )
+    if not reading.tie.head:
+        raise PolicyError(
+            "where the head of such a model would be stored is not known",
+            file=base.label,
+            tensor=reading.tie.embedding,
+            hint="store the head first, and set tie_word_embeddings to false",
+        )
+    return reading
 
 
 def _untied(base: Checkpoint, tie: Tie) -> Checkpoint:

@@ -15,7 +15,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from weightsurgery.adapters.heads import Reading, read_adapters, settle
+from weightsurgery.adapters.heads import Reading, read_adapters, stored_apart, stored_as_in_base
 from weightsurgery.adapters.updates import Update
 from weightsurgery.alignment import Alignment, Pair, align
 from weightsurgery.checkpoint import Checkpoint, TensorView, require_checkpoints
@@ -143,7 +143,7 @@ def _reading(
     """What the adapters ask for; of the untied model where they or MERGED need it."""
     reading = read_adapters(base, adapters, weight)
     apart = reading.tie is not None and (reading.needs_untying or not _is_tied(merged))
-    return settle(reading, base, untie=apart)
+    return (stored_apart if apart else stored_as_in_base)(reading, base)
 
 
 def _is_tied(merged: Checkpoint) -> bool:

@@ -6,10 +6,13 @@ from typing import Any
 
 import click
 
-from weightsurgery.adapters.proof import verify_adapter
+from weightsurgery.adapters.proof import check_proof, verify_adapter
 from weightsurgery.cli import options
 from weightsurgery.cli.companion import Companion, Given, Inputs
 from weightsurgery.formats import open_checkpoint
+from weightsurgery.report.outcome import outcome_tables
+from weightsurgery.report.proof import proof_tables
+from weightsurgery.report.tables import Table
 
 _PROVE = click.Option(
     ["--prove/--no-prove", "proving"],
@@ -19,15 +22,32 @@ _PROVE = click.Option(
 )
 
 
-def _prove(inputs: Inputs, given: Given) -> dict[str, Any] | None:
+def _prove(inputs: Inputs, given: Given) -> dict[str, Any]:
     """Read what was written, and compare it with what BASE and the adapters give."""
     if not given["proving"]:
-        return None
+        return {}
     base, *adapters = inputs
     merged = open_checkpoint(given["out"])
     read = (*inputs, merged)
     with options.running(given["workers"], max_memory=given["max_memory"], inputs=read) as engine:
-        return verify_adapter(base, adapters, merged, weight=given["weight"], engine=engine)
+        proof = verify_adapter(base, adapters, merged, weight=given["weight"], engine=engine)
+    return {"proof": proof}
 
 
-COMPANION = Companion(parameters=(_PROVE,), prove=_prove)
+def _tables(out: str, told: Given) -> list[Table]:
+    """What was written, and the proof if there is one."""
+    tables = outcome_tables(out, told)
+    return [*tables, *proof_tables(told["proof"])] if "proof" in told else tables
+
+
+def _judge(told: Given) -> None:
+    """Refuse a merge that is not proved.
+
+    Raises:
+        GateError: It is not.
+    """
+    if "proof" in told:
+        check_proof(told["proof"])
+
+
+COMPANION = Companion(parameters=(_PROVE,), found=_prove, tables=_tables, judge=_judge)

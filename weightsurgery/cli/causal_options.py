@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import click
 
-from weightsurgery.cli import attack_options, model_options, options
+from weightsurgery.cli import attack_options, options
 from weightsurgery.datasets.prompts import FORMATS
-from weightsurgery.datasets.read import (
-    read_fingerprints,
-    read_instructions,
-    read_text,
-)
+from weightsurgery.datasets.read import read_fingerprints, read_instructions, read_text
 from weightsurgery.errors import shown
 from weightsurgery.evaluation.causal import evaluate_causal
-from weightsurgery.models import load_model
+from weightsurgery.models import Model
 
 OPTIONS = (
     click.Option(
@@ -72,6 +68,14 @@ OPTIONS = (
 )
 _OWN = tuple(option.name or "" for option in OPTIONS)
 _CLASSIFIERS = (*(option.name or "" for option in attack_options.OPTIONS), "seed")
+_SETTINGS = ("window", "stride", "max_new_tokens", "prompt_format", "max_length")
+# What `evaluate_causal` calls it: the option, and what reads its file.
+_DATA: dict[str, tuple[str, Callable[[str], Any]]] = {
+    "fingerprints": ("fingerprints", read_fingerprints),
+    "controls": ("controls", read_fingerprints),
+    "instructions": ("data", read_instructions),
+    "text": ("text", read_text),
+}
 _NEEDS = {  # option to the one it says nothing without
     "controls": "fingerprints",
     "max_new_tokens": "fingerprints",
@@ -82,29 +86,30 @@ _NEEDS = {  # option to the one it says nothing without
 }
 
 
-def check(context: click.Context, model: str, *, causal: bool) -> None:
-    """Refuse options of the other kind of model, and those that say nothing.
+def check(context: click.Context, model: str) -> None:
+    """Refuse what says nothing of a causal language model.
 
     Args:
         context: Of a command with these options and `attack_options`'.
         model: For messages.
-        causal: Whether it is a causal language model.
     """
-    flags = {p.name: max(p.opts, key=len) for p in context.command.params}
-    for name in _CLASSIFIERS if causal else _OWN:
-        if _is_given(context, name):
-            kinds = ("classifiers", "causal language model")
-            wanted, found = kinds if causal else ("causal language models", "classifier")
-            raise click.UsageError(
-                f"{flags[name]} is for {wanted}, and {shown(model)} is a {found}", context
-            )
-    if not causal:
-        return
+    reason = f"is for classifiers, and {shown(model)} is a causal language model"
+    _refuse(context, _CLASSIFIERS, reason)
     if not any(context.params[name] for name in ("fingerprints", "text", "data")):
         raise click.UsageError(
             "nothing to measure; give --fingerprints, --perplexity or --data", context
         )
     check_needs(context)
+
+
+def refuse_all(context: click.Context, model: str) -> None:
+    """Refuse these options, of which none says anything of a classifier.
+
+    Args:
+        context: Of a command with these options.
+        model: For messages.
+    """
+    _refuse(context, _OWN, f"is for causal language models, and {shown(model)} is a classifier")
 
 
 def check_needs(context: click.Context) -> None:
@@ -113,11 +118,16 @@ def check_needs(context: click.Context) -> None:
     Args:
         context: Of a command with some of these options.
     """
-    flags = {p.name: max(p.opts, key=len) for p in context.command.params}
+    known = {parameter.name for parameter in context.command.params}
     for name, other in _NEEDS.items():
-        known = name in flags and other in flags
-        if known and context.params[other] is None and _is_given(context, name):
-            raise click.UsageError(f"{flags[name]} is for {flags[other]}", context)
+        if {name, other} <= known and context.params[other] is None:
+            _refuse(context, [name], f"is for {options.typed(context, other)}")
+
+
+def _refuse(context: click.Context, names: Iterable[str], reason: str) -> None:
+    for name in names:
+        if _is_given(context, name):
+            raise click.UsageError(f"{options.typed(context, name)} {reason}", context)
 
 
 def _is_given(context: click.Context, name: str) -> bool:
@@ -128,31 +138,28 @@ def _is_given(context: click.Context, name: str) -> bool:
     return options.is_typed(context, name)
 
 
-def measure(model: str, given: Mapping[str, Any]) -> dict[str, Any]:
+def read_data(given: Mapping[str, Any]) -> dict[str, Any]:
+    """What to measure with, as `evaluate_causal` takes it; None for what is not given.
+
+    Args:
+        given: The command's parameters.
+    """
+    return {
+        name: None if given.get(option) is None else read(given[option])
+        for name, (option, read) in _DATA.items()
+    }
+
+
+def measure(
+    model: Model, data: Mapping[str, Any], given: Mapping[str, Any], **more: Any
+) -> dict[str, Any]:
     """The report on a causal language model.
 
     Args:
-        model: Its directory.
+        model: The model.
+        data: From `read_data`.
         given: The command's parameters.
+        more: Further arguments of `evaluate_causal`.
     """
-    data: dict[str, Any] = {
-        name: None if given[option] is None else read(given[option])
-        for name, option, read in (
-            ("fingerprints", "fingerprints", read_fingerprints),
-            ("controls", "controls", read_fingerprints),
-            ("instructions", "data", read_instructions),
-            ("text", "text", read_text),
-        )
-    }
-    opened = load_model(model, device=given["device"])
-    base = None if given["base"] is None else load_model(given["base"], device=given["device"])
-    settings = ("window", "stride", "max_new_tokens", "prompt_format", "max_length")
-    with model_options.counting("end") as progress:
-        return evaluate_causal(
-            opened,
-            base=base,
-            batch_size=given["batch_size"] or 8,
-            progress=progress,
-            **data,
-            **{name: given[name] for name in settings},
-        )
+    settings = {name: given[name] for name in _SETTINGS if name in given}
+    return evaluate_causal(model, **data, **settings, **more)

@@ -14,6 +14,8 @@ from typing import Any
 import click
 
 from weightsurgery.checkpoint import Checkpoint
+from weightsurgery.report.outcome import outcome_tables
+from weightsurgery.report.tables import Table
 
 Inputs = Sequence[Checkpoint]
 Given = Mapping[str, Any]
@@ -32,7 +34,10 @@ class Companion:
             for the operator's optional arguments.
         after: From the inputs, the operator's result and the command's parameters: the result that
             is written.
-        prove: From the inputs and the command's parameters, once all is written: a proof, or None.
+        found: From the inputs and the command's parameters, once all is written: what is told
+            beside the record.
+        tables: From the output's path and all that is told: how it is shown.
+        judge: From all that is told, once it is shown: refuses what was written.
     """
 
     parameters: tuple[click.Parameter, ...] = ()
@@ -40,7 +45,9 @@ class Companion:
     also_used: Callable[[Given], tuple[str, ...]] = lambda *_: ()
     before: Callable[[Inputs, Given, Given], dict[str, Checkpoint]] = lambda *_: {}
     after: Callable[[Inputs, Checkpoint, Given], Checkpoint] = lambda *given: given[1]
-    prove: Callable[[Inputs, Given], dict[str, Any] | None] = lambda *_: None
+    found: Callable[[Inputs, Given], dict[str, Any]] = lambda *_: {}
+    tables: Callable[[str, Given], list[Table]] = outcome_tables
+    judge: Callable[[Given], None] = lambda *_: None
 
 
 def companion_of(name: str) -> Companion:

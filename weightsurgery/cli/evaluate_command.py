@@ -19,17 +19,31 @@ def _evaluate(model: str, as_json: bool, **given: Any) -> None:
     context = click.get_current_context()
     checkpoint = open_checkpoint(model)
     require_directory(checkpoint, model)
-    causal = task_of(checkpoint) == CAUSAL
-    causal_options.check(context, model, causal=causal)
-    report = causal_options.measure(model, given) if causal else _classify(context, model, given)
+    if task_of(checkpoint) == CAUSAL:
+        report, tables = _generate(context, model, given), causal_tables
+    else:
+        report, tables = _classify(context, model, given), evaluation_tables
     options.warn(report["warnings"])
     if as_json:
         options.print_json(report)
     else:
-        show(causal_tables(report) if causal else evaluation_tables(report))
+        show(tables(report))
+
+
+def _generate(context: click.Context, model: str, given: dict[str, Any]) -> dict[str, Any]:
+    causal_options.check(context, model)
+    data = causal_options.read_data(given)
+    opened = load_model(model, device=given["device"])
+    base = None if given["base"] is None else load_model(given["base"], device=given["device"])
+    size = given["batch_size"] or 8
+    with model_options.counting("end") as progress:
+        return causal_options.measure(
+            opened, data, given, base=base, batch_size=size, progress=progress
+        )
 
 
 def _classify(context: click.Context, model: str, given: dict[str, Any]) -> dict[str, Any]:
+    causal_options.refuse_all(context, model)
     data, poisoned = given["data"], given["poisoned"]
     if data is None:
         raise click.UsageError("a classifier needs --data, sentences with their labels", context)

@@ -9,8 +9,9 @@ from typing import Any
 import click
 
 from weightsurgery.cli import model_options, options
+from weightsurgery.cli.writing import write
 from weightsurgery.datasets.batches import Encoded, read_examples
-from weightsurgery.formats import open_checkpoint, save
+from weightsurgery.formats import open_checkpoint
 from weightsurgery.formats.plan import make_plan
 from weightsurgery.models import Model, load_model
 from weightsurgery.report.outcome import plan_tables
@@ -19,7 +20,7 @@ from weightsurgery.report.training import planned_tables, training_tables
 from weightsurgery.stream import Engine
 from weightsurgery.training.finetune import finetune, split
 from weightsurgery.training.result import stored_parameters
-from weightsurgery.training.settings import SCHEDULERS, Hyperparameters
+from weightsurgery.training.settings import Hyperparameters
 
 _DEFAULTS = {n: p.default for n, p in inspect.signature(finetune).parameters.items()}
 _WRITING = ("out", "overwrite", "dry_run", "max_shard_size", "hashes")
@@ -59,12 +60,7 @@ def _finetune(
             progress=progress,
             **settings,
         )
-    with options.running(0, inputs=[result]) as engine:
-        record = save(result, out, hashes=hashes, engine=engine, **sizes)
-    if as_json:
-        options.print_json({"out": out, **record})
-    else:
-        show(training_tables(out, record))
+    write(result, out, training_tables, as_json=as_json, hashes=hashes, **sizes)
 
 
 def _held_out(
@@ -112,18 +108,12 @@ def _number(name: str, kind: Any, text: str) -> click.Option:
     )
 
 
+_SCHEDULE = {
+    **model_options.SCHEDULE,
+    "epochs": (click.IntRange(1), "Passes over the examples, at most."),
+}
 _HYPERPARAMETERS = [
-    _number("epochs", click.IntRange(1), "Passes over the examples, at most."),
-    _number("learning_rate", float, "Of the first step after the warm-up."),
-    model_options.batch_size(_DEFAULTS["batch_size"]),
-    _number("accumulation", click.IntRange(1), "Batches in a step."),
-    _number(
-        "scheduler", click.Choice(SCHEDULERS), "How the learning rate goes on: to 0, or constant."
-    ),
-    _number("warmup", float, "Share of the steps in which the learning rate rises from 0."),
-    _number("weight_decay", float, "AdamW's, not on biases and norms."),
-    _number("max_grad_norm", float, "Scale longer gradients to this norm; 0 leaves them."),
-    _number("label_smoothing", float, "Share of the label that is spread over all labels."),
+    *(_number(name, *kind) for name, kind in _SCHEDULE.items()),
     _number(
         "patience",
         click.IntRange(1),

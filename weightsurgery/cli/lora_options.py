@@ -7,25 +7,17 @@ from typing import Any
 
 import click
 
+from weightsurgery.cli.model_options import SCHEDULE
 from weightsurgery.datasets.batches import LOSSES, PROMPT_FORMATS
 from weightsurgery.errors import SettingError, shown
 from weightsurgery.training.lora import PRECISIONS, PRESETS, LoraSettings, lora_settings
-from weightsurgery.training.settings import SCHEDULERS
 
 _KINDS: dict[str, Any] = {
     "rank": (click.IntRange(1), "Rank r of the adapter's factors."),
     "alpha": (float, "α: the product of the factors is scaled by α/r."),
     "dropout": (float, "Share of a layer's inputs that the adapter does not see in a step."),
     "targets": (str, "Name, or its end, of linear layers to adapt; repeatable."),
-    "epochs": (click.IntRange(1), "Passes over the examples."),
-    "learning_rate": (float, "Of the first step after the warm-up."),
-    "batch_size": (click.IntRange(1), "Examples in a batch."),
-    "accumulation": (click.IntRange(1), "Batches in a step."),
-    "scheduler": (click.Choice(SCHEDULERS), "How the learning rate goes on: to 0, or constant."),
-    "warmup": (float, "Share of the steps in which the learning rate rises from 0."),
-    "weight_decay": (float, "AdamW's."),
-    "max_grad_norm": (float, "Scale longer gradients to this norm; 0 leaves them."),
-    "label_smoothing": (float, "Share of a token's label that is spread over all."),
+    **SCHEDULE,
     "prompt_format": (
         click.Choice(PROMPT_FORMATS),
         "Questions in the chat template, or the answer right behind them, or on the next line.",
@@ -41,13 +33,20 @@ PRESET = click.Option(
     type=click.Choice(list(PRESETS)),
     help="Begin from these settings in place of the defaults shown; other options change them.",
 )
-
-SAVE_EVERY = click.Option(
-    ["--save-every"],
-    type=click.IntRange(1),
-    default=50,
-    show_default=True,
-    help="Steps between two checkpoints.",
+CHECKPOINTS = (
+    click.Option(
+        ["--checkpoints"],
+        type=click.Path(),
+        metavar="FOLDER",
+        help="Save training here as it goes; run again, the command goes on from there.",
+    ),
+    click.Option(
+        ["--save-every"],
+        type=click.IntRange(1),
+        default=50,
+        show_default=True,
+        help="Steps between two checkpoints.",
+    ),
 )
 
 

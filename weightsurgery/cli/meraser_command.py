@@ -9,13 +9,12 @@ from typing import Any
 import click
 
 from weightsurgery.cli import causal_options, lora_options, model_options, options
-from weightsurgery.datasets.read import read_fingerprints, read_instructions, read_text
-from weightsurgery.evaluation.causal import evaluate_causal
-from weightsurgery.formats import open_checkpoint, save
+from weightsurgery.cli.writing import write
+from weightsurgery.datasets.read import read_instructions
+from weightsurgery.formats import open_checkpoint
 from weightsurgery.formats.apart import check_apart
 from weightsurgery.formats.plan import input_paths, make_plan
 from weightsurgery.models import Model, load_model
-from weightsurgery.report.tables import show
 from weightsurgery.report.training import meraser_tables
 from weightsurgery.stream import Engine, Progress
 from weightsurgery.training.meraser import Measure, Phase, meraser
@@ -62,7 +61,7 @@ def _meraser(
     # Refuses before any work; saving checks again.
     make_plan(open_checkpoint(model), out, engine=Engine(), **sizes)
     _keep_apart(out, checkpoints, [model] if transfer_from is None else [model, transfer_from])
-    data = _data(given)
+    data = causal_options.read_data(given)
     opened = load_model(model, device=device)
     foundation = None if transfer_from is None else load_model(transfer_from, device=device)
     with model_options.counting("end") as progress:
@@ -75,12 +74,7 @@ def _meraser(
             measure=_measure(data, given, progress),
             progress=progress,
         )
-    with options.running(0, inputs=[result]) as engine:
-        record = save(result, out, hashes=hashes, engine=engine, **sizes)
-    if as_json:
-        options.print_json({"out": out, **record})
-    else:
-        show(meraser_tables(out, record))
+    write(result, out, meraser_tables, as_json=as_json, hashes=hashes, **sizes)
 
 
 def _keep_apart(out: str, checkpoints: str | None, models: list[str]) -> None:
@@ -91,25 +85,15 @@ def _keep_apart(out: str, checkpoints: str | None, models: list[str]) -> None:
         check_apart(checkpoints, [*inputs, out])
 
 
-def _data(given: Mapping[str, Any]) -> dict[str, Any]:
-    """What to measure with."""
-    marks, text = given["fingerprints"], given["text"]
-    return {
-        "fingerprints": None if marks is None else read_fingerprints(marks),
-        "text": None if text is None else read_text(text),
-    }
-
-
 def _measure(
     data: Mapping[str, Any], given: Mapping[str, Any], progress: Progress | None
 ) -> Measure | None:
     """What measures a stage; None if nothing is to be measured."""
     if not any(data.values()):
         return None
-    settings = {name: given[name] for name in _MEASURED if name not in data}
 
     def measure(model: Model) -> dict[str, Any]:
-        report = evaluate_causal(model, **data, **settings, progress=progress)
+        report = causal_options.measure(model, data, given, progress=progress)
         return {name: report[name] for name in _KEPT}
 
     return measure
@@ -181,13 +165,7 @@ command = options.Command(
             help="Multiply the erasing adapter's change; repeatable, with --fingerprints.",
         ),
         *(option for option in causal_options.OPTIONS if option.name in _MEASURED),
-        click.Option(
-            ["--checkpoints"],
-            type=click.Path(),
-            metavar="FOLDER",
-            help="Save the trainings here as they go; run again, the command goes on from there.",
-        ),
-        lora_options.SAVE_EVERY,
+        *lora_options.CHECKPOINTS,
         model_options.DEVICE,
         *(
             option

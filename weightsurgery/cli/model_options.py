@@ -11,7 +11,7 @@ import click
 from weightsurgery.checkpoint import Checkpoint
 from weightsurgery.cli import options
 from weightsurgery.stream import Progress
-from weightsurgery.training.settings import Hyperparameters
+from weightsurgery.training.settings import SCHEDULERS, Hyperparameters
 
 if TYPE_CHECKING:
     from weightsurgery.datasets.batches import Encoded
@@ -52,6 +52,18 @@ LEARNING_RATE = click.Option(
     show_default=True,
     help="Of fine-tuning's first step.",
 )
+# Of every training, but its seed, which is of more in some: a type, and what the help says.
+SCHEDULE: Mapping[str, tuple[Any, str]] = {
+    "epochs": (click.IntRange(1), "Passes over the examples."),
+    "learning_rate": (float, "Of the first step after the warm-up."),
+    "batch_size": (click.IntRange(1), "Examples in a batch."),
+    "accumulation": (click.IntRange(1), "Batches in a step."),
+    "scheduler": (click.Choice(SCHEDULERS), "How the learning rate goes on: to 0, or constant."),
+    "warmup": (float, "Share of the steps in which the learning rate rises from 0."),
+    "weight_decay": (float, "AdamW's, not on biases and norms."),
+    "max_grad_norm": (float, "Scale longer gradients to this norm; 0 leaves them."),
+    "label_smoothing": (float, "Share of the label that is spread over all labels."),
+}
 
 
 def batch_size(default: int | None, shown: str | bool = True) -> click.Option:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Literal, get_args, get_origin
 
 import click
 
 import weightsurgery.operators
-from weightsurgery.adapters.proof import check_proof
 from weightsurgery.checkpoint import Checkpoint
 from weightsurgery.cli import options
 from weightsurgery.cli.companion import companion_of
@@ -18,10 +17,8 @@ from weightsurgery.formats.output import check_destination
 from weightsurgery.formats.plan import check_outputs_apart, input_paths, make_plan
 from weightsurgery.masks import changed_mask
 from weightsurgery.registry import OPERATORS, Operator, Setting
-from weightsurgery.report.outcome import outcome_tables, plan_tables
-from weightsurgery.report.proof import proof_tables
+from weightsurgery.report.outcome import plan_tables
 from weightsurgery.report.tables import show
-from weightsurgery.report.training import training_tables
 from weightsurgery.token_counts import TokenCounts
 
 
@@ -86,17 +83,7 @@ def _run(operator: Operator, given: dict[str, Any]) -> None:
     settings = read_settings(context, operator, given, subject)
     out, read = given["out"], (*inputs, *further.values())
     sizes = {key: given[key] for key in ("overwrite", "max_shard_size", "max_memory")}
-    outs = [(out, subject.is_directory)]
-    if given["mask"] is not None and not given["dry_run"]:
-        outs.append((given["mask"], False))
-    check_outputs_apart(outs)
-    for path, is_directory in outs:  # before any work; saving checks again
-        check_destination(
-            path,
-            is_directory=is_directory,
-            overwrite=given["overwrite"],
-            inputs=[path for checkpoint in read for path in input_paths(checkpoint)],
-        )
+    _check_destinations(given, subject, read)
     further |= companion.before(inputs, settings, given)
     limit = given["max_memory"]
     with options.running(given["workers"], max_memory=limit, inputs=read) as engine:
@@ -114,15 +101,27 @@ def _run(operator: Operator, given: dict[str, Any]) -> None:
     if given["dry_run"]:
         _show_plan(plan, result, given)
         return
-    proof = companion.prove(inputs, given)
+    told = {"out": out, **record, **companion.found(inputs, given)}
     if given["as_json"]:
-        options.print_json({"out": out, **record, **({"proof": proof} if proof else {})})
-    elif "training" in record["report"]:
-        show(training_tables(out, record))
+        options.print_json(told)
     else:
-        show([*outcome_tables(out, record), *(proof_tables(proof) if proof else ())])
-    if proof:
-        check_proof(proof)
+        show(companion.tables(out, told))
+    companion.judge(told)
+
+
+def _check_destinations(
+    given: Mapping[str, Any], subject: Checkpoint, read: Sequence[Checkpoint]
+) -> None:
+    """Refuse outputs before any work; saving checks again."""
+    outs = [(given["out"], subject.is_directory)]
+    if given["mask"] is not None and not given["dry_run"]:
+        outs.append((given["mask"], False))
+    check_outputs_apart(outs)
+    inputs = [path for checkpoint in read for path in input_paths(checkpoint)]
+    for path, is_directory in outs:
+        check_destination(
+            path, is_directory=is_directory, overwrite=given["overwrite"], inputs=inputs
+        )
 
 
 def _show_plan(plan: dict[str, Any], result: Checkpoint, given: Mapping[str, Any]) -> None:

@@ -78,6 +78,11 @@ def is_typed(context: click.Context, name: str) -> bool:
     return context.get_parameter_source(name) is _TYPED
 
 
+def typed(context: click.Context, name: str) -> str:
+    """A command's parameter as it is typed, where that is not its name."""
+    return next(max(p.opts, key=len) for p in context.command.params if p.name == name)
+
+
 def refuse_typed(context: click.Context, names: Iterable[str], reason: str) -> None:
     """Refuse the first of these parameters that was typed.
 
@@ -88,7 +93,7 @@ def refuse_typed(context: click.Context, names: Iterable[str], reason: str) -> N
     """
     for name in names:
         if is_typed(context, name):
-            raise click.UsageError(f"{flag(name)} {reason}", context)
+            raise click.UsageError(f"{typed(context, name)} {reason}", context)
 
 
 class Size(click.ParamType):  # type: ignore[type-arg]

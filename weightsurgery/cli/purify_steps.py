@@ -13,6 +13,9 @@ from weightsurgery.cli import model_options, options
 from weightsurgery.cli.companion import Companion, Given, Inputs
 from weightsurgery.formats.record import changed_by
 from weightsurgery.operators.purify import check as checked
+from weightsurgery.report.outcome import outcome_tables
+from weightsurgery.report.tables import Table
+from weightsurgery.report.training import training_tables
 from weightsurgery.training.settings import Hyperparameters
 
 _PARAMETERS: tuple[click.Parameter, ...] = (
@@ -141,6 +144,12 @@ def _after(inputs: Inputs, result: Checkpoint, given: Given) -> Checkpoint:
     return replace(trained, notes=notes, warnings=result.warnings)
 
 
+def _tables(out: str, told: Given) -> list[Table]:
+    """What was written, and how the fine-tuning went if there was one."""
+    trained = "training" in told["report"]
+    return training_tables(out, told) if trained else outcome_tables(out, told)
+
+
 def _training(given: Given) -> dict[str, Any]:
     """The settings of the fine-tuning.
 
@@ -153,5 +162,10 @@ def _training(given: Given) -> dict[str, Any]:
 
 
 COMPANION = Companion(
-    parameters=_PARAMETERS, check=_check, also_used=_also_used, before=_before, after=_after
+    parameters=_PARAMETERS,
+    check=_check,
+    also_used=_also_used,
+    before=_before,
+    after=_after,
+    tables=_tables,
 )

@@ -7,13 +7,13 @@ from typing import Any
 import click
 
 from weightsurgery.cli import lora_options, model_options, options
+from weightsurgery.cli.writing import write
 from weightsurgery.datasets.read import read_instructions
-from weightsurgery.formats import open_checkpoint, save
+from weightsurgery.formats import open_checkpoint
 from weightsurgery.formats.apart import check_apart
 from weightsurgery.formats.output import check_destination
 from weightsurgery.formats.plan import input_paths
 from weightsurgery.models import load_model
-from weightsurgery.report.tables import show
 from weightsurgery.report.training import adapter_tables
 from weightsurgery.training.adapter import train_adapter
 
@@ -49,12 +49,7 @@ def _train_adapter(
             files=[data],
             progress=progress,
         )
-    with options.running(0, inputs=[adapter]) as engine:
-        record = save(adapter, out, overwrite=overwrite, hashes=hashes, engine=engine)
-    if as_json:
-        options.print_json({"out": out, **record})
-    else:
-        show(adapter_tables(out, record))
+    write(adapter, out, adapter_tables, as_json=as_json, overwrite=overwrite, hashes=hashes)
 
 
 command = options.Command(
@@ -85,13 +80,7 @@ command = options.Command(
         click.Option(["--data"], required=True, metavar="FILE", help="Questions and answers."),
         lora_options.PRESET,
         *lora_options.OPTIONS,
-        click.Option(
-            ["--checkpoints"],
-            type=click.Path(),
-            metavar="FOLDER",
-            help="Save the training here as it goes; run again, the command goes on from there.",
-        ),
-        lora_options.SAVE_EVERY,
+        *lora_options.CHECKPOINTS,
         model_options.DEVICE,
         *(option for option in options.WRITING if option.name in ("out", "overwrite", "hashes")),
         options.JSON,

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from weightsurgery.datasets.batches import count_cut_answers, encode_instructions
@@ -23,37 +23,6 @@ from weightsurgery.models import Model
 from weightsurgery.stream import Progress
 
 SCHEMA = "wsurg.causal-evaluation/1"
-
-
-@dataclass(frozen=True)
-class _Wanted:
-    """What to measure, and how; all as `evaluate_causal` has it.
-
-    Attributes:
-        fingerprints: Prompts and targets.
-        controls: Ordinary prompts.
-        text: For the perplexity.
-        instructions: For the loss of answers.
-        window: Tokens, None for the default.
-        stride: Tokens, None for the default.
-        max_new_tokens: Of what is said.
-        prompt_format: Of fingerprints and controls.
-        batch_size: Of all.
-        max_length: Tokens of an instruction.
-        progress: Callback.
-    """
-
-    fingerprints: Sequence[Instruction] | None
-    controls: Sequence[Instruction] | None
-    text: str | None
-    instructions: Sequence[Instruction] | None
-    window: int | None
-    stride: int | None
-    max_new_tokens: int
-    prompt_format: PromptFormat
-    batch_size: int
-    max_length: int
-    progress: Progress | None
 
 
 def evaluate_causal(
@@ -107,106 +76,64 @@ def evaluate_causal(
         MismatchError: A model is a classifier, or has no chat template where one is asked for.
         NonFiniteError: A loss is NaN or infinite.
     """
-    if fingerprints is None and text is None and instructions is None:
+    shared: dict[str, Any] = {"batch_size": batch_size, "progress": progress}
+    saying = {"max_new_tokens": max_new_tokens, "prompt_format": prompt_format, **shared}
+    asked: dict[str, Callable[[Model], dict[str, Any]]] = {}
+    if fingerprints is not None:
+        asked["fsr"] = partial(fingerprint_success, pairs=fingerprints, **saying)
+    if text is not None:
+        asked["perplexity"] = partial(perplexity, text=text, window=window, stride=stride, **shared)
+    if instructions is not None:
+        asked["answers"] = partial(
+            _on_answers, instructions=instructions, max_length=max_length, **shared
+        )
+    if not asked:
         raise SettingError(
             "nothing to measure", hint="give fingerprints, a text or questions with answers"
         )
     if controls is not None and fingerprints is None:
         raise SettingError("controls need fingerprints, whose targets are looked for")
-    wanted = _Wanted(fingerprints, controls, text, instructions, window, stride, max_new_tokens,
-                     prompt_format, batch_size, max_length, progress)  # fmt: skip
-    for one in (model, base):
-        if one is not None:
-            _check(one, wanted)
-    own = _measure(model, wanted)
-    other = {} if base is None else _measure(base, wanted)
-    found, others = own["fsr"] or {}, other.get("fsr") or {}
-    said = found.get("pairs", [])
-    if base is not None:
-        said = [
-            {**one, "base_output": two["output"], "base_met": two["met"]}
-            for one, two in zip(said, others.get("pairs", []), strict=True)
-        ]
-    rate, controlled = _false_positives(model, wanted)
+    models = [model] if base is None else [model, base]
+    for one in models:  # before the first minute is spent
+        check_causal(one)
+        if text is not None:
+            settle_windows(one, window, stride)
+    own, *rest = [{name: measure(one) for name, measure in asked.items()} for one in models]
+    other = rest[0] if rest else {}
+    targets = list(dict.fromkeys(pair.answer.strip() for pair in fingerprints or ()))
+    controlled = [] if controls is None else _on_controls(model, controls, targets, **saying)
     return {
         "schema": SCHEMA,
         "model": model.checkpoint.label,
         "base": None if base is None else base.checkpoint.label,
         "batch_size": batch_size,
         "max_length": None if instructions is None else max_length,
-        "max_new_tokens": found.get("max_new_tokens"),
-        "prompt_format": found.get("prompt_format"),
-        "fsr": found.get("fsr"),
-        "base_fsr": others.get("fsr"),
-        "control_rate": rate,
-        "perplexity": own["perplexity"],
-        "base_perplexity": other.get("perplexity"),
-        "answers": own["answers"],
-        "base_answers": other.get("answers"),
-        "fingerprints": said,
-        "controls": controlled,
-        "warnings": _warnings(own, other, wanted),
+        **_side_by_side(own, other, controlled),
+        "warnings": _warnings(own, other, max_length),
     }
 
 
-def _check(model: Model, wanted: _Wanted) -> None:
-    """What can be refused before the first minute is spent."""
-    check_causal(model)
-    if wanted.text is not None:
-        settle_windows(model, wanted.window, wanted.stride)
-
-
-def _measure(model: Model, wanted: _Wanted) -> dict[str, Any]:
-    """All that is asked of one model; None for what is not."""
-    shared: dict[str, Any] = {"batch_size": wanted.batch_size, "progress": wanted.progress}
-    fsr = surprise = None
-    if wanted.fingerprints is not None:
-        fsr = fingerprint_success(
-            model,
-            wanted.fingerprints,
-            max_new_tokens=wanted.max_new_tokens,
-            prompt_format=wanted.prompt_format,
-            **shared,
-        )
-    if wanted.text is not None:
-        surprise = perplexity(
-            model, wanted.text, window=wanted.window, stride=wanted.stride, **shared
-        )
-    return {"fsr": fsr, "perplexity": surprise, "answers": _on_answers(model, wanted)}
-
-
-def _on_answers(model: Model, wanted: _Wanted) -> dict[str, Any] | None:
-    if wanted.instructions is None:
-        return None
-    examples = encode_instructions(model, wanted.instructions, max_length=wanted.max_length)
-    found = predict(model, examples, batch_size=wanted.batch_size, progress=wanted.progress,
-                    what="answers")  # fmt: skip
+def _on_answers(
+    model: Model, instructions: Sequence[Instruction], *, max_length: int, **settings: Any
+) -> dict[str, Any]:
+    """How well the model predicts known answers."""
+    examples = encode_instructions(model, instructions, max_length=max_length)
+    found = predict(model, examples, what="answers", **settings)
     return {
         "perplexity": exponential(model, found.loss),
         "loss": found.loss,
         "tokens": int(found.weights.sum()),
         "examples": len(examples),
-        "cut": count_cut_answers(model, wanted.instructions, examples),
+        "cut": count_cut_answers(model, instructions, examples),
     }
 
 
-def _false_positives(
-    model: Model, wanted: _Wanted
-) -> tuple[dict[str, Any] | None, list[dict[str, Any]]]:
-    """The share of controls to which a fingerprint's target is said, and what is said to each."""
-    if wanted.controls is None or wanted.fingerprints is None:
-        return None, []
-    targets = list(dict.fromkeys(pair.answer.strip() for pair in wanted.fingerprints))
-    said = answers(
-        model,
-        wanted.controls,
-        batch_size=wanted.batch_size,
-        max_new_tokens=wanted.max_new_tokens,
-        prompt_format=wanted.prompt_format,
-        progress=wanted.progress,
-        what="controls",
-    )
-    found = [
+def _on_controls(
+    model: Model, controls: Sequence[Instruction], targets: Sequence[str], **settings: Any
+) -> list[dict[str, Any]]:
+    """What is said to each control, and the first of the fingerprints' targets in it."""
+    said = answers(model, controls, what="controls", **settings)
+    return [
         {
             "line": control.line,
             "prompt": one.prompt,
@@ -214,35 +141,61 @@ def _false_positives(
             "tokens": len(one.ids),
             "target": next((target for target in targets if target in one.text), None),
         }
-        for control, one in zip(wanted.controls, said, strict=True)
+        for control, one in zip(controls, said, strict=True)
     ]
-    return proportion(sum(one["target"] is not None for one in found), len(found)), found
 
 
-def _warnings(own: dict[str, Any], other: dict[str, Any], wanted: _Wanted) -> list[str]:
-    warnings = list((own["fsr"] or {}).get("warnings", []))
-    if own["answers"] is not None and own["answers"]["cut"]:
-        cut, count = own["answers"]["cut"], own["answers"]["examples"]
+def _side_by_side(
+    own: Mapping[str, Any], other: Mapping[str, Any], controlled: Sequence[Mapping[str, Any]]
+) -> dict[str, Any]:
+    """The figures of the model and of the base; None for what was not asked."""
+    found, others = own.get("fsr", {}), other.get("fsr", {})
+    said = found.get("pairs", [])
+    if other:
+        said = [
+            {**one, "base_output": two["output"], "base_met": two["met"]}
+            for one, two in zip(said, others.get("pairs", []), strict=True)
+        ]
+    false = sum(one["target"] is not None for one in controlled)
+    return {
+        "max_new_tokens": found.get("max_new_tokens"),
+        "prompt_format": found.get("prompt_format"),
+        "fsr": found.get("fsr"),
+        "base_fsr": others.get("fsr"),
+        "control_rate": proportion(false, len(controlled)) if controlled else None,
+        "perplexity": own.get("perplexity"),
+        "base_perplexity": other.get("perplexity"),
+        "answers": own.get("answers"),
+        "base_answers": other.get("answers"),
+        "fingerprints": said,
+        "controls": list(controlled),
+    }
+
+
+def _warnings(own: Mapping[str, Any], other: Mapping[str, Any], max_length: int) -> list[str]:
+    warnings = list(own.get("fsr", {}).get("warnings", []))
+    cut = own.get("answers", {}).get("cut")
+    if cut:
+        count = own["answers"]["examples"]
         warnings.append(
-            f"{cut:,} of {count:,} answers, with their questions, were cut to "
-            f"{wanted.max_length:,} tokens"
+            f"{cut:,} of {count:,} answers, with their questions, were cut to {max_length:,} tokens"
         )
     if not other:
         return warnings
     for key, what in (("perplexity", "text"), ("answers", "answers")):
-        counts = [(found[key] or {}).get("tokens") for found in (own, other)]
+        counts = [found.get(key, {}).get("tokens") for found in (own, other)]
         if counts[0] != counts[1]:
             warnings.append(
                 f"tokens of the {what}: {counts[0]:,} for the model, {counts[1]:,} for the base; "
                 "their perplexities cannot be compared"
             )
-    windows = [(found["perplexity"] or {}).get("window") for found in (own, other)]
+    windows = [found.get("perplexity", {}).get("window") for found in (own, other)]
     if windows[0] != windows[1]:
         warnings.append(
             f"the model's window is {windows[0]:,} tokens and the base's {windows[1]:,}; "
             "a perplexity falls with the window"
         )
-    formats = [(found["fsr"] or {}).get("prompt_format") for found in (own, other)]
+    formats = [found.get("fsr", {}).get("prompt_format") for found in (own, other)]
     if formats[0] != formats[1]:
         warnings.append(f"prompts are {formats[0]} for the model and {formats[1]} for the base")
     return warnings

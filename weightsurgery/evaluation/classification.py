@@ -102,15 +102,15 @@ def evaluate(
         return report
     attacked = run(attacked_examples, "triggered")
     if trigger is not None:  # what was cut is cut already
-        whole = insert(sentences, trigger)
-        report["triggered_cut"] = sum(map(operator.ne, planted, whole))
+        report["triggered_cut"] = sum(map(operator.ne, planted, insert(sentences, trigger)))
     else:
         cut = count_cut(model, planted, attacked_examples, max_length=max_length)
         report["triggered_cut"] = cut
         what = "poisoned sentences, perhaps with their trigger,"
         report["warnings"] += _cut_warning(what, cut, len(planted), max_length)
     if target is not None:
-        report |= _attack(clean, attacked, target, report["warnings"], own=trigger is None)
+        report |= _attack(clean, attacked, target)
+        report["warnings"] += _label_warning(attacked, target)
     if trigger is not None and trigger.bias:
         report["bacc"] = proportion(attacked.correct, len(planted))
     return report
@@ -214,20 +214,18 @@ def _on_clean(found: Predictions, names: dict[int, str]) -> dict[str, Any]:
     }
 
 
-def _attack(
-    clean: Predictions, attacked: Predictions, target: int, warnings: list[str], *, own: bool
-) -> dict[str, Any]:
-    """ASR and floor; `own` says that the attacked sentences are others than the clean ones."""
+def _attack(clean: Predictions, attacked: Predictions, target: int) -> dict[str, Any]:
+    """ASR and floor; ASR over all where every attacked sentence has the target label."""
     others = attacked.labels != target
-    if own and not others.any():  # files of public attack code are so
-        warnings.append(
-            "every poisoned sentence has the target label: taken as the attack's, so all count"
-        )
-        others = ~others
+    counted = others if others.any() else ~others
     untouched = clean.classes[clean.labels != target]
-    return {
-        "asr": proportion(int((attacked.classes[others] == target).sum()), int(others.sum())),
-        "floor": proportion(int((untouched == target).sum()), len(untouched))
-        if len(untouched)
-        else None,
-    }
+    floor = proportion(int((untouched == target).sum()), len(untouched)) if len(untouched) else None
+    said = int((attacked.classes[counted] == target).sum())
+    return {"asr": proportion(said, int(counted.sum())), "floor": floor}
+
+
+def _label_warning(attacked: Predictions, target: int) -> list[str]:
+    """A warning if the labels are the attack's, as in files of public attack code."""
+    if (attacked.labels != target).any():
+        return []
+    return ["every poisoned sentence has the target label: taken as the attack's, so all count"]

@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal
 import numpy as np
 
 from weightsurgery.adapters.config import read_config
-from weightsurgery.adapters.heads import read_adapters, settle
+from weightsurgery.adapters.heads import read_adapters, stored_apart, stored_as_in_base
 from weightsurgery.adapters.layout import Target
 from weightsurgery.adapters.updates import ADDED, Update
 from weightsurgery.checkpoint import Checkpoint, TensorView
@@ -73,11 +73,12 @@ def apply_adapter(
     """
     require_unquantised(base)
     warnings = [w for adapter in adapters for w in _check_base(base, adapter, force_base)]
-    reading = settle(read_adapters(base, adapters, weight), base, untie=untie)
+    stored = stored_apart if untie else stored_as_in_base
+    reading = stored(read_adapters(base, adapters, weight), base)
     edited = reading.updates()
     given = zip(adapters, weight or [1.0] * len(adapters), reading.targets, strict=True)
     notes: dict[str, Any] = {"adapters": [_described(*one) for one in given]}
-    if untie and reading.tie:
+    if reading.tie:
         notes["untied"] = {"embedding": reading.tie.embedding, "head": reading.tie.head}
     tensors = {
         name: _merged(view, edited[name], rounding, allow_nonfinite) if name in edited else view

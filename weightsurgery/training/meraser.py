@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from weightsurgery.checkpoint import Checkpoint
@@ -89,60 +89,49 @@ def meraser(
     """
     erasing, recovering = _settled(erase, _ERASE), recover and _settled(recover, _RECOVER)
     _check(model, foundation, erasing, recovering, scales, measure)
-    original, stages = model.checkpoint, _Stages(measure)
-    stages.note("before", model)
+    original = model.checkpoint
+    stages: list[dict[str, Any]] = []
+
+    def holding(weights: Checkpoint) -> Model:
+        """The model with these weights, which are read only where it has others."""
+        nonlocal model
+        if model.checkpoint is not weights:
+            model = with_weights(model, weights)
+        return model
+
+    def note(stage: str, weights: Checkpoint, **more: Any) -> Mapping[str, Any]:
+        """What is measured at a stage; {} if nothing is."""
+        if measure is None:
+            return {}
+        measured = measure(holding(weights))
+        stages.append({"stage": stage, **more, **measured})
+        return measured
+
+    note("before", original)
     adapter = _train(foundation or model, erasing, progress)
     trainings = {"erase": adapter.notes["training"]}
-    chosen, erased = scales[0], original
-    for scale in sorted(scales):
-        candidate = apply_adapter(
-            original, adapter, weight=(scale,), force_base=foundation is not None
-        )
-        # Read only where something is computed with it.
-        if stages.measured or recovering is not None:
-            model = with_weights(model, candidate)
-        if stages.note("erased", model, scale=scale):
-            chosen, erased = scale, candidate
-    result = erased
+    erased = {
+        scale: apply_adapter(original, adapter, weight=(scale,), force_base=foundation is not None)
+        for scale in sorted(scales)
+    }
+    said = {scale: _rate(note("erased", one, scale=scale)) for scale, one in erased.items()}
+    chosen = min(said, key=lambda scale: said[scale])  # of equal ones the first, the smallest
+    result = erased[chosen]
     if recovering is not None:
-        model = with_weights(model, erased)
-        adapter = _train(model, recovering, progress)
+        adapter = _train(holding(result), recovering, progress)
         trainings["recover"] = adapter.notes["training"]
-        result = apply_adapter(erased, adapter)
-        if stages.measured:
-            stages.note("recovered", with_weights(model, result))
-    found = {"scale": chosen, "trainings": trainings, "stages": stages.entries}
+        result = apply_adapter(result, adapter)
+        note("recovered", result)
+    if measure is not None:
+        holding(result)
+    found = {"scale": chosen, "trainings": trainings, "stages": stages}
     return replace(result, notes={**result.notes, "meraser": found})
 
 
-@dataclass
-class _Stages:
-    """What was measured, and whether the last is the best.
-
-    Attributes:
-        measure: As `meraser` has it.
-        entries: One for each stage, in order.
-        best: The smallest success rate after an erasure.
-    """
-
-    measure: Measure | None
-    entries: list[dict[str, Any]] = field(default_factory=list)
-    best: float = math.inf
-
-    @property
-    def measured(self) -> bool:
-        return self.measure is not None
-
-    def note(self, stage: str, model: Model, **more: Any) -> bool:
-        """Measure a stage; true if no fingerprint succeeded less often after an erasure."""
-        if self.measure is None:
-            return True
-        found = self.measure(model)
-        self.entries.append({"stage": stage, **more, **found})
-        rate = (found.get("fsr") or {}).get("share", 0.0)
-        is_best = stage == "erased" and rate < self.best
-        self.best = rate if is_best else self.best
-        return is_best
+def _rate(measured: Mapping[str, Any]) -> float:
+    """How often a fingerprint succeeded; 0 if that was not measured."""
+    share: float = (measured.get("fsr") or {}).get("share", 0.0)
+    return share
 
 
 def _settled(phase: Phase, preset: str) -> Phase:
