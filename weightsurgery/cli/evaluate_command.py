@@ -18,7 +18,7 @@ from weightsurgery.report.tables import show
 def _evaluate(model: str, as_json: bool, **given: Any) -> None:
     context = click.get_current_context()
     checkpoint = open_checkpoint(model)
-    require_directory(checkpoint, model)
+    require_directory(checkpoint)
     causal = task_of(checkpoint) == CAUSAL
     causal_options.check(context, model, causal=causal)
     report = causal_options.measure(model, given) if causal else _classify(context, model, given)
