@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from weightsurgery.checkpoint import Checkpoint
+from weightsurgery.checkpoint import Checkpoint, TensorView
 from weightsurgery.errors import MismatchError, PolicyError, SettingError, shown
 from weightsurgery.formats import open_checkpoint
 from weightsurgery.formats.code_keys import names_kernel
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 CLASSIFICATION, CAUSAL = "classification", "causal"
 _ATTENTION = ("eager", "sdpa")  # what torch has, on all devices
 _EXPERTS = ("eager", "batched_mm", "grouped_mm")
+_GENERATION = "generation_config.json"
 _VOCABULARIES = ("tokenizer.json", "vocab.*", "*.model", "spiece*", "sentencepiece*")
 
 
@@ -39,7 +40,7 @@ class Model:
         task: "classification" or "causal".
         names: Every trainable parameter's name on disk, to the parameter. A tensor that several
             names stand for (tied weights) is here once, under its first name on disk.
-        path: The directory.
+        path: The directory as the user gave it, for messages.
     """
 
     module: Any
@@ -85,15 +86,17 @@ def pick_device(device: str) -> torch.device:
     )
 
 
-def load_model(path: str | os.PathLike[str], *, task: str = "auto", device: str = "auto") -> Model:
+def load_model(
+    source: str | os.PathLike[str] | Checkpoint, *, task: str = "auto", device: str = "auto"
+) -> Model:
     """Load a model directory in float32 with its tokenizer.
 
-    The weights go through the strict reader's checks first. Weights that the directory lacks are
-    an error: a head of random numbers would give random answers. Attention is computed by torch
-    alone, as the configuration says if it says eager or sdpa.
+    The weights are read by the strict reader, never by transformers. Weights that the directory
+    lacks are an error: a head of random numbers would give random answers. Attention is computed
+    by torch alone, as the configuration says if it says eager or sdpa.
 
     Args:
-        path: A model directory.
+        source: A model directory, or the checkpoint that `open_checkpoint` made of one.
         task: "classification", "causal", or "auto" to go by the configuration's architecture.
         device: Where to compute; "auto" takes an accelerator if there is one.
 
@@ -101,18 +104,17 @@ def load_model(path: str | os.PathLike[str], *, task: str = "auto", device: str 
         The model, its tokenizer, and the checkpoint they come from.
 
     Raises:
-        SettingError: The path is a single file, there is no such task, or the device is not to be
+        SettingError: It is a single file, there is no such task, or the device is not to be
             had.
         MismatchError: There is no tokenizer, the architecture is of another task, weights are
             missing, or a classifier has no padding token.
         PolicyError: The model needs code of its own or from a repository, or is quantised.
         FormatError: A file of the directory is malformed.
     """
-    text = os.fspath(path)
     if task not in ("auto", CLASSIFICATION, CAUSAL):
         raise SettingError(f"task is '{shown(task)}'; expected auto, {CLASSIFICATION} or {CAUSAL}")
-    checkpoint = open_checkpoint(text)
-    require_directory(checkpoint, text)
+    checkpoint = source if isinstance(source, Checkpoint) else open_checkpoint(source)
+    require_directory(checkpoint)
     _refuse_kernels(checkpoint.config, checkpoint)
     require_unquantised(checkpoint)
     task = task_of(checkpoint) if task == "auto" else task
@@ -123,20 +125,21 @@ def load_model(path: str | os.PathLike[str], *, task: str = "auto", device: str 
     if task == CLASSIFICATION:
         _settle_padding(module.config, tokenizer, checkpoint)
     module.to(target).eval()
-    return Model(module, tokenizer, checkpoint, task, _disk_names(module, checkpoint), text)
+    names = _disk_names(module, checkpoint)
+    return Model(module, tokenizer, checkpoint, task, names, checkpoint.label)
 
 
-def require_directory(checkpoint: Checkpoint, path: str) -> None:
+def require_directory(checkpoint: Checkpoint) -> None:
     """Refuse a single file, of which nobody knows what model it is.
 
     Args:
         checkpoint: What was opened.
-        path: As it was given.
 
     Raises:
         SettingError: It is a file.
     """
     if not checkpoint.is_directory:
+        path = checkpoint.label
         folder = os.path.dirname(os.path.abspath(path))
         known = os.path.isfile(os.path.join(folder, "config.json"))
         raise SettingError(
@@ -194,16 +197,21 @@ def _load_module(checkpoint: Checkpoint, task: str) -> Any:
             folder, trust_remote_code=False, local_files_only=True
         )
         _use_torch_alone(config)
-        module, info = kinds[task].from_pretrained(
-            folder,
+        with torch.device("meta"):  # only to know the class, which takes tensors
+            kind = type(kinds[task].from_config(config, trust_remote_code=False))
+        module, info = kind.from_pretrained(
+            None,
             config=config,
+            state_dict=_in_float32(checkpoint),
             dtype=torch.float32,
-            use_safetensors=True,
-            trust_remote_code=False,
-            local_files_only=True,
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # told below, with names
         )
+        module.config.name_or_path = module.name_or_path = folder
+        if any(file.name == _GENERATION for file in checkpoint.side_files):
+            module.generation_config = transformers.GenerationConfig.from_pretrained(
+                folder, local_files_only=True
+            )
     except Exception as error:  # a malformed directory gives errors of all kinds
         if "trust_remote_code" in str(error):
             reason = "needs code that lies beside the weights"
@@ -227,6 +235,33 @@ def _load_module(checkpoint: Checkpoint, task: str) -> Any:
             hint="give a model that was trained for this task",
         )
     return module
+
+
+def _in_float32(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
+    """All tensors as transformers takes them: floats widened, others as they are stored."""
+    import torch
+
+    found = {}
+    for name, view in checkpoint.items():
+        if view.dtype.arithmetic:
+            found[name] = torch.empty(view.shape, dtype=torch.float32)
+            _fill(found[name], view)
+        else:
+            stored = view.read(0, view.size).reshape(view.shape)
+            found[name] = torch.tensor(stored)
+            if view.dtype.name == "BOOL":
+                found[name] = found[name] != 0
+    return found
+
+
+def _fill(tensor: torch.Tensor, view: TensorView) -> None:
+    """Put a tensor's elements into another, block by block, in float32."""
+    import torch
+
+    values = tensor.view(-1)
+    for start, stop in view.blocks():
+        block = to_float(view.read(start, stop)).astype("f4", copy=False)
+        values[start:stop] = torch.from_numpy(block).to(values.device)
 
 
 def task_of(checkpoint: Checkpoint) -> str:
@@ -347,8 +382,6 @@ def with_weights(model: Model, checkpoint: Checkpoint) -> Model:
     Raises:
         MismatchError: A parameter has no tensor of its shape in the checkpoint.
     """
-    import torch
-
     for name, parameter in model.names.items():
         view = checkpoint.get(name)
         if view is None or view.shape != tuple(parameter.shape):
@@ -357,8 +390,5 @@ def with_weights(model: Model, checkpoint: Checkpoint) -> Model:
                 file=checkpoint.label,
                 tensor=name,
             )
-        values = parameter.data.view(-1)
-        for start, stop in view.blocks():
-            block = to_float(view.read(start, stop)).astype("f4", copy=False)
-            values[start:stop] = torch.from_numpy(block).to(values.device)
+        _fill(parameter.data, view)
     return replace(model, checkpoint=checkpoint)

@@ -2,27 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import click
 
+from weightsurgery.checkpoint import Checkpoint
 from weightsurgery.cli import attack_options, causal_options, model_options, options
 from weightsurgery.datasets.read import label_ids, read_sentences
 from weightsurgery.evaluation.classification import check_classifier, evaluate
-from weightsurgery.formats import open_checkpoint
 from weightsurgery.models import CAUSAL, load_model, require_directory, task_of
 from weightsurgery.report.evaluation import causal_tables, evaluation_tables
 from weightsurgery.report.tables import show
 
 
-def _evaluate(model: str, as_json: bool, **given: Any) -> None:
+def _evaluate(model: str, weights: str | None, as_json: bool, **given: Any) -> None:
     context = click.get_current_context()
-    checkpoint = open_checkpoint(model)
-    require_directory(checkpoint, model)
-    if task_of(checkpoint) == CAUSAL:
-        report, tables = _generate(context, model, given), causal_tables
+    paths = [model] if given["base"] is None else [model, given["base"]]
+    opened = options.open_all(paths, weights)
+    require_directory(opened[0])
+    if task_of(opened[0]) == CAUSAL:
+        report, tables = _generate(context, opened, given), causal_tables
     else:
-        report, tables = _classify(context, model, given), evaluation_tables
+        report, tables = _classify(context, opened[0], given), evaluation_tables
     options.warn(report["warnings"])
     if as_json:
         options.print_json(report)
@@ -30,20 +32,22 @@ def _evaluate(model: str, as_json: bool, **given: Any) -> None:
         show(tables(report))
 
 
-def _generate(context: click.Context, model: str, given: dict[str, Any]) -> dict[str, Any]:
-    causal_options.check(context, model)
+def _generate(
+    context: click.Context, opened: Sequence[Checkpoint], given: dict[str, Any]
+) -> dict[str, Any]:
+    causal_options.check(context, opened[0].label)
     data = causal_options.read_data(given)
-    opened = load_model(model, device=given["device"])
-    base = None if given["base"] is None else load_model(given["base"], device=given["device"])
+    model, *others = (load_model(one, device=given["device"]) for one in opened)
+    base = others[0] if others else None
     size = given["batch_size"] or 8
     with model_options.counting("end") as progress:
         return causal_options.measure(
-            opened, data, given, base=base, batch_size=size, progress=progress
+            model, data, given, base=base, batch_size=size, progress=progress
         )
 
 
-def _classify(context: click.Context, model: str, given: dict[str, Any]) -> dict[str, Any]:
-    causal_options.refuse_all(context, model)
+def _classify(context: click.Context, model: Checkpoint, given: dict[str, Any]) -> dict[str, Any]:
+    causal_options.refuse_all(context, model.label)
     data, poisoned = given["data"], given["poisoned"]
     if data is None:
         raise click.UsageError("a classifier needs --data, sentences with their labels", context)
@@ -109,6 +113,7 @@ command = options.Command(
         *causal_options.OPTIONS,
         model_options.batch_size(None, "64; 8 for a causal model"),
         model_options.MAX_LENGTH,
+        options.WEIGHTS,
         model_options.DEVICE,
         options.JSON,
     ],

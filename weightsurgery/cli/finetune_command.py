@@ -36,6 +36,7 @@ def _finetune(
     max_shard_size: int | None,
     hashes: bool,
     max_length: int,
+    weights: str | None,
     device: str,
     as_json: bool,
     **settings: Any,
@@ -44,8 +45,9 @@ def _finetune(
         raise click.UsageError("--patience needs --held-out", click.get_current_context())
     Hyperparameters(**settings)  # refuses before any work, as do the next two lines
     sizes: dict[str, Any] = {"overwrite": overwrite, "max_shard_size": max_shard_size}
-    make_plan(open_checkpoint(model), out, engine=Engine(), **sizes)
-    opened = load_model(model, device=device)
+    read = open_checkpoint(model, weights=weights)
+    make_plan(read, out, engine=Engine(), **sizes)
+    opened = load_model(read, device=device)
     examples = read_examples(opened, data, max_length=max_length)
     aside, files = _held_out(opened, held_out, max_length)
     if dry_run:
@@ -160,6 +162,7 @@ command = options.Command(
         ),
         *_HYPERPARAMETERS,
         model_options.MAX_LENGTH,
+        options.WEIGHTS,
         model_options.DEVICE,
         *(option for option in options.WRITING if option.name in _WRITING),
         options.JSON,

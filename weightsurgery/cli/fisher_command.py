@@ -11,7 +11,7 @@ from weightsurgery.checkpoint import Checkpoint, Step
 from weightsurgery.cli import model_options, options
 from weightsurgery.dtypes import DTYPES
 from weightsurgery.errors import shown
-from weightsurgery.formats import open_checkpoint, save
+from weightsurgery.formats import save
 from weightsurgery.formats.plan import check_outputs_apart, make_plan
 from weightsurgery.report.curvature import curvature_tables
 from weightsurgery.report.tables import show
@@ -30,6 +30,7 @@ def _fisher(
     standard_error: str | None,
     overwrite: bool,
     max_length: int,
+    weights: str | None,
     device: str,
     hashes: bool,
     as_json: bool,
@@ -37,14 +38,16 @@ def _fisher(
 ) -> None:
     context = click.get_current_context()
     _check_usage(context)
-    base = None if settings["base"] is None else open_checkpoint(settings["base"])
+    paths = [model] if settings["base"] is None else [model, settings["base"]]
+    read, *others = options.open_all(paths, weights)
+    base = others[0] if others else None
     outputs = [path for path in (out, standard_error) if path is not None]
-    _check_outputs(model, base, outputs, overwrite=overwrite)
+    _check_outputs(read, base, outputs, overwrite=overwrite)
     from weightsurgery.curvature.result import summarise
     from weightsurgery.datasets.batches import read_examples
     from weightsurgery.models import load_model
 
-    opened = load_model(model, device=device)
+    opened = load_model(read, device=device)
     examples = read_examples(opened, data, max_length=max_length)
     with model_options.counting() as progress:
         given = {**settings, "base": base, "progress": progress}
@@ -93,10 +96,9 @@ def _check_usage(context: click.Context) -> None:
 
 
 def _check_outputs(
-    model: str, base: Checkpoint | None, outputs: list[str], *, overwrite: bool
+    checkpoint: Checkpoint, base: Checkpoint | None, outputs: list[str], *, overwrite: bool
 ) -> None:
     """Refuse a destination before work begins, by a plan for tensors of the right sizes."""
-    checkpoint = open_checkpoint(model)
     views = {name: replace(view, dtype=DTYPES["F32"]) for name, view in checkpoint.items()}
     inputs = {"model": checkpoint} if base is None else {"base": base, "model": checkpoint}
     check_outputs_apart([(out, False) for out in outputs])
@@ -183,6 +185,7 @@ command = options.Command(
         ),
         model_options.batch_size(None, "32; 8 for hutchinson"),
         model_options.MAX_LENGTH,
+        options.WEIGHTS,
         model_options.DEVICE,
         options.HASH,
         options.JSON,

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import click
 
+from weightsurgery.checkpoint import Checkpoint
 from weightsurgery.cli import causal_options, lora_options, model_options, options
 from weightsurgery.cli.writing import write
 from weightsurgery.datasets.read import read_instructions
-from weightsurgery.formats import open_checkpoint
 from weightsurgery.formats.apart import check_apart
 from weightsurgery.formats.plan import input_paths, make_plan
 from weightsurgery.models import Model, load_model
@@ -36,6 +36,7 @@ def _meraser(
     hashes: bool,
     checkpoints: str | None,
     save_every: int,
+    weights: str | None,
     device: str,
     as_json: bool,
     **given: Any,
@@ -58,18 +59,18 @@ def _meraser(
         if file is not None
     }
     sizes: dict[str, Any] = {"overwrite": overwrite, "max_shard_size": max_shard_size}
-    # Refuses before any work; saving checks again.
-    make_plan(open_checkpoint(model), out, engine=Engine(), **sizes)
-    _keep_apart(out, checkpoints, [model] if transfer_from is None else [model, transfer_from])
+    paths = [model] if transfer_from is None else [model, transfer_from]
+    read = options.open_all(paths, weights)
+    make_plan(read[0], out, engine=Engine(), **sizes)  # refuses before any work; saving does again
+    _keep_apart(out, checkpoints, read)
     data = causal_options.read_data(given)
-    opened = load_model(model, device=device)
-    foundation = None if transfer_from is None else load_model(transfer_from, device=device)
+    opened, *others = (load_model(one, device=device) for one in read)
     with model_options.counting("end") as progress:
         result = meraser(
             opened,
             phases["erase"],
             phases.get("recover"),
-            foundation=foundation,
+            foundation=others[0] if others else None,
             scales=scales,
             measure=_measure(data, given, progress),
             progress=progress,
@@ -77,9 +78,9 @@ def _meraser(
     write(result, out, meraser_tables, as_json=as_json, hashes=hashes, **sizes)
 
 
-def _keep_apart(out: str, checkpoints: str | None, models: list[str]) -> None:
+def _keep_apart(out: str, checkpoints: str | None, read: Sequence[Checkpoint]) -> None:
     """Refuse to write into what is read, or to two things in one place."""
-    inputs = [path for model in models for path in input_paths(open_checkpoint(model))]
+    inputs = [path for one in read for path in input_paths(one)]
     check_apart(out, inputs)
     if checkpoints is not None:
         check_apart(checkpoints, [*inputs, out])
@@ -166,6 +167,7 @@ command = options.Command(
         ),
         *(option for option in causal_options.OPTIONS if option.name in _MEASURED),
         *lora_options.CHECKPOINTS,
+        options.WEIGHTS,
         model_options.DEVICE,
         *(
             option

@@ -85,13 +85,11 @@ def prepare(tuned: Checkpoint, given: Mapping[str, Any]) -> tuple[Model, list[En
         given: The command's parameters.
     """
     from weightsurgery.datasets.batches import read_examples
-    from weightsurgery.models import load_model, with_weights
+    from weightsurgery.models import load_model
 
     loaded = click.get_current_context().meta
     if __name__ not in loaded:
-        model = load_model(given["tuned"], device=given["device"])
-        if given.get("weights") is not None:
-            model = with_weights(model, tuned)
+        model = load_model(tuned, device=given["device"])
         examples = read_examples(model, given["data"], max_length=given["max_length"])
         loaded[__name__] = model, examples
     model, examples = loaded[__name__]

@@ -67,10 +67,13 @@ def _open(operator: Operator, given: Mapping[str, Any]) -> tuple[list[Checkpoint
         names = {key: given[key] for key in ("weights", "strip_prefix", "name_map")}
         pair = options.open_pair(given["base"], given["tuned"], **names)
         return list(pair), pair[1]
-    first, *others = operator.inputs
-    subject = open_checkpoint(given[first], weights=given["weights"])
-    paths = [p for n in others for p in (given[n] if n == operator.variadic else [given[n]])]
-    return [subject, *map(open_checkpoint, paths)], subject
+    paths = [
+        path
+        for name in operator.inputs
+        for path in (given[name] if name == operator.variadic else [given[name]])
+    ]
+    opened = options.open_all(paths, given["weights"])
+    return opened, opened[0]
 
 
 def _run(operator: Operator, given: dict[str, Any]) -> None:

@@ -221,9 +221,9 @@ def open_pair(
         SettingError: The name map gives something that is not a name; neither input is a
             directory with a file called `weights`.
     """
-    opened = _open_both((base, tuned), weights)
+    opened = open_all((base, tuned), weights)
     if not strip_prefix and name_map is None:
-        return opened
+        return opened[0], opened[1]
     names: Mapping[str, str] | None = None
     if name_map is not None:
         file = InputFile(name_map)
@@ -231,20 +231,25 @@ def open_pair(
         for tensor, other in names.items():
             if not isinstance(other, str):
                 raise SettingError("the name map gives no name", file=name_map, tensor=tensor)
-    return match_names(*opened, strip_prefix=strip_prefix, name_map=names), opened[1]
+    named = match_names(opened[0], opened[1], strip_prefix=strip_prefix, name_map=names)
+    return named, opened[1]
 
 
-def _open_both(paths: tuple[str, str], weights: str | None) -> tuple[Checkpoint, Checkpoint]:
-    """Open two checkpoints; `weights` is for whichever of them has that file."""
-    first, second = (_open_with(path, weights) for path in paths)
-    refusals = [found for found in (first, second) if isinstance(found, SettingError)]
+def open_all(paths: Sequence[str], weights: str | None) -> list[Checkpoint]:
+    """Open checkpoints; `weights` is for whichever of them has that file.
+
+    Raises:
+        SettingError: None of them is a directory with a file called `weights`.
+    """
+    found = [_open_with(path, weights) for path in paths]
+    refusals = [one for one in found if isinstance(one, SettingError)]
     if len(refusals) == len(paths):
         # What a directory lacks says more than that a file is no directory.
         raise min(refusals, key=lambda refusal: os.path.isfile(refusal.file or ""))
-    return (
-        open_checkpoint(paths[0]) if isinstance(first, SettingError) else first,
-        open_checkpoint(paths[1]) if isinstance(second, SettingError) else second,
-    )
+    return [
+        open_checkpoint(path) if isinstance(one, SettingError) else one
+        for path, one in zip(paths, found, strict=True)
+    ]
 
 
 def _open_with(path: str, weights: str | None) -> Checkpoint | SettingError:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import click
@@ -67,7 +67,7 @@ def _sweep(base: str, tuned: str, **given: Any) -> None:
     Hyperparameters(**training)
     sentences = read_sentences(given["held_out"])
     poisoned = None if given["poisoned"] is None else read_sentences(given["poisoned"])
-    inputs = (open_checkpoint(base), open_checkpoint(tuned))
+    inputs = options.open_all((base, tuned), given["weights"])
     settings = read_settings(context, operator, given, inputs[1])
     from weightsurgery.evaluation.classification import check_classifier, target_of
     from weightsurgery.evaluation.sweep import sweep
@@ -105,7 +105,7 @@ def _sweep(base: str, tuned: str, **given: Any) -> None:
 
 def _edit(
     operator: Operator,
-    inputs: tuple[Checkpoint, Checkpoint],
+    inputs: Sequence[Checkpoint],
     settings: dict[str, Any],
     given: Mapping[str, Any],
 ) -> Callable[[float], Checkpoint]:
@@ -247,6 +247,7 @@ command = options.Command(
         ),
         click.Option(["--overwrite"], is_flag=True, help="Replace --plot's OUT if it exists."),
         model_options.MAX_LENGTH,
+        options.WEIGHTS,
         model_options.DEVICE,
         options.JSON,
     ],

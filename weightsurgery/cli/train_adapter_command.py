@@ -27,18 +27,20 @@ def _train_adapter(
     checkpoints: str | None,
     save_every: int,
     hashes: bool,
+    weights: str | None,
     device: str,
     as_json: bool,
     **given: Any,
 ) -> None:
     settings = lora_options.settings_of(preset, given)
-    inputs = input_paths(open_checkpoint(model))
+    read = open_checkpoint(model, weights=weights)
+    inputs = input_paths(read)
     # Before any work; saving checks again.
     check_destination(out, is_directory=True, overwrite=overwrite, inputs=inputs)
     if checkpoints is not None:
         check_apart(checkpoints, [*inputs, out])
     instructions = read_instructions(data)
-    opened = load_model(model, device=device)
+    opened = load_model(read, device=device)
     with model_options.counting("end") as progress:
         adapter = train_adapter(
             opened,
@@ -81,6 +83,7 @@ command = options.Command(
         lora_options.PRESET,
         *lora_options.OPTIONS,
         *lora_options.CHECKPOINTS,
+        options.WEIGHTS,
         model_options.DEVICE,
         *(option for option in options.WRITING if option.name in ("out", "overwrite", "hashes")),
         options.JSON,

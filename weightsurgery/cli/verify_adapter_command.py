@@ -6,7 +6,6 @@ import click
 
 from weightsurgery.adapters.proof import check_proof, verify_adapter
 from weightsurgery.cli import options
-from weightsurgery.formats import open_checkpoint
 from weightsurgery.report.proof import proof_tables
 from weightsurgery.report.tables import show
 
@@ -16,10 +15,11 @@ def _verify(
     adapters: tuple[str, ...],
     merged: str,
     weight: tuple[float, ...],
+    weights: str | None,
     workers: int,
     as_json: bool,
 ) -> None:
-    read = [open_checkpoint(path) for path in (base, *adapters, merged)]
+    read = options.open_all((base, *adapters, merged), weights)
     with options.running(workers, inputs=read) as engine:
         report = verify_adapter(read[0], read[1:-1], read[-1], weight=weight, engine=engine)
     if as_json:
@@ -57,6 +57,7 @@ command = options.Command(
             metavar="NUMBER",
             help="What an adapter's change was multiplied by; one for each.",
         ),
+        options.WEIGHTS,
         options.WORKERS,
         options.JSON,
     ],
