@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from weightsurgery.adapters.finite import finite
 from weightsurgery.adapters.layout import Target, read_adapter
 from weightsurgery.adapters.updates import ReplaceRows, Update
 from weightsurgery.checkpoint import Checkpoint
@@ -53,7 +54,11 @@ class Reading:
 
 
 def read_adapters(
-    base: Checkpoint, adapters: Sequence[Checkpoint], weight: Sequence[float]
+    base: Checkpoint,
+    adapters: Sequence[Checkpoint],
+    weight: Sequence[float],
+    *,
+    allow_nonfinite: bool = False,
 ) -> Reading:
     """What adapters do to BASE, its head untied from the embedding where it was tied.
 
@@ -61,6 +66,7 @@ def read_adapters(
         base: The model that they were trained on.
         adapters: From `open_checkpoint`, in order.
         weight: One number for each, or none.
+        allow_nonfinite: Let their NaN and infinity pass; else reading them raises NonFiniteError.
 
     Raises:
         FormatError: An adapter is incomplete, or contradicts its configuration.
@@ -75,7 +81,8 @@ def read_adapters(
     tie = find_tie(base)
     apart = _untied(base, tie) if tie else base
     found = []
-    for adapter, by in zip(adapters, weight or [1.0] * len(adapters), strict=True):
+    read = adapters if allow_nonfinite else [*map(finite, adapters)]
+    for adapter, by in zip(read, weight or [1.0] * len(adapters), strict=True):
         targets = read_adapter(apart, adapter, weight=by)
         found.append(tuple(_with_tied_rows(targets, tie, adapter) if tie else targets))
     return Reading(apart, tie, tuple(found))
