@@ -7,7 +7,8 @@ from typing import Any
 
 import click
 
-from weightsurgery.datasets.batches import LOSSES, PROMPT_FORMATS
+from weightsurgery.datasets.batches import LOSSES
+from weightsurgery.datasets.prompts import FORMATS
 from weightsurgery.errors import SettingError, shown
 from weightsurgery.training.lora import PRECISIONS, PRESETS, LoraSettings, lora_settings
 from weightsurgery.training.settings import SCHEDULERS
@@ -27,7 +28,7 @@ _KINDS: dict[str, Any] = {
     "max_grad_norm": (float, "Scale longer gradients to this norm; 0 leaves them."),
     "label_smoothing": (float, "Share of a token's label that is spread over all."),
     "prompt_format": (
-        click.Choice(PROMPT_FORMATS),
+        click.Choice(FORMATS),
         "Questions in the chat template, or the answer right behind them, or on the next line.",
     ),
     "loss_on": (click.Choice(LOSSES), "Learn the answer alone, or the question too."),
