@@ -659,7 +659,7 @@ def test_only_what_was_measured_is_shown(
          "--stride is 10; expected 1 to the window's 9 tokens"),
         (["--fingerprints", "marks.jsonl", "--prompt-format", "chat"], 4, "has no chat template"),
         (["--fingerprints", "absent.jsonl"], 6, "absent.jsonl: cannot open"),
-        (["--fingerprints", "text.txt"], 3, "'.txt' is no kind of data file"),
+        (["--fingerprints", "text.txt"], 3, "'.txt' is no kind of file for questions"),
         (["--perplexity", "text.txt", "--against", "bert"], 4, "bert: a classifier; expected"),
     ],
 )  # fmt: skip
