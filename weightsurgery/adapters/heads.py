@@ -14,9 +14,9 @@ from weightsurgery.adapters.finite import finite
 from weightsurgery.adapters.layout import Target, read_adapter
 from weightsurgery.adapters.updates import ReplaceRows, Update
 from weightsurgery.checkpoint import Checkpoint
-from weightsurgery.errors import MismatchError, PolicyError, SettingError
+from weightsurgery.errors import MismatchError, PolicyError, SettingError, shown
 from weightsurgery.formats.config import with_config
-from weightsurgery.ties import Tie, find_tie
+from weightsurgery.ties import Tie, find_tie, find_unclear_tie
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,8 @@ def read_adapters(
     Raises:
         FormatError: An adapter is incomplete, or contradicts its configuration.
         MismatchError: An adapter does not fit BASE.
-        PolicyError: An adapter is of a kind that is not folded in here.
+        PolicyError: An adapter is of a kind that is not folded in here, or changes what could be
+            the tied embedding or its head, where nobody can tell which tensors are.
         SettingError: There is no adapter, or not one `weight` for each.
     """
     if not adapters:
@@ -84,6 +85,7 @@ def read_adapters(
     read = adapters if allow_nonfinite else [*map(finite, adapters)]
     for adapter, by in zip(read, weight or [1.0] * len(adapters), strict=True):
         targets = read_adapter(apart, adapter, weight=by)
+        _refuse_unclear(base, [target.name for target in targets])
         found.append(tuple(_with_tied_rows(targets, tie, adapter) if tie else targets))
     return Reading(apart, tie, tuple(found))
 
@@ -99,9 +101,11 @@ def settle(reading: Reading, base: Checkpoint, *, untie: bool) -> Reading:
     Raises:
         MismatchError: There is nothing to untie.
         PolicyError: The embedding and its head become different tensors, and `untie` is false;
-            or nobody knows where a head of its own would be stored.
+            or nobody knows which tensors they are, or where a head of its own would be stored.
     """
     tie = reading.tie
+    if untie:
+        _refuse_unclear(base, find_unclear_tie(base))
     if untie and tie is None:
         raise MismatchError(
             "its output head is not tied to the word embedding",
@@ -127,6 +131,26 @@ def settle(reading: Reading, base: Checkpoint, *, untie: bool) -> Reading:
         )
     targets = tuple(tuple(t for t in one if t.name in base) for one in reading.targets)
     return Reading(base, None, targets)  # the two stay one tensor: nothing tells them apart
+
+
+def _refuse_unclear(base: Checkpoint, changed: Sequence[str]) -> None:
+    """Refuse to change what may be tied to something else.
+
+    Raises:
+        PolicyError: One of these names could be that of the tied embedding or of its head, and
+            others could be too.
+    """
+    unclear = find_unclear_tie(base)
+    touched = [name for name in unclear if name in changed]
+    if touched:
+        others = ", ".join(f"'{shown(name)}'" for name in unclear if name != touched[0])
+        raise PolicyError(
+            "BASE ties its output head to its word embedding, and this tensor could be one of the "
+            f"two, as {others} could",
+            file=base.label,
+            tensor=touched[0],
+            hint="if they are not tied, say so in config.json: tie_word_embeddings false",
+        )
 
 
 def _untied(base: Checkpoint, tie: Tie) -> Checkpoint:
