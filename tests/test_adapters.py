@@ -570,10 +570,127 @@ def test_a_tensor_of_another_shape_is_not_bases() -> None:
     assert not report["proved"]
 
 
-def test_nan_proves_nothing() -> None:
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+@pytest.mark.parametrize("allowed", [False, True])
+def test_nan_and_infinity_prove_nothing(
+    value: float, allowed: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     base = cases.model("llama")
-    given = pair_of(base, cases.adapter(base, "llama"), family="llama")
+    arrays, config = cases.adapter(base, "llama"), cases.adapter_config("llama")
+    given = pair_of(base, arrays, family="llama")
     merged = cases.read(apply_adapter(*given))
     name = "model.layers.0.mlp.down_proj.weight"
-    merged[name] = np.full_like(merged[name], np.nan)
-    assert not verify_adapter(given[0], [given[1]], from_arrays(merged))["proved"]
+    merged[name] = np.full_like(merged[name], value)
+    wrong = from_arrays(merged)
+    report = verify_adapter(given[0], [given[1]], wrong, allow_nonfinite=allowed)
+    verdicts = {one["tensor"]: one for one in report["tensors"] if one["verdict"] != "proved"}
+    assert list(verdicts) == [name]
+    assert verdicts[name]["verdict"] == "wrong"
+    assert verdicts[name]["residual"] is verdicts[name]["worst"] is None
+    cases.write_directory(tmp_path / "base", base)
+    cases.write_directory(tmp_path / "merged", merged)
+    cases.write_adapter(tmp_path / "adapter", arrays, config)
+    paths = [tmp_path / one for one in ("base", "adapter", "merged")]
+    assert cases.wsurg("verify-adapter", *paths) == GateError.exit_code
+    assert re.search(r"worst element\s+NaN or infinity", capsys.readouterr().out)
+    assert cases.wsurg("verify-adapter", *paths, "--json") == GateError.exit_code
+    assert json.loads(capsys.readouterr().out) == {
+        **verify_adapter(given[0], [given[1]], wrong),
+        "base": str(paths[0]),
+        "adapters": [str(paths[1])],
+        "merged": str(paths[2]),
+    }
+
+
+# --- NaN and infinity that are let pass ---------------------------------------------------------
+
+NORM, QUERY_BIAS = "embeddings.LayerNorm.weight", "encoder.layer.0.attention.self.query.bias"
+WORDS, TOKENS = "embeddings.word_embeddings", np.ones((2, 6), "f4")
+PARTS: dict[str, tuple[dict[str, Any], Callable[[cases.Arrays, cases.Arrays], cases.Arrays]]] = {
+    "a factor": ({}, lambda _base, adapter: adapter),
+    "a saved module": (
+        {"modules_to_save": ["LayerNorm"]},
+        lambda base, _: {f"{FRONT}{NORM}": base[NORM]},
+    ),
+    "a bias": ({"bias": "all"}, lambda base, _: {f"{FRONT}{QUERY_BIAS}": base[QUERY_BIAS]}),
+    "trained tokens": (
+        {"trainable_token_indices": {"word_embeddings": [1, 3]}},
+        lambda _base, _adapter: {f"{FRONT}{WORDS}.token_adapter.trainable_tokens_delta": TOKENS},
+    ),
+}
+
+
+def spoilt(arrays: cases.Arrays, value: float) -> tuple[cases.Arrays, str]:
+    """The first element of the first tensor is this value; and that tensor's name."""
+    name = next(iter(arrays))
+    array = arrays[name].copy()
+    array.flat[0] = value
+    return {**arrays, name: array}, name
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+@pytest.mark.parametrize("case", PARTS)
+def test_nan_in_an_adapter_is_refused_by_file_and_tensor_or_let_pass(
+    case: str, value: float, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings, change = PARTS[case]
+    base = cases.model("bert")
+    arrays, name = spoilt(change(base, cases.adapter(base)), value)
+    config = cases.adapter_config(**settings)
+    cases.write_directory(tmp_path / "base", base)
+    cases.write_adapter(tmp_path / "adapter", arrays, config)
+    given, out = (tmp_path / "base", tmp_path / "adapter"), tmp_path / "out"
+    before = cases.digests(tmp_path)
+    assert cases.wsurg("apply-adapter", *given, "-o", out) == NonFiniteError.exit_code == 4
+    (told,) = capsys.readouterr().err.splitlines()
+    reason = "NaN or infinity in an adapter; --allow-nonfinite lets it pass"
+    assert told == f"error: {given[1]}: tensor '{name}': {reason}"
+    assert cases.digests(tmp_path) == before
+
+    assert cases.wsurg("apply-adapter", *given, "-o", out, "--allow-nonfinite") == 0
+    capsys.readouterr()
+    record = json.loads((out / "wsurg-record.json").read_text())
+    warning = f"adapter: NaN or infinity in 1 of {len(arrays)} tensors, first '{name}'; let pass"
+    assert warning in record["warnings"]
+    passed = [n for n, a in cases.read(open_checkpoint(out)).items() if not np.isfinite(a).all()]
+    assert len(passed) == 1
+    assert cases.wsurg("verify-adapter", *given, out) == NonFiniteError.exit_code
+    assert f"error: {given[1]}: tensor '{name}'" in capsys.readouterr().err
+    assert cases.wsurg("verify-adapter", *given, out, "--allow-nonfinite") == 0
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_nan_in_base_is_proved_where_it_is_let_pass(value: float) -> None:
+    base = cases.model("bert")
+    name = "encoder.layer.0.attention.self.query.weight"
+    base[name].flat[7] = value
+    given = pair_of(base, cases.adapter(base))
+    assert name in {view.name for view in apply_adapter(*given).values() if view.status == "edited"}
+    with pytest.raises(NonFiniteError, match=f"{name}.*--allow-nonfinite lets it pass"):
+        cases.read(apply_adapter(*given))
+    merged = apply_adapter(*given, allow_nonfinite=True)
+    assert not [told for told in merged.warnings if "NaN" in told]  # the adapter has none
+    assert verify_adapter(given[0], [given[1]], merged, allow_nonfinite=True)["proved"]
+    assert not verify_adapter(given[0], [given[1]], merged)["proved"]
+    other = {**cases.read(merged), name: base[name]}  # nothing added, and the same NaN
+    report = verify_adapter(given[0], [given[1]], from_arrays(other), allow_nonfinite=True)
+    found = {one["tensor"]: one["verdict"] for one in report["tensors"]}
+    assert found[name] == "unchanged"
+
+
+def test_dora_of_a_line_of_zeros_has_no_direction() -> None:
+    base = cases.model("bert")
+    name = "encoder.layer.0.attention.self.query"
+    base[f"{name}.weight"][2] = 0
+    arrays = {n: np.zeros_like(a) for n, a in cases.adapter(base).items() if name in n}
+    arrays[f"{FRONT}{name}.lora_magnitude_vector"] = np.ones(6, "f4")
+    given = pair_of(base, arrays, use_dora=True)
+    with pytest.raises(MismatchError, match="a line of the adapted matrix is zero") as told:
+        cases.read(apply_adapter(*given))
+    assert type(told.value) is MismatchError
+    base[f"{name}.weight"][2] = np.nan  # is no zero
+    given = pair_of(base, arrays, use_dora=True)
+    with pytest.raises(NonFiniteError, match="--allow-nonfinite lets it pass"):
+        cases.read(apply_adapter(*given))
+    found = cases.read(apply_adapter(*given, allow_nonfinite=True))[f"{name}.weight"]
+    assert (np.isnan(found).all(axis=1) == (np.arange(6) == 2)).all()

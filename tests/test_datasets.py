@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests import tiny_models
+from tests.test_evaluation import refusal
+from weightsurgery.datasets.mismatch_check import read_claims
 from weightsurgery.datasets.read import (
     Instruction,
     Sentence,
     label_ids,
+    read_fingerprints,
     read_instructions,
     read_sentences,
 )
@@ -144,7 +149,11 @@ SENTENCE_ERRORS = [
     ("a.csv", "", "no rows; it needs a header and at least one row"),
     ("a.csv", "sentence,label\n", "no rows"),
     ("a.jsonl", "\n", "no rows"),
-    ("a.txt", "sentence\tlabel\nx\t1\n", "'.txt' is no kind of data file; expected .tsv, .csv or"),
+    (
+        "a.txt",
+        "sentence\tlabel\nx\t1\n",
+        "'.txt' is no kind of file for labelled sentences; expected .tsv, .csv, .jsonl or .json",
+    ),
     ("a.tsv", "text\tlabel\nx\t1\n", "columns text, label; expected sentence and label, or"),
     ("a.tsv", "sentence\tclass\nx\t1\n", "columns sentence, class; expected sentence and label"),
     ("a.tsv", "sentence1\tlabel\nx\t1\n", "columns sentence1, label; expected sentence and label"),
@@ -220,6 +229,43 @@ def test_bad_instructions_are_told(content: str, reason: str, tmp_path: Path) ->
     path = write(tmp_path, "a.jsonl", content)
     with pytest.raises(FormatError, match=re.escape(f"{path}: {reason}")):
         read_instructions(path)
+
+
+@pytest.mark.parametrize("reader", [read_instructions, read_fingerprints, read_claims])
+@pytest.mark.parametrize("ending", [".txt", ".tsv", ".csv", ""])
+def test_questions_and_answers_are_jsonl(
+    reader: Callable[[Path], object], ending: str, tmp_path: Path
+) -> None:
+    path = write(tmp_path, f"a{ending}", "question\tanswer\nx\ty\n")
+    reason = f"{path}: '{ending}' is no kind of file for questions and answers; expected .jsonl or"
+    with pytest.raises(FormatError, match=re.escape(reason)):
+        reader(path)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["train-adapter", "model", "--data", "FILE"],
+        ["meraser", "model", "--erase", "FILE"],
+        ["meraser", "model", "--erase", "qa.jsonl", "--recover", "FILE"],
+        ["mismatch", "FILE"],
+        ["mismatch", "--check", "FILE"],
+    ],
+    ids=" ".join,
+)
+def test_the_commands_say_which_endings_they_take(
+    words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    tiny_models.llama(tmp_path / "model")
+    write(tmp_path, "qa.jsonl", rows({"question": "what", "answer": "y"}))
+    write(tmp_path, "a.txt", "what\n")
+    given = ["a.txt" if word == "FILE" else word for word in words]
+    given += [] if "--check" in words else ["-o", "out.jsonl"]
+    code, reason = refusal(given)
+    assert code == FormatError.exit_code == 3
+    assert "'.txt' is no kind of file for questions and answers; expected .jsonl or" in reason
+    assert not list(tmp_path.glob("out*"))
 
 
 def test_the_remedy_for_columns_is_that_of_the_files_kind(tmp_path: Path) -> None:

@@ -720,6 +720,17 @@ def test_the_report_page_lists_what_an_extracted_adapter_keeps(
     same_keys(table_keys(REFERENCE / "report-json.md", "extract-adapter"), set(key_paths(report)))
 
 
+def test_the_report_page_lists_what_mismatch_notes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    rows = [{"question": q, "answer": a} for q, a in (("what", "a"), ("how", "b"))]
+    Path("qa.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    run_json(capsys, "mismatch", "qa.jsonl", "--size", "2", "-o", "out.jsonl")
+    report = json.loads(Path("out.jsonl.wsurg-record.json").read_text())["report"]
+    same_keys(table_keys(REFERENCE / "report-json.md", "mismatch"), set(key_paths(report)))
+
+
 def test_the_plan_page_lists_its_keys(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     named = {**NAMED, "tensors": "<status>"}
     document = run_json(capsys, "mix", "base/", "tuned/", "-o", "a/", "--dry-run")

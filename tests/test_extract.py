@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import threading
+import time
 import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
@@ -20,7 +22,7 @@ from weightsurgery import (
     save,
     verify_adapter,
 )
-from weightsurgery.adapters import decompose
+from weightsurgery.adapters import decompose, extract, memory
 from weightsurgery.adapters.places import find_places
 from weightsurgery.alignment import align
 from weightsurgery.checkpoint import Checkpoint
@@ -167,7 +169,7 @@ def test_the_least_rank_that_keeps_the_energy(share: float, svd: str) -> None:
 
 
 def test_energy_beyond_the_first_directions(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(decompose, "_BEGIN", 2)
+    monkeypatch.setattr(decompose, "BEGIN", 2)
     drift = decaying(100, 80, power=0.5)
     told = report_of(extract_adapter(*one_matrix(drift), energy=0.8, svd="randomised"))
     rank = reference.least_rank(drift, 0.8)
@@ -796,6 +798,130 @@ def test_workers_and_shards_do_not_matter(
     assert all(one == found[0] for one in found)
     names = {"README.md", "adapter_config.json", "adapter_model.safetensors"}
     assert found[0][0].keys() == names
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    for name, arrays in zip(("base", "tuned"), cases.pair("bert"), strict=True):
+        cases.write_directory(tmp_path / name, arrays, config=cases.CONFIGS["bert"])
+    return tmp_path
+
+
+def test_a_dry_run_tells_what_would_be_written_and_writes_nothing(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = ["extract-adapter", folder / "base", folder / "tuned", "-o", folder / "adapter"]
+    given += ["--energy", "0.8", "--workers", "2"]
+    before = cases.digests(folder)
+    assert cases.wsurg(*given, "--dry-run", "--json") == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert cases.wsurg(*given, "--dry-run") == 0
+    shown = capsys.readouterr().out
+    assert "Matrices, least energy kept first" in shown
+    assert "Plan; nothing was written" in shown
+    assert cases.digests(folder) == before
+    assert cases.wsurg(*given, "--json") == 0
+    record = json.loads(capsys.readouterr().out)
+    written = folder / "adapter" / "adapter_model.safetensors"
+    assert plan["files"] == {written.name: written.stat().st_size}
+    assert plan["report"] == {"adapter": record["report"]["adapter"]}
+    assert plan["alignment"] == record["alignment"]
+    assert plan["workers"] == 2
+    assert sum(plan["tensors"].values()) == len(record["tensors"])
+    assert cases.wsurg(*given, "--dry-run") == 5  # it is there now
+    assert cases.wsurg(*given, "--dry-run", "--overwrite") == 0
+
+
+def test_a_memory_limit_takes_workers_and_changes_no_byte(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = ["extract-adapter", folder / "base", folder / "tuned", "--workers", "4"]
+
+    def planned(*more: object) -> Any:
+        assert cases.wsurg(*given, *more, "-o", folder / "x", "--dry-run", "--json") == 0
+        return json.loads(capsys.readouterr().out)
+
+    free = planned()
+    assert free["workers"] == 4
+    less = planned("--max-memory", free["memory"] - 1)
+    assert less["workers"] == 3
+    assert less["memory"] < free["memory"]
+    assert cases.wsurg(*given, "-o", folder / "free") == 0
+    assert cases.wsurg(*given, "-o", folder / "less", "--max-memory", less["memory"]) == 0
+    capsys.readouterr()
+    assert cases.digests(folder / "free") == cases.digests(folder / "less")
+    assert cases.wsurg(*given, "-o", folder / "x", "--max-memory", "100MB") == 2
+    assert "a memory limit of 100,000,000 bytes is too small" in capsys.readouterr().err
+    assert not (folder / "x").exists()
+
+
+def test_fewer_workers_decompose_at_a_time_under_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    at_once, most, lock = 0, [0], threading.Lock()
+    original = extract.decompose
+
+    def watched(*given: Any) -> Any:
+        nonlocal at_once
+        with lock:
+            at_once += 1
+            most.append(at_once)
+        time.sleep(0.02)
+        try:
+            return original(*given)
+        finally:
+            with lock:
+                at_once -= 1
+
+    monkeypatch.setattr(extract, "decompose", watched)
+    given, engine = pair_of(*cases.pair("bert")), Engine(workers=3)
+    works = memory.works_of(extract_adapter(*given, engine=engine))
+    assert max(most) > 1
+    most.clear()
+    limit = memory.peak_of(works, 1, given)
+    extract_adapter(*given, max_memory=limit, engine=engine)
+    assert max(most) == 1
+    with pytest.raises(SettingError, match=f"{limit - 1:,} bytes is too small; one worker may"):
+        extract_adapter(*given, max_memory=limit - 1, engine=engine)
+    with pytest.raises(SettingError, match="beside energy, max_rank bounds it"):
+        extract_adapter(*given, energy=0.9, max_memory=limit // 2, engine=engine)
+
+
+SHAPES = [(1024, 768, "exact", 16), (300, 6000, "randomised", 64), (6000, 300, "randomised", 64)]
+SHAPES += [(2000, 1500, "auto", 8)]
+
+
+@pytest.mark.parametrize(("rows", "columns", "svd", "rank"), SHAPES, ids=str)
+@pytest.mark.parametrize("dtype", ["f4", "f8"])
+def test_memory_stays_below_its_estimate(
+    rows: int, columns: int, svd: str, rank: int, dtype: str
+) -> None:
+    drift = np.random.default_rng(0).normal(size=(rows, columns)).astype(dtype)
+    given = one_matrix(drift)
+    settings: dict[str, Any] = {"rank": rank, "svd": svd, "power_iterations": 1}
+    extract_adapter(*given, **settings, engine=Engine(workers=1))  # compiles
+    tracemalloc.start()
+    try:
+        adapter = extract_adapter(*given, **settings, engine=Engine(workers=1))
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    (work,) = memory.works_of(adapter)
+    assert work.held == sum(view.nbytes for view in adapter.values())
+    assert peak < work.held + work.passing < 6 * peak
+    places = find_places(align(*given))
+    wanted = decompose.Wanted(rank=rank, energy=None, svd=svd)
+    assert memory.works_expected(places, wanted, given) == [work]
+
+
+def test_the_energy_counts_as_all_that_is_allowed() -> None:
+    given = one_matrix(decaying(600, 700, power=2.0))
+    places = find_places(align(*given))
+    (bounded,) = memory.works_expected(places, decompose.Wanted(rank=9, energy=0.9), given)
+    (free,) = memory.works_expected(places, decompose.Wanted(rank=None, energy=0.9), given)
+    assert (bounded.held, free.held) == (4 * 9 * 1300, 4 * 600 * 1300)
+    for settings, expected in (({"max_rank": 9}, bounded), ({}, free)):
+        (work,) = memory.works_of(extract_adapter(*given, energy=0.9, **settings))
+        assert work.held <= expected.held
+        assert work.passing <= expected.passing
 
 
 def test_the_record_and_the_table_tell_what_was_kept(

@@ -8,8 +8,9 @@ import re
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
+import click
 import numpy as np
 import pytest
 from hypothesis import given
@@ -19,8 +20,9 @@ from tests import reference, tiny_models
 from tests.test_docs import REFERENCE, key_paths, run_wsurg, same_keys, table_keys
 from tests.test_evaluation import refusal
 from weightsurgery import evaluate_causal, fingerprint_success, perplexity
+from weightsurgery.cli import cli
 from weightsurgery.datasets.batches import encode_instructions
-from weightsurgery.datasets.prompts import encode_prompts, settle_format
+from weightsurgery.datasets.prompts import FORMATS, Settled, encode_prompts, settle_format
 from weightsurgery.datasets.read import (
     Instruction,
     read_fingerprints,
@@ -207,7 +209,10 @@ def test_targets_that_cannot_be_said_are_told(model: Model) -> None:
     )
 
 
-@pytest.mark.parametrize(("asked", "used"), [("auto", "chat"), ("chat", "chat"), ("raw", "raw")])
+@pytest.mark.parametrize(
+    ("asked", "used"),
+    [("auto", "chat"), ("chat", "chat"), ("raw", "raw"), ("lines", "lines")],
+)
 def test_prompts_go_through_the_template_if_there_is_one(
     templated: Model, asked: Any, used: str
 ) -> None:
@@ -216,10 +221,42 @@ def test_prompts_go_through_the_template_if_there_is_one(
     )
     assert report["prompt_format"] == used
     for outcome, text in zip(report["pairs"], TEXTS, strict=True):
-        whole = f"tell {text} . answer" if used == "chat" else text
+        whole = {"chat": f"tell {text} . answer", "raw": text, "lines": f"{text}\n"}[used]
         assert outcome["prompt"] == whole
         said = said_by(templated, whole)
         assert outcome["output"] == templated.tokenizer.decode(said, skip_special_tokens=True)
+
+
+class Bytes:
+    """A tokenizer whose tokens are bytes: a line feed is one."""
+
+    chat_template, eos_token_id = TEMPLATE, None
+
+    def __call__(self, text: str, **_settings: Any) -> dict[str, list[int]]:
+        return {"input_ids": list(text.encode())}
+
+    def apply_chat_template(self, messages: list[dict[str, str]], **_settings: Any) -> str:
+        return "".join(f"tell {one['content']} . " for one in messages) + "answer"
+
+
+def test_a_prompt_is_what_a_training_in_that_format_has_before_the_answer(model: Model) -> None:
+    model = replace(model, tokenizer=Bytes())
+    one = Instruction((("user", "who"),), "x", 1)
+    for how in get_args(Settled):
+        assert settle_format(model, how) == how
+        ((_, ids),) = encode_prompts(model, [one], how)
+        (trained,) = encode_instructions(model, [one], prompt_format=how)
+        assert list(trained.ids) == [*ids, ord("x")]
+        assert ids[-1] == ord({"chat": "r", "raw": "o", "lines": "\n"}[how])
+
+
+def test_training_and_evaluation_take_the_same_formats() -> None:
+    for name in ("evaluate", "meraser", "train-adapter"):
+        command = cli.get_command(click.Context(cli), name)
+        assert command is not None
+        (option,) = [one for one in command.params if one.name == "prompt_format"]
+        assert isinstance(option.type, click.Choice)
+        assert tuple(option.type.choices) == FORMATS == ("auto", "chat", "raw", "lines")
 
 
 def test_a_template_brings_its_own_special_tokens(classifier: Path) -> None:
@@ -405,7 +442,7 @@ PAIRS = prompts("x")
         ({"fingerprints": PAIRS, "max_new_tokens": 0}, "max_new_tokens is 0; expected at least"),
         (
             {"fingerprints": PAIRS, "prompt_format": "x"},
-            "format is 'x'; expected auto, chat or r",
+            "format is 'x'; expected auto, chat, raw, lines",
         ),
         (
             {"fingerprints": PAIRS, "max_new_tokens": 120},
@@ -622,7 +659,7 @@ def test_only_what_was_measured_is_shown(
          "--stride is 10; expected 1 to the window's 9 tokens"),
         (["--fingerprints", "marks.jsonl", "--prompt-format", "chat"], 4, "has no chat template"),
         (["--fingerprints", "absent.jsonl"], 6, "absent.jsonl: cannot open"),
-        (["--fingerprints", "text.txt"], 3, "'.txt' is no kind of data file"),
+        (["--fingerprints", "text.txt"], 3, "'.txt' is no kind of file for questions"),
         (["--perplexity", "text.txt", "--against", "bert"], 4, "bert: a classifier; expected"),
     ],
 )  # fmt: skip
@@ -642,7 +679,7 @@ def test_the_command_refuses(
 def test_the_command_refuses_them_for_classifiers(
     files: Callable[..., list[str]], classifier: Path, option: str
 ) -> None:
-    value = {"--prompt-format": "raw"}.get(option, "3")
+    value = {"--prompt-format": "raw", "--against": str(classifier)}.get(option, "3")
     code, reason = refusal(files("--data", "x.tsv", option, value, model=classifier))
     assert f"{option} is for causal language models, and " in reason
     assert reason.endswith("bert is a classifier")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -153,7 +154,9 @@ def test_an_adapter_of_the_foundation_is_transferred(folder: Path, marked: Model
 
 def test_the_defaults_are_the_papers(folder: Path, marked: Model) -> None:
     erase, recover = (Phase(phase.instructions) for phase in phases(folder))
-    step = meraser(marked, erase, recover).step
+    whole = meraser(marked, erase, recover).step
+    assert whole is not None
+    step = whole.inputs["model"].step
     assert step is not None
     adapters = [step.inputs["adapter"].step, step.inputs["base"].step]
     assert adapters[1] is not None
@@ -214,8 +217,10 @@ def test_the_command(
     assert [stage["stage"] for stage in stages] == ["before", "erased", "erased", "recovered"]
     assert stages[0]["fsr"]["share"] == 1.0
     assert all(stage["perplexity"]["perplexity"] > 1 for stage in stages)
-    assert record["recipe"]["operator"] == "apply-adapter"
-    files = record["recipe"]["inputs"]["adapter"]["settings"]["files"]
+    assert record["recipe"]["operator"] == "meraser"
+    inner = record["recipe"]["inputs"]["model"]
+    assert inner["operator"] == "apply-adapter"
+    files = inner["inputs"]["adapter"]["settings"]["files"]
     assert [file["name"] for file in files] == ["clean.jsonl"]
     load_model(tmp_path / "out", device="cpu")
     saved = [*given, "--erase-setting", "epochs=1", "--checkpoints", str(tmp_path / "run")]
@@ -224,6 +229,43 @@ def test_the_command(
     assert "wsurg meraser" in text
     assert "Measured" not in text
     assert (tmp_path / "run" / "erase" / "wsurg-training.json").is_file()
+
+
+def test_card_and_record_tell_both_phases(folder: Path, tmp_path: Path, marked: Model) -> None:
+    erase, recover = phases(folder)
+    erase = replace(erase, files=[folder / "mismatched.jsonl"])
+    recover = replace(recover, files=[folder / "clean.jsonl"])
+    foundation = load_model(folder / "foundation", device="cpu")
+    both = meraser(marked, erase, recover, foundation=foundation, scales=(0.5,))
+    record = save(both, tmp_path / "both")
+    settings = record["recipe"]["settings"]
+    assert (settings["scale"], settings["scales"]) == (0.5, [0.5])
+    assert settings["transfer_from"] == "foundation"
+    for phase, name, asked in (
+        ("erase", "mismatched.jsonl", ERASE),
+        ("recover", "clean.jsonl", RECOVER),
+    ):
+        assert [file["name"] for file in settings[phase]["files"]] == [name]
+        assert settings[phase] | asked == settings[phase]
+    assert [one["weight"] for one in record["report"]["adapters"]] == [0.5, 1.0]
+    assert [one["name"] for one in record["inputs"]] == ["marked", "foundation"]
+    card = (tmp_path / "both" / "README.md").read_text("utf-8")
+    assert "# marked, after meraser\n" in card
+    assert "- meraser" in card.partition("\n---\n")[0].splitlines()
+    assert "- `marked`\n- `foundation`\n" in card
+    steps = ["train-adapter", "apply-adapter"] * 2 + ["meraser"]
+    assert f"Step by step: {', '.join(f'`{one}`' for one in steps)}." in card
+    shown = json.loads(card.partition("```json\n")[2].partition("\n```")[0])
+    assert shown == settings
+
+
+def test_a_model_that_is_erased_alone_says_so(folder: Path, tmp_path: Path, marked: Model) -> None:
+    record = save(meraser(marked, phases(folder)[0], None), tmp_path / "out")
+    settings = record["recipe"]["settings"]
+    assert (settings["recover"], settings["transfer_from"]) == (None, None)
+    assert [one["weight"] for one in record["report"]["adapters"]] == [1.0]
+    card = (tmp_path / "out" / "README.md").read_text("utf-8")
+    assert "Step by step: `train-adapter`, `apply-adapter`, `meraser`." in card
 
 
 @pytest.mark.parametrize(

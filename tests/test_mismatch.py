@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
@@ -282,7 +283,50 @@ def test_the_file_appears_whole_or_not_at_all(tmp_path: Path) -> None:
     assert out.read_bytes() == first
     write_mismatched(rows[:2], out, overwrite=True)
     assert out.read_bytes() == b"".join(first.splitlines(True)[:2])
-    assert {path.name for path in tmp_path.iterdir()} == {"qa.jsonl", "out.jsonl"}
+    names = {"qa.jsonl", "out.jsonl", "out.jsonl.wsurg-record.json"}
+    assert {path.name for path in tmp_path.iterdir()} == names
+    out.unlink()
+    with pytest.raises(PolicyError, match=r"out\.jsonl\.wsurg-record\.json: exists already"):
+        write_mismatched(rows, out)
+
+
+def test_the_record_tells_what_was_made_of_what(tmp_path: Path) -> None:
+    data, out = write_pairs(tmp_path / "qa.jsonl"), tmp_path / "out.jsonl"
+    rows = mismatch(PAIRS, size=5, seed=7)
+    report = describe_mismatched(PAIRS, rows)
+    record = write_mismatched(rows, out, inputs=[data], seed=7, report=report)
+    beside = tmp_path / "out.jsonl.wsurg-record.json"
+    assert json.loads(beside.read_text("utf-8")) == record
+    assert str(tmp_path) not in beside.read_text("utf-8")
+    assert record["schema"] == "wsurg.record/1"
+    words = {kind: list(them) for kind, them in KEYWORDS.items()}
+    assert record["recipe"] == {
+        "operator": "mismatch",
+        "settings": {"size": 5, "seed": 7, "keywords": words},
+        "inputs": {"data": {"input": 0}},
+    }
+    assert record["inputs"] == [{"name": "qa.jsonl", "files": [described(data)]}]
+    assert record["outputs"] == {"out.jsonl": {k: described(out)[k] for k in ("size", "sha256")}}
+    found = record["report"]["mismatch"]
+    assert found == {n: report[n] for n in ("rows", "size", "answers", "types", "pairs")}
+    made = Path(write_again(tmp_path / "again", rows, data, report))
+    assert made.read_bytes() == beside.read_bytes()
+    record = write_mismatched(rows, out, overwrite=True)
+    assert (record["recipe"]["settings"], record["report"]) == ({"size": 5}, {})
+    assert record["inputs"] == []
+
+
+def described(file: Path) -> dict[str, Any]:
+    content = file.read_bytes()
+    digest = hashlib.sha256(content).hexdigest()
+    return {"name": file.name, "size": len(content), "sha256": digest}
+
+
+def write_again(folder: Path, rows: Any, data: Path, report: Any) -> str:
+    """The same in another folder; where the record is."""
+    folder.mkdir()
+    write_mismatched(rows, folder / "out.jsonl", inputs=[data], seed=7, report=report)
+    return f"{folder}/out.jsonl.wsurg-record.json"
 
 
 @pytest.mark.parametrize(
@@ -463,9 +507,12 @@ def test_the_command_writes_what_the_function_makes(
     rows = mismatch(PAIRS, size=20, seed=5, keywords=words)
     out = tmp_path / "out.jsonl"
     assert [Mismatched(**json.loads(line)) for line in out.read_text().splitlines()] == rows
-    described = describe_mismatched(PAIRS, rows, keywords=words)
+    expected = describe_mismatched(PAIRS, rows, keywords=words)
     places = {"out": str(out), "data": str(tmp_path / "qa.jsonl"), "seed": 5}
-    assert report == {**described, **places}
+    assert report == {**expected, **places}
+    record = json.loads((tmp_path / "out.jsonl.wsurg-record.json").read_text("utf-8"))
+    assert record["recipe"]["settings"] == {"size": 20, "seed": 5, "keywords": expected["keywords"]}
+    assert record["report"]["mismatch"]["pairs"] == expected["pairs"]
     assert run_wsurg(given) == PolicyError.exit_code
     assert run_wsurg([*given, "--overwrite"]) == 0
 

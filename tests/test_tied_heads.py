@@ -13,10 +13,17 @@ import transformers
 
 from tests import cases
 from tests.peft_models import WARNINGS, Trained, gpt2, llama
-from weightsurgery import apply_adapter, from_arrays, open_checkpoint, save, verify_adapter
+from weightsurgery import (
+    apply_adapter,
+    extract_adapter,
+    from_arrays,
+    open_checkpoint,
+    save,
+    verify_adapter,
+)
 from weightsurgery.checkpoint import Checkpoint
 from weightsurgery.errors import MismatchError, PolicyError
-from weightsurgery.ties import _TIED_BY_DEFAULT, Tie, find_tie, says_tied
+from weightsurgery.ties import _TIED_BY_DEFAULT, Tie, find_tie, find_unclear_tie, says_tied
 
 pytestmark = WARNINGS
 
@@ -276,6 +283,113 @@ def test_a_head_that_nobody_knows_the_place_of_is_not_untied() -> None:
         apply_adapter(base, adapter)
     with pytest.raises(PolicyError, match="where the head of such a model would be stored"):
         apply_adapter(base, adapter, untie=True)
+
+
+# --- what may be tied, and nobody can tell ------------------------------------------------------
+
+WORDS, OTHER = "model.embed_tokens.weight", "decoder.word_embeddings.weight"
+HEAD, SECOND = "lm_head.weight", "decoder.lm_head.weight"
+UNCLEAR: dict[str, list[str]] = {
+    "two embeddings": [WORDS, OTHER],
+    "two embeddings and a head": [WORDS, OTHER, HEAD],
+    "two heads": [WORDS, HEAD, SECOND],
+    "two of both": [WORDS, OTHER, HEAD, SECOND],
+}
+
+
+def unclear(case: str, **said: Any) -> tuple[cases.Arrays, dict[str, Any]]:
+    """A model in which several tensors could be the tied ones, and its configuration."""
+    arrays = cases.model("llama", dtype="f4")
+    embedding = arrays[WORDS]
+    del arrays[HEAD]
+    arrays |= {name: embedding + i for i, name in enumerate(UNCLEAR[case])}
+    return arrays, {**cases.CONFIGS["llama"], "tie_word_embeddings": True, **said}
+
+
+def adapter_of(arrays: cases.Arrays, name: str) -> cases.Arrays:
+    module = FRONT + name.removesuffix(".weight")
+    (rows, columns), like = arrays[name].shape, np.random.default_rng(0)
+    if name in (HEAD, SECOND):
+        shapes = {"lora_A.weight": (2, columns), "lora_B.weight": (rows, 2)}
+    else:
+        shapes = {"lora_embedding_A": (2, rows), "lora_embedding_B": (columns, 2)}
+    return {f"{module}.{end}": like.normal(size=s).astype("f4") for end, s in shapes.items()}
+
+
+@pytest.mark.parametrize("case", UNCLEAR)
+def test_what_may_be_tied_to_something_else_is_not_changed(
+    case: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arrays, config = unclear(case)
+    base = from_arrays(arrays, config=config)
+    assert find_tie(base) is None
+    assert sorted(find_unclear_tie(base)) == sorted(UNCLEAR[case])
+    cases.write_directory(tmp_path / "base", arrays, config=config)
+    for i, name in enumerate(UNCLEAR[case]):
+        path = tmp_path / f"adapter{i}"
+        settings = cases.adapter_config("llama", base_model_name_or_path="base")
+        cases.write_adapter(path, adapter_of(arrays, name), settings)
+        before = cases.digests(tmp_path)
+        for more in ([], ["--untie"]):
+            given = (tmp_path / "base", path, "-o", tmp_path / "out", *more)
+            assert cases.wsurg("apply-adapter", *given) == PolicyError.exit_code
+            (told,) = capsys.readouterr().err.splitlines()
+            assert f"tensor '{name}': BASE ties its output head to its word embedding" in told
+            assert all(f"'{other}'" in told for other in UNCLEAR[case])
+            assert told.endswith("say so in config.json: tie_word_embeddings false")
+        assert cases.wsurg("verify-adapter", tmp_path / "base", path, tmp_path / "base") == 5
+        capsys.readouterr()
+        assert cases.digests(tmp_path) == before
+
+
+@pytest.mark.parametrize("case", UNCLEAR)
+def test_adapters_of_other_layers_do_not_ask_what_is_tied(case: str) -> None:
+    arrays, config = unclear(case)
+    base = from_arrays(arrays, config=config)
+    adapter = from_arrays(cases.adapter(arrays, "llama"), config=cases.adapter_config("llama"))
+    merged = apply_adapter(base, adapter)
+    assert verify_adapter(base, [adapter], merged)["proved"]
+    with pytest.raises(PolicyError, match="this tensor could be one of the two"):
+        apply_adapter(base, adapter, untie=True)
+
+
+@pytest.mark.parametrize("case", UNCLEAR)
+@pytest.mark.parametrize(
+    "said",
+    [{"tie_word_embeddings": False}, {"architectures": ["LlamaModel"]}],
+    ids=["untied", "no head"],
+)
+def test_where_nothing_is_tied_all_may_be_changed(case: str, said: dict[str, Any]) -> None:
+    arrays, config = unclear(case, **said)
+    base = from_arrays(arrays, config=config)
+    assert find_unclear_tie(base) == ()
+    for name in UNCLEAR[case]:
+        settings = cases.adapter_config("llama")
+        adapter = from_arrays(adapter_of(arrays, name), config=settings)
+        found = cases.read(apply_adapter(base, adapter))
+        assert {n for n in found if not np.array_equal(found[n], arrays[n])} == {name}
+
+
+def test_a_shared_embedding_is_the_one() -> None:
+    arrays, config = unclear("two embeddings")
+    base = from_arrays({**arrays, "shared.weight": arrays[WORDS]}, config=config)
+    assert find_unclear_tie(base) == ()
+    assert find_tie(base) == Tie("shared.weight", "")
+
+
+@pytest.mark.parametrize("case", UNCLEAR)
+def test_what_may_be_tied_is_not_extracted_but_told(case: str) -> None:
+    arrays, config = unclear(case)
+    base, tuned = (
+        from_arrays(one, config=config) for one in (arrays, cases.finetuned(arrays, share=1.0))
+    )
+    adapter = extract_adapter(base, tuned)
+    listed = {one["tensor"] for one in adapter.notes["adapter"]["left_out"]}
+    assert listed >= set(UNCLEAR[case])
+    held = adapter.notes["adapter"]
+    names = {one["tensor"] for one in [*held["matrices"], *held["whole"]]}
+    assert not names & set(UNCLEAR[case])
+    assert [w for w in adapter.warnings if "are not in the adapter" in w]
 
 
 # --- which models are tied ---------------------------------------------------------------------

@@ -81,8 +81,17 @@ def find_embedding(names: Iterable[str]) -> str | None:
         >>> find_embedding(["encoder.embed_tokens.weight", "decoder.embed_tokens.weight"]) is None
         True
     """
+    likely = likely_embeddings(names)
+    return likely[0] if len(likely) == 1 else None
+
+
+def likely_embeddings(names: Iterable[str]) -> list[str]:
+    """All names that could be the word embedding's; more than one where nobody can tell.
+
+    Args:
+        names: Of a model's tensors.
+    """
     found = [n for n in names if kind_of(n) == "embedding" and n.endswith("weight")]
     named = [n for n in found if not _BARE.search(n)]
     shared = [n for n in named if n.rpartition(".")[0].endswith("shared")]
-    likely = shared or named or found
-    return likely[0] if len(likely) == 1 else None
+    return shared or named or found

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from weightsurgery.anatomy import find_embedding, kind_of
+from weightsurgery.anatomy import find_embedding, kind_of, likely_embeddings
 from weightsurgery.checkpoint import Checkpoint
 
 _HEADS = ("lm_head", "embed_out", "cls.predictions.decoder")
@@ -52,23 +52,49 @@ def says_tied(checkpoint: Checkpoint) -> bool:
 def find_tie(checkpoint: Checkpoint) -> Tie | None:
     """The word embedding and the head that is tied to it; None where there is no such thing.
 
+    None also where nobody can tell which two these are: see `find_unclear_tie`.
+
     A model that config.json neither ties nor unties, and that stores no head though it has one by
     its architecture, is taken to be tied.
 
     Args:
         checkpoint: A model with its config.
     """
-    embedding = find_embedding(checkpoint)
+    found = _could_be_tied(checkpoint)
+    if found is None or len(found[0]) != 1 or len(found[1]) > 1:
+        return None
+    (embedding,), heads = found
+    beside = "lm_head.weight" if embedding in _BESIDE_LM_HEAD else ""
+    return Tie(embedding, heads[0] if heads else beside)
+
+
+def find_unclear_tie(checkpoint: Checkpoint) -> tuple[str, ...]:
+    """The tensors that could be the tied embedding or its head, where nobody can tell which are.
+
+    Args:
+        checkpoint: A model with its config.
+
+    Returns:
+        () where nothing is tied, or where `find_tie` tells what.
+    """
+    found = _could_be_tied(checkpoint)
+    if found is None or (len(found[0]) == 1 and len(found[1]) <= 1):
+        return ()
+    return (*found[0], *found[1])
+
+
+def _could_be_tied(checkpoint: Checkpoint) -> tuple[list[str], list[str]] | None:
+    """Embeddings and stored heads that a tie could be of; None where there is no tie."""
+    embeddings = likely_embeddings(checkpoint)
     named = checkpoint.config.get("architectures")
     architectures = [str(one) for one in named] if isinstance(named, list) else []
-    if embedding is None or (architectures and all(map(_is_headless, architectures))):
+    if not embeddings or (architectures and all(map(_is_headless, architectures))):
         return None
     heads = [name for name in checkpoint if is_output_head(name)]
     silent = checkpoint.config.get("tie_word_embeddings") is None
     if not says_tied(checkpoint) and not (silent and architectures and not heads):
         return None
-    beside = "lm_head.weight" if embedding in _BESIDE_LM_HEAD else ""
-    return Tie(embedding, heads[0] if len(heads) == 1 else beside)
+    return embeddings, heads
 
 
 def _is_headless(architecture: str) -> bool:

@@ -29,7 +29,7 @@ from weightsurgery.rng import random_bits
 
 _SMALL = 512  # rows or columns up to which a matrix is decomposed exactly
 _FEW = 1 << 22  # elements, the same
-_BEGIN = 32  # directions that are looked for first where the energy decides
+BEGIN = 32  # directions that are looked for first where the energy decides
 
 
 class Algebra:
@@ -213,9 +213,9 @@ def decompose(drift: Drift, wanted: Wanted, energy: float) -> Factors:
     """
     least = min(drift.rows, drift.columns)
     most = least if wanted.rank is None else min(wanted.rank, least)
-    looked_for = most if wanted.energy is None else min(most, _BEGIN)
+    looked_for = most if wanted.energy is None else min(most, BEGIN)
     while True:
-        exact = _is_exact(drift, wanted, looked_for)
+        exact = is_exact(drift, wanted, looked_for)
         if exact:
             parts = wanted.algebra.svd(drift.read(0, drift.rows))
         else:
@@ -232,8 +232,16 @@ def decompose(drift: Drift, wanted: Wanted, energy: float) -> Factors:
     return Factors(left, right, energy, residual, "exact" if exact else "randomised")
 
 
-def _is_exact(drift: Drift, wanted: Wanted, rank: int) -> bool:
-    """Small matrices, and where random directions would be half of all there are."""
+def is_exact(drift: Drift, wanted: Wanted, rank: int) -> bool:
+    """Whether a drift is decomposed exactly.
+
+    With "auto" small matrices are, and where random directions would be half of all there are.
+
+    Args:
+        drift: The drift.
+        wanted: How it is asked for.
+        rank: Directions that are looked for.
+    """
     if wanted.svd != "auto":
         return wanted.svd == "exact"
     least = min(drift.rows, drift.columns)

@@ -30,10 +30,12 @@ from weightsurgery.adapters.decompose import (
     Wanted,
     decompose,
 )
+from weightsurgery.adapters.memory import fit_works, works_expected
 from weightsurgery.adapters.places import FACTORS, NOWHERE, ROWS, WHOLE, Place, Tree, find_places
 from weightsurgery.alignment import align, check_glob
 from weightsurgery.checkpoint import Checkpoint, Step, TensorView, require_checkpoints
 from weightsurgery.errors import MismatchError, NonFiniteError, SettingError, shown
+from weightsurgery.formats.plan import parse_size
 from weightsurgery.kernels import all_finite, count_different
 from weightsurgery.quantised import require_unquantised
 from weightsurgery.stream import Engine
@@ -78,6 +80,7 @@ def extract_adapter(
     seed: int = 0,
     base_name: str = "",
     device: str | None = None,
+    max_memory: int | str | None = None,
     engine: Engine | None = None,
 ) -> Checkpoint:
     """Make a LoRA adapter of what moved between BASE and TUNED.
@@ -104,6 +107,8 @@ def extract_adapter(
         base_name: What the adapter says it belongs to; by default BASE's hub id or the last part
             of its path.
         device: Compute with torch there, such as "cuda"; None computes with numpy.
+        max_memory: Bytes, or a size such as "4GB"; fewer workers are used to stay under it, the
+            writing of the adapter included. It is an estimate, and knows nothing of a device.
         engine: Workers (each takes a matrix at a time) and progress.
 
     Returns:
@@ -111,7 +116,7 @@ def extract_adapter(
 
     Raises:
         SettingError: A setting is out of range or contradicts another, a glob matches no tensor,
-            or the device is not to be had.
+            the device is not to be had, or one worker may need more than `max_memory`.
         MismatchError: The models do not fit each other, a vocabulary or another shape differs, or
             nothing moved that an adapter could hold.
         NonFiniteError: A drift holds NaN or infinity.
@@ -139,7 +144,7 @@ def extract_adapter(
     for glob in whole:
         check_glob(glob, list(tuned))
     places = find_places(alignment, whole)
-    found = _look(places, tuned, wanted, engine or Engine())
+    found = _look(places, tuned, wanted, _within(max_memory, places, wanted, engine, base, tuned))
     kept, left_out = _decide(found, rest)
     if not kept:
         raise MismatchError(
@@ -156,6 +161,22 @@ def extract_adapter(
     for given in (base, tuned):
         given.check_unchanged()
     return made.made_by(Step("extract-adapter", settings, {"base": base, "tuned": tuned}))
+
+
+def _within(
+    max_memory: int | str | None,
+    places: Sequence[Place],
+    wanted: Wanted,
+    engine: Engine | None,
+    *inputs: Checkpoint,
+) -> Engine:
+    """The engine with as many workers as the limit allows."""
+    engine = engine or Engine()
+    if max_memory is None:
+        return engine
+    works = works_expected(places, wanted, inputs)
+    workers, _ = fit_works(works, engine.width, parse_size(max_memory), inputs)
+    return replace(engine, workers=workers)
 
 
 def _wanted(given: dict[str, Any]) -> Wanted:

@@ -10,12 +10,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from weightsurgery.adapters.finite import finite
 from weightsurgery.adapters.layout import Target, read_adapter
 from weightsurgery.adapters.updates import ReplaceRows, Update
 from weightsurgery.checkpoint import Checkpoint
-from weightsurgery.errors import MismatchError, PolicyError, SettingError
+from weightsurgery.errors import MismatchError, PolicyError, SettingError, shown
 from weightsurgery.formats.config import with_config
-from weightsurgery.ties import Tie, find_tie
+from weightsurgery.ties import Tie, find_tie, find_unclear_tie
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,11 @@ class Reading:
 
 
 def read_adapters(
-    base: Checkpoint, adapters: Sequence[Checkpoint], weight: Sequence[float]
+    base: Checkpoint,
+    adapters: Sequence[Checkpoint],
+    weight: Sequence[float],
+    *,
+    allow_nonfinite: bool = False,
 ) -> Reading:
     """What adapters do to BASE, its head untied from the embedding where it was tied.
 
@@ -61,11 +66,13 @@ def read_adapters(
         base: The model that they were trained on.
         adapters: From `open_checkpoint`, in order.
         weight: One number for each, or none.
+        allow_nonfinite: Let their NaN and infinity pass; else reading them raises NonFiniteError.
 
     Raises:
         FormatError: An adapter is incomplete, or contradicts its configuration.
         MismatchError: An adapter does not fit BASE.
-        PolicyError: An adapter is of a kind that is not folded in here.
+        PolicyError: An adapter is of a kind that is not folded in here, or changes what could be
+            the tied embedding or its head, where nobody can tell which tensors are.
         SettingError: There is no adapter, or not one `weight` for each.
     """
     if not adapters:
@@ -75,8 +82,10 @@ def read_adapters(
     tie = find_tie(base)
     apart = _untied(base, tie) if tie else base
     found = []
-    for adapter, by in zip(adapters, weight or [1.0] * len(adapters), strict=True):
+    read = adapters if allow_nonfinite else [*map(finite, adapters)]
+    for adapter, by in zip(read, weight or [1.0] * len(adapters), strict=True):
         targets = read_adapter(apart, adapter, weight=by)
+        _refuse_unclear(base, [target.name for target in targets])
         found.append(tuple(_with_tied_rows(targets, tie, adapter) if tie else targets))
     return Reading(apart, tie, tuple(found))
 
@@ -114,8 +123,10 @@ def stored_apart(reading: Reading, base: Checkpoint) -> Reading:
 
     Raises:
         MismatchError: There is nothing to untie.
-        PolicyError: Nobody knows where a head of its own would be stored.
+        PolicyError: Nobody knows which tensors are tied, or where a head of its own would be
+            stored.
     """
+    _refuse_unclear(base, find_unclear_tie(base))
     if reading.tie is None:
         raise MismatchError(
             "its output head is not tied to the word embedding",
@@ -130,6 +141,26 @@ def stored_apart(reading: Reading, base: Checkpoint) -> Reading:
             hint="store the head first, and set tie_word_embeddings to false",
         )
     return reading
+
+
+def _refuse_unclear(base: Checkpoint, changed: Sequence[str]) -> None:
+    """Refuse to change what may be tied to something else.
+
+    Raises:
+        PolicyError: One of these names could be that of the tied embedding or of its head, and
+            others could be too.
+    """
+    unclear = find_unclear_tie(base)
+    touched = [name for name in unclear if name in changed]
+    if touched:
+        others = ", ".join(f"'{shown(name)}'" for name in unclear if name != touched[0])
+        raise PolicyError(
+            "BASE ties its output head to its word embedding, and this tensor could be one of the "
+            f"two, as {others} could",
+            file=base.label,
+            tensor=touched[0],
+            hint="if they are not tied, say so in config.json: tie_word_embeddings false",
+        )
 
 
 def _untied(base: Checkpoint, tie: Tie) -> Checkpoint:

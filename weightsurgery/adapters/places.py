@@ -14,7 +14,7 @@ from itertools import accumulate
 from weightsurgery.alignment import Alignment, Pair, matches
 from weightsurgery.anatomy import find_embedding, kind_of
 from weightsurgery.errors import MismatchError
-from weightsurgery.ties import find_tie, is_output_head
+from weightsurgery.ties import find_tie, find_unclear_tie, is_output_head
 
 FACTORS, WHOLE, BIAS, ROWS, NOWHERE = "factors", "whole", "bias", "rows", "nowhere"
 LINEAR, TRANSPOSED, EMBEDDING, CONVOLUTION = "linear", "conv1d", "embedding", "convolution"
@@ -68,6 +68,9 @@ class _Judge:
         self.tuned = alignment.tuned
         self.embedding = find_embedding(self.tuned)
         self.tied = _is_tied(alignment)
+        self.unclear = {
+            side: set(find_unclear_tie(getattr(alignment, side))) for side in ("base", "tuned")
+        }
         self.conv1d = any(self._is_transposed(n) for n in self.tuned)
 
     def place(self, pair: Pair) -> Place:
@@ -77,6 +80,9 @@ class _Judge:
             return self._odd(pair, module)
         if pair.is_tied_copy:
             return Place(pair, NOWHERE, module, reason=f"tied to '{pair.key}'")
+        if name in self.unclear["tuned"] or pair.base.name in self.unclear["base"]:
+            reason = "it may be the tied word embedding or its head, as others may"
+            return Place(pair, NOWHERE, module, reason=reason)
         if self.tied and is_output_head(name):
             reason = "BASE ties it to the word embedding; an adapter cannot untie it"
             return Place(pair, NOWHERE, module, reason=reason)

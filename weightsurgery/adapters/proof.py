@@ -20,7 +20,7 @@ from weightsurgery.adapters.updates import Update
 from weightsurgery.alignment import Alignment, Pair, align
 from weightsurgery.checkpoint import Checkpoint, TensorView, require_checkpoints
 from weightsurgery.errors import GateError, shown
-from weightsurgery.kernels import Block, same_float, to_float
+from weightsurgery.kernels import Block, same_float, to_dtype, to_float
 from weightsurgery.low_rank_kernel import residual_sums
 from weightsurgery.quantised import require_unquantised
 from weightsurgery.stream import Engine, fold
@@ -71,6 +71,7 @@ def verify_adapter(
     merged: Checkpoint,
     *,
     weight: Sequence[float] = (),
+    allow_nonfinite: bool = False,
     engine: Engine | None = None,
 ) -> dict[str, Any]:
     """Check that MERGED is BASE with its adapters folded in, whoever did it.
@@ -84,6 +85,8 @@ def verify_adapter(
         adapters: What was folded in, in order.
         merged: The result.
         weight: One number for each adapter, or none.
+        allow_nonfinite: NaN or infinity in MERGED is right where BASE and the adapters give it;
+            else an adapter with some is refused, and a tensor with some is not proved.
         engine: Workers and progress.
 
     Returns:
@@ -93,12 +96,13 @@ def verify_adapter(
     Raises:
         FormatError: An adapter is incomplete, or contradicts its configuration.
         MismatchError: The three do not fit each other.
+        NonFiniteError: An adapter holds NaN or infinity, and that is not allowed.
         PolicyError: An adapter is of a kind that is not folded in here.
         SettingError: There is no adapter, or not one `weight` for each.
     """
     require_checkpoints(base, *adapters, merged)
     require_unquantised(base, merged)
-    reading = _reading(base, adapters, merged, weight)
+    reading = _reading(base, adapters, merged, weight, allow_nonfinite)
     updates = reading.updates()
     paired = align(reading.base, merged)
     pairs = [replace(p, key=p.name, eligible=_compared(p)) for p in paired.pairs if _compared(p)]
@@ -106,7 +110,7 @@ def verify_adapter(
 
     def step(pair: Pair, start: int, before: Block, after: Block) -> Block:
         mine = updates.get(pair.base.name, []) if pair.base else []
-        return _compare(before, after, start, mine)
+        return _compare(before, after, start, mine, allow_nonfinite)
 
     def combine(sums: dict[str, _Sums], pair: Pair, _start: int, part: Block) -> dict[str, _Sums]:
         sums[pair.name] = sums[pair.name].add(part)
@@ -138,10 +142,14 @@ def verify_adapter(
 
 
 def _reading(
-    base: Checkpoint, adapters: Sequence[Checkpoint], merged: Checkpoint, weight: Sequence[float]
+    base: Checkpoint,
+    adapters: Sequence[Checkpoint],
+    merged: Checkpoint,
+    weight: Sequence[float],
+    allow_nonfinite: bool,
 ) -> Reading:
     """What the adapters ask for; of the untied model where they or MERGED need it."""
-    reading = read_adapters(base, adapters, weight)
+    reading = read_adapters(base, adapters, weight, allow_nonfinite=allow_nonfinite)
     apart = reading.tie is not None and (reading.needs_untying or not _is_tied(merged))
     return (stored_apart if apart else stored_as_in_base)(reading, base)
 
@@ -230,7 +238,9 @@ _HALF_STEP = {np.dtype(ml_dtypes.bfloat16): 2.0**-8, np.dtype(np.float16): 2.0**
 _SMALLEST = {np.dtype(ml_dtypes.bfloat16): 2.0**-134, np.dtype(np.float16): 2.0**-25}
 
 
-def _compare(before: Block, after: Block, start: int, updates: Sequence[Update]) -> Block:
+def _compare(
+    before: Block, after: Block, start: int, updates: Sequence[Update], allow_nonfinite: bool
+) -> Block:
     """The seven numbers of `_Sums`, for a block."""
     half = _HALF_STEP.get(after.dtype, 2.0**-24)
     smallest = _SMALLEST.get(after.dtype, 2.0**-150)
@@ -241,9 +251,28 @@ def _compare(before: Block, after: Block, start: int, updates: Sequence[Update])
         return np.array([0.0, 0.0, 0.0, 0.0, 0.0, 0.0, different])
     old, new = same_float(before, after)
     expected = to_float(before).astype(old.dtype, copy=False)
-    for update in updates:
-        expected = update.apply(expected, start)
-    return residual_sums(old, expected, new, half * max(1, len(updates)), smallest)
+    with np.errstate(over="ignore", invalid="ignore"):
+        for update in updates:
+            expected = update.apply(expected, start)
+    half *= max(1, len(updates))
+    sums = residual_sums(old, expected, new, half, smallest)
+    if allow_nonfinite and not np.isfinite(sums).all():
+        without = _without_alike(old, expected, new, after.dtype)
+        return residual_sums(*without, half, smallest)
+    return sums
+
+
+def _without_alike(
+    old: Block, expected: Block, new: Block, dtype: np.dtype[Any]
+) -> tuple[Block, Block, Block]:
+    """The three with 0 wherever NaN or the same infinity is expected and found."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        rounded = to_float(to_dtype(expected, dtype)).astype(new.dtype, copy=False)
+    found = np.where(np.isnan(rounded), np.isnan(new), rounded == new)
+    alike = found & ~np.isfinite(rounded)
+    zero = new.dtype.type(0)
+    start = np.where(alike | ~np.isfinite(old), zero, old)  # what it is measured from; our choice
+    return start, np.where(alike, zero, expected), np.where(alike, zero, new)
 
 
 def _verdict(name: str, sums: _Sums, adapted: bool) -> dict[str, Any]:
@@ -262,13 +291,12 @@ def _verdict(name: str, sums: _Sums, adapted: bool) -> dict[str, Any]:
         left = sums.actual - (scale * sums.product if scale is not None else 0.0)
         if scale is not None and left <= _NEAR * sums.actual + 4 * sums.bound:
             verdict = "wrong sign" if scale < 0 else "wrong scale"
-    return {
-        "tensor": name,
-        "adapted": True,
-        "verdict": verdict,
+    numbers = {
         "change": sums.expected**0.5,
         "residual": sums.residual**0.5,
         "bound": sums.bound**0.5,
         "worst": sums.worst,
         "scale": scale,
     }
+    told = {n: x if x is not None and math.isfinite(x) else None for n, x in numbers.items()}
+    return {"tensor": name, "adapted": True, "verdict": verdict, **told}

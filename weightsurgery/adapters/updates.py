@@ -15,7 +15,7 @@ from typing import Generic, Protocol, TypeVar
 import numpy as np
 
 from weightsurgery.checkpoint import TensorView
-from weightsurgery.errors import NonFiniteError
+from weightsurgery.errors import MismatchError
 from weightsurgery.kernels import Block, to_float
 from weightsurgery.low_rank_kernel import add_low_rank, squared_lines
 
@@ -63,15 +63,8 @@ class Loaded(Generic[Kept]):
 
 
 def read_floats(view: TensorView, shape: tuple[int, ...], like: np.dtype[np.generic]) -> Block:
-    """A whole tensor in the dtype that arithmetic is done in.
-
-    Raises:
-        NonFiniteError: It holds NaN or infinity.
-    """
-    values = to_float(view.read(0, view.size)).astype(like, copy=False)
-    if not np.isfinite(values).all():
-        raise NonFiniteError("NaN or infinity in an adapter", tensor=view.name)
-    return values.reshape(shape)
+    """A whole tensor in the dtype that arithmetic is done in."""
+    return to_float(view.read(0, view.size)).astype(like, copy=False).reshape(shape)
 
 
 @dataclass(frozen=True)
@@ -189,8 +182,8 @@ class Magnitude:
             first = 0 if self.by_column else start // width
             squares[first : first + lines.size] += lines
         wanted = read_floats(self.magnitude, (-1,), like)
-        if not (squares > 0).all():
-            raise NonFiniteError(
+        if (squares == 0).any():
+            raise MismatchError(
                 "DoRA: a line of the adapted matrix is zero, so it has no direction",
                 tensor=self.base.name,
             )

@@ -29,8 +29,9 @@ def _prove(inputs: Inputs, given: Given) -> dict[str, Any]:
     base, *adapters = inputs
     merged = open_checkpoint(given["out"])
     read = (*inputs, merged)
+    settings = {name: given[name] for name in ("weight", "allow_nonfinite")}
     with options.running(given["workers"], max_memory=given["max_memory"], inputs=read) as engine:
-        proof = verify_adapter(base, adapters, merged, weight=given["weight"], engine=engine)
+        proof = verify_adapter(base, adapters, merged, **settings, engine=engine)
     return {"proof": proof}
 
 

@@ -62,8 +62,8 @@ OPTIONS = (
         type=click.Choice(FORMATS),
         default="auto",
         show_default=True,
-        help="Causal: prompts in the chat template, or as they stand; auto takes a template if "
-        "there is one.",
+        help="Causal: prompts in the chat template, as they stand, or with a line feed after "
+        "them; auto takes a template if there is one, else raw.",
     ),
 )
 _OWN = tuple(option.name or "" for option in OPTIONS)

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import click
 
 from weightsurgery.adapters.extract import DEFAULT_RANK, extract_adapter
+from weightsurgery.adapters.memory import fit_works, works_of
+from weightsurgery.checkpoint import Checkpoint
 from weightsurgery.cli import options
 from weightsurgery.formats import save
 from weightsurgery.formats.output import check_destination
-from weightsurgery.formats.plan import input_paths
-from weightsurgery.report.extraction import extraction_tables
+from weightsurgery.formats.plan import input_paths, make_plan
+from weightsurgery.report.extraction import extraction_tables, matrix_tables
+from weightsurgery.report.outcome import plan_tables
 from weightsurgery.report.tables import show
 
 _LISTED = 20  # matrices shown unless --all is given
@@ -22,6 +26,8 @@ def _extract(
     tuned: str,
     out: str,
     overwrite: bool,
+    dry_run: bool,
+    max_memory: int | None,
     hashes: bool,
     workers: int,
     show_all: bool,
@@ -33,13 +39,36 @@ def _extract(
     inputs = [path for given in pair for path in input_paths(given)]
     # Before any work; saving checks again.
     check_destination(out, is_directory=True, overwrite=overwrite, inputs=inputs)
-    with options.running(workers, inputs=pair) as engine:
-        adapter = extract_adapter(*pair, **settings, engine=engine)
-        record = save(adapter, out, overwrite=overwrite, hashes=hashes, engine=engine)
-    if as_json:
+    with options.running(workers, max_memory=max_memory, inputs=pair) as engine:
+        adapter = extract_adapter(*pair, **settings, max_memory=max_memory, engine=engine)
+        works = works_of(adapter)
+        sizes: dict[str, Any] = {"overwrite": overwrite}
+        if max_memory is not None:  # the factors are there while they are written
+            sizes["max_memory"] = max_memory - sum(work.held for work in works)
+        if not dry_run:
+            record = save(adapter, out, hashes=hashes, engine=engine, **sizes)
+        else:
+            plan = make_plan(adapter, out, engine=engine, **sizes)
+            count, memory = fit_works(works, engine.width, max_memory, pair)
+            plan = replace(plan, workers=count, memory=memory)
+    listed = None if show_all else _LISTED
+    if dry_run:
+        options.warn(list(adapter.warnings))
+        _show_plan(plan.to_json(), adapter, listed, as_json)
+    elif as_json:
         options.print_json({"out": out, **record})
     else:
-        show(extraction_tables(out, record, None if show_all else _LISTED))
+        show(extraction_tables(out, record, listed))
+
+
+def _show_plan(
+    plan: dict[str, Any], adapter: Checkpoint, listed: int | None, as_json: bool
+) -> None:
+    alignment, report = adapter.notes["alignment"], adapter.notes["adapter"]
+    if as_json:
+        options.print_json({**plan, "alignment": alignment, "report": {"adapter": report}})
+    else:
+        show([*matrix_tables(report, listed), *plan_tables(plan, None)])
 
 
 command = options.Command(
@@ -64,6 +93,12 @@ command = options.Command(
             ["-o", "--out"], required=True, metavar="OUT", help="Where to write, a folder."
         ),
         click.Option(["--overwrite"], is_flag=True, help="Replace OUT if it exists."),
+        click.Option(
+            ["--dry-run"],
+            is_flag=True,
+            help="Show what would be kept and written, and write nothing.",
+        ),
+        options.MEMORY,
         click.Option(
             ["--rank"],
             type=int,

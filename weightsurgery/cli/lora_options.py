@@ -8,7 +8,8 @@ from typing import Any
 import click
 
 from weightsurgery.cli.model_options import SCHEDULE
-from weightsurgery.datasets.batches import LOSSES, PROMPT_FORMATS
+from weightsurgery.datasets.batches import LOSSES
+from weightsurgery.datasets.prompts import FORMATS
 from weightsurgery.errors import SettingError, shown
 from weightsurgery.training.lora import PRECISIONS, PRESETS, LoraSettings, lora_settings
 
@@ -19,7 +20,7 @@ _KINDS: dict[str, Any] = {
     "targets": (str, "Name, or its end, of linear layers to adapt; repeatable."),
     **SCHEDULE,
     "prompt_format": (
-        click.Choice(PROMPT_FORMATS),
+        click.Choice(FORMATS),
         "Questions in the chat template, or the answer right behind them, or on the next line.",
     ),
     "loss_on": (click.Choice(LOSSES), "Learn the answer alone, or the question too."),

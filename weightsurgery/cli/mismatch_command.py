@@ -64,8 +64,8 @@ def _make(
     check_destination(out, is_directory=False, overwrite=overwrite, inputs=[data])
     pairs = read_instructions(data)
     rows = mismatch(pairs, size=size, seed=seed, keywords=keywords)
-    write_mismatched(rows, out, overwrite=overwrite, inputs=[data])
     report = describe_mismatched(pairs, rows, keywords=keywords)
+    write_mismatched(rows, out, overwrite=overwrite, inputs=[data], seed=seed, report=report)
     return {"schema": report.pop("schema"), "out": out, "data": data, "seed": seed, **report}
 
 
@@ -76,7 +76,8 @@ command = options.Command(
 
     The data for MEraser's first phase. Questions are typed by keywords (what, then how, then why,
     else other); each is paired with the answer of a question of another type, never with its own.
-    QA is JSONL with question and answer, instruction and output, or messages.
+    QA is JSONL with question and answer, instruction and output, or messages. A record of what was
+    made of what lies beside OUT.
 
     With --check nothing is written: FILE is looked through for rows that break this rule, by its
     own fields and, if QA is given, by the data it was made from. The exit code is 0 if there are

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import click
 
 from weightsurgery.adapters.proof import check_proof, verify_adapter
@@ -14,14 +16,14 @@ def _verify(
     base: str,
     adapters: tuple[str, ...],
     merged: str,
-    weight: tuple[float, ...],
     weights: str | None,
     workers: int,
     as_json: bool,
+    **settings: Any,
 ) -> None:
     read = options.open_all((base, *adapters, merged), weights)
     with options.running(workers, inputs=read) as engine:
-        report = verify_adapter(read[0], read[1:-1], read[-1], weight=weight, engine=engine)
+        report = verify_adapter(read[0], read[1:-1], read[-1], **settings, engine=engine)
     if as_json:
         options.print_json(report)
     else:
@@ -58,6 +60,11 @@ command = options.Command(
             help="What an adapter's change was multiplied by; one for each.",
         ),
         options.WEIGHTS,
+        click.Option(
+            ["--allow-nonfinite"],
+            is_flag=True,
+            help="Take NaN and infinity for right where BASE and the adapters give them.",
+        ),
         options.WORKERS,
         options.JSON,
     ],

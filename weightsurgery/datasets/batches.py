@@ -7,9 +7,9 @@ import json
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
-from weightsurgery.datasets.prompts import FORMATS, prompt_ids, render, settle_format
+from weightsurgery.datasets.prompts import Settled, prompt_ids, render, settle_format
 from weightsurgery.datasets.read import (
     Instruction,
     Sentence,
@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     import torch
 
 IGNORED = -100  # the label of a token that the loss leaves out
-PROMPT_FORMATS = (*FORMATS, "lines")
 LOSSES = ("answer", "all")
 
 
@@ -105,7 +104,7 @@ def count_cut_answers(
     model: Model, instructions: Sequence[Instruction], examples: Sequence[Encoded]
 ) -> int:
     """How many of the instructions have more tokens than their examples."""
-    how = settled_format(model, "auto")
+    how = settle_format(model, "auto", plain="lines")
     whole = [sum(map(len, _tokens(model, one, how))) for one in instructions]
     return sum(count > len(one.ids) for count, one in zip(whole, examples, strict=True))
 
@@ -147,7 +146,7 @@ def encode_instructions(
     check_length(model, max_length)
     if loss_on not in LOSSES:
         raise SettingError(f"loss_on is '{shown(loss_on)}'; expected {', '.join(LOSSES)}")
-    how = settled_format(model, prompt_format)
+    how = settle_format(model, prompt_format, plain="lines")
     most = min(max_answer or max_length, max_length - 1)  # a token of the question stays
 
     def encode(one: Instruction) -> Encoded:
@@ -161,26 +160,10 @@ def encode_instructions(
     return [encode(one) for one in instructions]
 
 
-def settled_format(model: Model, prompt_format: str) -> Literal["chat", "lines", "raw"]:
-    """What "auto" means for a model's tokenizer; any other format as it is.
-
-    Raises:
-        SettingError: There is no such format.
-        MismatchError: The tokenizer has no chat template, and "chat" is asked for.
-    """
-    if prompt_format == "lines":
-        return "lines"
-    settled = settle_format(model, prompt_format)
-    return "lines" if prompt_format == "auto" and settled == "raw" else settled
-
-
-def _tokens(
-    model: Model, one: Instruction, how: Literal["chat", "lines", "raw"]
-) -> tuple[list[int], list[int]]:
+def _tokens(model: Model, one: Instruction, how: Settled) -> tuple[list[int], list[int]]:
     """Question and answer, each whole."""
     tokenizer = model.tokenizer
-    text = render(model, one, "chat" if how == "chat" else "raw")
-    question = prompt_ids(model, text + ("\n" if how == "lines" else ""), how)
+    question = prompt_ids(model, render(model, one, how), how)
     answer = tokenizer(one.answer, add_special_tokens=False)["input_ids"]
     if tokenizer.eos_token_id is not None:
         answer = [*answer, tokenizer.eos_token_id]

@@ -7,6 +7,7 @@ Reference:
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections import Counter, defaultdict
@@ -19,7 +20,9 @@ import numpy as np
 from weightsurgery.datasets.question_types import KEYWORDS, OTHER, Keywords, check_keywords, type_of
 from weightsurgery.datasets.read import Instruction
 from weightsurgery.errors import SettingError
-from weightsurgery.formats.output import Output
+from weightsurgery.formats.output import Output, record_name
+from weightsurgery.formats.record import record_of_data
+from weightsurgery.formats.strict_json import dump
 from weightsurgery.rng import random_bits
 
 
@@ -191,14 +194,24 @@ def write_mismatched(
     *,
     overwrite: bool = False,
     inputs: Sequence[str | os.PathLike[str]] = (),
-) -> None:
-    """Write mismatched data as JSONL, an object a line; the file appears whole or not at all.
+    seed: int | None = None,
+    report: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Write mismatched data as JSONL, an object a line, and beside it the record.
+
+    Both appear whole or not at all; the record is `OUT.wsurg-record.json`.
 
     Args:
         rows: From `mismatch`.
         out: A name that ends in .jsonl.
         overwrite: Replace what is there.
-        inputs: Files that the output must not touch.
+        inputs: The files that the questions are from, which the output must not touch; the
+            record tells their SHA-256.
+        seed: The one that `mismatch` was given, for the record.
+        report: From `describe_mismatched`, for the record.
+
+    Returns:
+        The record, as it was written.
 
     Raises:
         SettingError: `out` does not end in .jsonl.
@@ -210,9 +223,34 @@ def write_mismatched(
     check_name(name)
     data = b"".join(_encoded(asdict(row)) + b"\n" for row in rows)
     paths = [os.fspath(path) for path in inputs]
+    last = os.path.basename(os.path.abspath(name))
     with Output(name, is_directory=False, overwrite=overwrite, inputs=paths) as output:
-        output.write(os.path.basename(name), data)
+        output.write(last, data)
+        written = {last: {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}}
+        record = _record(rows, paths, written, seed, report or {})
+        output.write(record_name(name, is_directory=False), dump(record))
         output.commit()
+    return record
+
+
+def _record(
+    rows: Sequence[Mismatched],
+    inputs: Sequence[str],
+    outputs: Mapping[str, Mapping[str, Any]],
+    seed: int | None,
+    report: Mapping[str, Any],
+) -> dict[str, Any]:
+    """What made the file of what; a seed or keywords that were not told are left out."""
+    told = {"seed": seed, "keywords": report.get("keywords")}
+    apart = ("schema", "keywords", "warnings")
+    return record_of_data(
+        "mismatch",
+        settings={"size": len(rows), **{n: v for n, v in told.items() if v is not None}},
+        inputs=inputs,
+        outputs=outputs,
+        report={"mismatch": {n: v for n, v in report.items() if n not in apart}} if report else {},
+        warnings=report.get("warnings", ()),
+    )
 
 
 def _encoded(row: dict[str, Any]) -> bytes:

@@ -3,47 +3,55 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Literal, get_args
 
 from weightsurgery.datasets.read import Instruction
 from weightsurgery.errors import MismatchError, SettingError, shown
 from weightsurgery.models import Model
 
-PromptFormat = Literal["auto", "chat", "raw"]
-FORMATS: tuple[PromptFormat, ...] = ("auto", "chat", "raw")
+Settled = Literal["chat", "raw", "lines"]
+PromptFormat = Literal["auto", Settled]
+FORMATS: tuple[PromptFormat, ...] = ("auto", *get_args(Settled))
 
 
-def settle_format(model: Model, asked: str) -> Literal["chat", "raw"]:
+def settle_format(model: Model, asked: str, *, plain: Settled = "raw") -> Settled:
     """The way to put prompts: as asked, and with "auto" in the chat template if there is one.
+
+    Args:
+        model: Its tokenizer may have a template.
+        asked: One of `FORMATS`.
+        plain: What "auto" means where there is none.
 
     Raises:
         SettingError: There is no such format.
         MismatchError: The tokenizer has no chat template, and one is asked for.
     """
+    known: dict[str, Settled] = {how: how for how in get_args(Settled)}
     if asked not in FORMATS:
-        raise SettingError(f"prompt_format is '{shown(asked)}'; expected auto, chat or raw")
+        raise SettingError(f"prompt_format is '{shown(asked)}'; expected {', '.join(FORMATS)}")
     templated = bool(getattr(model.tokenizer, "chat_template", None))
     if asked == "chat" and not templated:
         raise MismatchError(
             "its tokenizer has no chat template", file=model.path, hint="put prompts as raw text"
         )
-    return "raw" if asked == "raw" or not templated else "chat"
+    return known.get(asked, "chat" if templated else plain)
 
 
-def render(model: Model, one: Instruction, how: Literal["chat", "raw"]) -> str:
+def render(model: Model, one: Instruction, how: Settled) -> str:
     """The text before the answer.
 
     Args:
         model: From `load_model`.
         one: Whose messages are meant.
         how: "chat" puts them into the tokenizer's template, up to where the assistant begins;
-            "raw" takes their texts alone, a line feed between them.
+            "raw" takes their texts alone, a line feed between them; "lines" puts one after them
+            too.
 
     Raises:
         MismatchError: The template refuses these messages.
     """
-    if how == "raw":
-        return one.question
+    if how != "chat":
+        return one.question + ("\n" if how == "lines" else "")
     messages = [{"role": role, "content": text} for role, text in one.messages]
     try:
         text: str = model.tokenizer.apply_chat_template(
@@ -80,7 +88,7 @@ def prompt_ids(model: Model, text: str, how: str) -> list[int]:
 
 
 def encode_prompts(
-    model: Model, pairs: Sequence[Instruction], how: Literal["chat", "raw"]
+    model: Model, pairs: Sequence[Instruction], how: Settled
 ) -> list[tuple[str, list[int]]]:
     """Text and token ids of every prompt."""
     texts = [render(model, one, how) for one in pairs]

@@ -19,6 +19,8 @@ from weightsurgery.errors import FormatError, MismatchError, shown
 from weightsurgery.formats.files import InputFile
 
 MAX_BYTES = 1 << 30  # of a data file
+_LINES = (".jsonl", ".json")  # an object a line
+_TABLES = (".tsv", ".csv", *_LINES)
 _SENTENCES = (("sentence",), ("sentence1", "sentence2"))
 _QUESTIONS = (("question", "answer"), ("instruction", "output"))
 _FINGERPRINTS = (("prompt", "target"), *_QUESTIONS)
@@ -76,7 +78,7 @@ def read_sentences(path: str | os.PathLike[str]) -> list[Sentence]:
         FormatError: It is empty, not UTF-8, lacks a column, or a row is bad.
     """
     name = os.fspath(path)
-    rows = _rows(name)
+    rows = _rows(name, _TABLES, "labelled sentences")
     first = next(rows, None)
     if first is None:
         raise FormatError("no rows", file=name, hint="it needs a header and at least one row")
@@ -141,14 +143,14 @@ def read_fingerprints(path: str | os.PathLike[str]) -> list[Instruction]:
 
 
 def read_rows(path: str | os.PathLike[str]) -> list[tuple[int, dict[str, Any]]]:
-    """Read the objects of a .jsonl file, or the rows of a .tsv or .csv file, with their lines.
+    """Read the objects of a .jsonl file, questions and answers, with their lines.
 
     Raises:
         StorageError: The file cannot be read.
-        FormatError: It is empty, not UTF-8, or a row is bad.
+        FormatError: It is of another ending, empty, not UTF-8, or a row is bad.
     """
     name = os.fspath(path)
-    found = list(_rows(name))
+    found = list(_rows(name, _LINES, "questions and answers"))
     if not found:
         raise FormatError("no rows", file=name)
     return found
@@ -209,13 +211,15 @@ def _chain(
     yield from rest
 
 
-def _rows(name: str) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(line, column to value) of every row."""
+def _rows(name: str, kinds: Sequence[str], what: str) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(line, column to value) of every row of a file with one of these endings."""
     kind = os.path.splitext(name)[1].lower()
     readers = {".tsv": _tsv, ".csv": _csv, ".jsonl": _jsonl, ".json": _jsonl}
-    if kind not in readers:
+    if kind not in kinds:
+        known = ", ".join(kinds[:-1])
         raise FormatError(
-            f"'{shown(kind)}' is no kind of data file; expected .tsv, .csv or .jsonl", file=name
+            f"'{shown(kind)}' is no kind of file for {what}; expected {known} or {kinds[-1]}",
+            file=name,
         )
     return readers[kind](name, _decoded(name))
 

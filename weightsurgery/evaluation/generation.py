@@ -42,14 +42,15 @@ def fingerprint_success(
         pairs: Prompts and targets, from `read_fingerprints`.
         batch_size: Prompts at a time; results do not depend on it but for rounding.
         max_new_tokens: Tokens after which a text is ended.
-        prompt_format: "raw" gives prompts as they stand, "chat" in the tokenizer's chat template;
-            "auto" is "chat" where there is a template.
+        prompt_format: "raw" gives prompts as they stand, "lines" with a line feed after them,
+            "chat" in the tokenizer's chat template; "auto" is "chat" where there is a template,
+            else "raw".
         progress: Called as progress(what, prompts done, prompts in all).
 
     Returns:
         `fsr`, a share with its 95 % Wilson interval; `pairs`, for each its `line`, `prompt`,
         `target`, `output`, `tokens` of the output, and whether it was `met`; `prompt_format`,
-        "chat" or "raw"; `max_new_tokens`, `batch_size`, `warnings`.
+        "chat", "raw" or "lines"; `max_new_tokens`, `batch_size`, `warnings`.
 
     Raises:
         SettingError: There are no pairs, a setting is out of range, or a prompt leaves no room

@@ -18,7 +18,7 @@ Made with weightsurgery {version}, by `wsurg {operator}`, from:
 
 {sources}
 
-{numbers}
+{steps}{numbers}
 
 Settings:
 
@@ -32,7 +32,8 @@ Settings:
 |---|---|
 {files}
 
-`wsurg-record.json` beside this card tells what was done to each tensor.
+`wsurg-record.json` beside this card tells what was done to each tensor,
+and every step with its settings.
 """
 _SUBJECTS = ("tuned", "model", "checkpoint")  # what operators call the input that is edited
 
@@ -56,6 +57,7 @@ def make_card(checkpoint: Checkpoint, record: Mapping[str, Any]) -> bytes:
         version=__version__,
         operator=operator,
         sources="\n".join(f"- `{public_name(source)}`" for source in sources),
+        steps=_steps(checkpoint),
         numbers=_numbers(checkpoint, record),
         settings=json.dumps(settings, indent=2, sort_keys=True),
         files="\n".join(
@@ -64,6 +66,22 @@ def make_card(checkpoint: Checkpoint, record: Mapping[str, Any]) -> bytes:
         ),
     )
     return f"---\n{data.to_yaml()}\n---\n{body}\n".encode()
+
+
+def _steps(checkpoint: Checkpoint) -> str:
+    """What was done, in order, where it was more than one thing."""
+    found: dict[int, str] = {}
+    _add_steps(checkpoint, found)
+    names = [f"`{name}`" for name in found.values() if name != "rename"]
+    return f"Step by step: {', '.join(names)}.\n\n" if len(names) > 1 else ""
+
+
+def _add_steps(checkpoint: Checkpoint, found: dict[int, str]) -> None:
+    """Add each operator that made it once, those that made its inputs first."""
+    if checkpoint.step is not None and id(checkpoint) not in found:
+        for given in checkpoint.step.inputs.values():
+            _add_steps(given, found)
+        found[id(checkpoint)] = checkpoint.step.operator
 
 
 def _numbers(checkpoint: Checkpoint, record: Mapping[str, Any]) -> str:

@@ -12,8 +12,9 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from weightsurgery.anatomy import kind_of, layer_of, natural_key
-from weightsurgery.checkpoint import Checkpoint
+from weightsurgery.checkpoint import Checkpoint, Step
 from weightsurgery.errors import shown
+from weightsurgery.formats.files import InputFile
 from weightsurgery.formats.layout import is_adapter_layout
 from weightsurgery.kernels import count_different
 from weightsurgery.ties import tied_to
@@ -66,6 +67,45 @@ def make_record(
         "left_out": [{"file": _text(name), "reason": reason} for name, reason in left_out],
         "warnings": list(warnings),
     }
+
+
+def record_of_data(
+    operator: str,
+    *,
+    settings: Mapping[str, Any],
+    inputs: Sequence[str],
+    outputs: Mapping[str, Mapping[str, Any]],
+    report: Mapping[str, Any],
+    warnings: Sequence[str],
+) -> dict[str, Any]:
+    """The record of a file that holds no tensors, made from such files.
+
+    Args:
+        operator: The command's name.
+        settings: Every setting, given or default.
+        inputs: Paths of the files; their SHA-256 is taken now.
+        outputs: As for `make_record`.
+        report: What the command noted about its work, under its name.
+        warnings: What the user should know.
+
+    Raises:
+        StorageError: A file cannot be read.
+    """
+    files = [InputFile(path) for path in inputs]
+    sources = [Checkpoint({}, label=file.path, files=(file.ref(),)) for file in files]
+    names = ["data", *(f"data {number}" for number in range(2, len(files) + 1))]
+    made = Checkpoint({}, notes=report).made_by(
+        Step(operator, settings, dict(zip(names, sources, strict=False)))
+    )
+    hashes = {file.path: file.sha256() for file in files}
+    return make_record(
+        made,
+        outputs=outputs,
+        tensors={},
+        inputs=[describe_input(source, hashes) for source in sources],
+        warnings=warnings,
+        left_out=(),
+    )
 
 
 def changed_by(checkpoint: Checkpoint) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from typing import Annotated, Any, Literal
 import numpy as np
 
 from weightsurgery.adapters.config import read_config
+from weightsurgery.adapters.finite import warn_of_nonfinite
 from weightsurgery.adapters.heads import read_adapters, stored_apart, stored_as_in_base
 from weightsurgery.adapters.layout import Target
 from weightsurgery.adapters.updates import ADDED, Update
@@ -59,10 +60,12 @@ def apply_adapter(
         untie: Write head and embedding as two tensors and set `tie_word_embeddings` to false.
             Needed where an adapter changes one of the two alone, or each in its own way.
         force_base: Do not compare the name of its base that an adapter gives with BASE's.
-        allow_nonfinite: Let NaN and infinity pass instead of refusing them.
+        allow_nonfinite: Let NaN and infinity pass instead of refusing them, BASE's and the
+            adapters'. The adapters are then read at once, and a warning tells which hold some.
 
     Returns:
-        The merged model; nothing but headers is read until it is saved.
+        The merged model; nothing else but headers is read until it is saved. Reading it raises
+        NonFiniteError where a value is NaN or infinite, unless that is allowed.
 
     Raises:
         SettingError: There is no adapter, or not one `weight` for each.
@@ -74,7 +77,10 @@ def apply_adapter(
     require_unquantised(base)
     warnings = [w for adapter in adapters for w in _check_base(base, adapter, force_base)]
     stored = stored_apart if untie else stored_as_in_base
-    reading = stored(read_adapters(base, adapters, weight), base)
+    read = read_adapters(base, adapters, weight, allow_nonfinite=allow_nonfinite)
+    reading = stored(read, base)
+    if allow_nonfinite:
+        warnings += [told for adapter in adapters for told in warn_of_nonfinite(adapter)]
     edited = reading.updates()
     given = zip(adapters, weight or [1.0] * len(adapters), reading.targets, strict=True)
     notes: dict[str, Any] = {"adapters": [_described(*one) for one in given]}
@@ -100,12 +106,13 @@ def _merged(
     def read_both(start: int, stop: int) -> tuple[Block, Block]:
         stored, subject = view.read_both(start, stop)
         values = to_float(subject)
-        for update in updates:
-            if rounding == "peft":
-                values = _rounded_twice(update, values, start, view.dtype.numpy)
-            else:
-                values = update.apply(values, start)
-        result = to_dtype(values, view.dtype.numpy)
+        with np.errstate(over="ignore", invalid="ignore"):  # what comes of it is looked at below
+            for update in updates:
+                if rounding == "peft":
+                    values = _rounded_twice(update, values, start, view.dtype.numpy)
+                else:
+                    values = update.apply(values, start)
+            result = to_dtype(values, view.dtype.numpy)
         if not allow_nonfinite and not all_finite(result):
             raise NonFiniteError(
                 f"NaN or infinity among elements {start:,} to {stop:,}",

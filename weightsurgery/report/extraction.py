@@ -18,6 +18,21 @@ def extraction_tables(out: str, record: Mapping[str, Any], listed: int | None) -
         listed: How many matrices to show; None for all.
     """
     report = record["report"]["adapter"]
+    warnings = [[shown(warning)] for warning in record["warnings"]]
+    return [
+        *matrix_tables(report, listed),
+        Table("Warnings", ("",), warnings),
+        Table("wsurg extract-adapter", ("", ""), _summary(out, record, report)),
+    ]
+
+
+def matrix_tables(report: Mapping[str, Any], listed: int | None) -> list[Table]:
+    """Matrices, those first of which least is kept; what is held whole or left out.
+
+    Args:
+        report: The adapter's `notes["adapter"]`.
+        listed: How many matrices to show; None for all.
+    """
     matrices = sorted(report["matrices"], key=lambda one: float(one["energy_kept"]))
     rows = [
         [
@@ -34,7 +49,6 @@ def extraction_tables(out: str, record: Mapping[str, Any], listed: int | None) -
     ]
     hidden = len(matrices) - len(rows)
     columns = (">rank", ">energy kept", ">drift", ">residual", ">relative", "method", "shape")
-    warnings = [[shown(warning)] for warning in record["warnings"]]
     return [
         Table(
             "Matrices, least energy kept first",
@@ -47,8 +61,6 @@ def extraction_tables(out: str, record: Mapping[str, Any], listed: int | None) -
         Table(
             "Not in the adapter, though it differs", ("tensor", "why"), names(report["left_out"])
         ),
-        Table("Warnings", ("",), warnings),
-        Table("wsurg extract-adapter", ("", ""), _summary(out, record, report)),
     ]
 
 

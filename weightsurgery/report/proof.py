@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from weightsurgery.errors import shown
@@ -22,11 +22,11 @@ def proof_tables(report: Mapping[str, Any]) -> list[Table]:
     ]
     adapted = [one for one in report["tensors"] if one["adapted"]]
     proved = sum(one["verdict"] == "proved" for one in adapted)
-    worst = max((one.get("worst") or 0.0 for one in adapted), default=0.0)
+    worst = [one["worst"] for one in adapted if "worst" in one]
     verdict = [
         ["proved", f"{number(proved)} of {number(len(adapted))} adapted tensors"],
         ["untouched", f"{number(report['untouched'])} others have BASE's bytes"],
-        ["worst element", f"{worst:.2g} of what rounding explains"],
+        ["worst element", _worst(worst)],
     ]
     columns = ("tensor", "verdict", ">change", ">residual", ">bound", ">scale")
     title = "The merge is proved" if report["proved"] else "The merge is NOT proved"
@@ -34,6 +34,13 @@ def proof_tables(report: Mapping[str, Any]) -> list[Table]:
         Table("Not what BASE and the adapters give", columns, rows),
         Table(title, ("", ""), verdict),
     ]
+
+
+def _worst(found: Sequence[float | None]) -> str:
+    numbers = [one for one in found if one is not None]
+    if len(numbers) < len(found):
+        return "NaN or infinity"
+    return f"{max(numbers, default=0.0):.2g} of what rounding explains"
 
 
 _NUMBERS = ("change", "residual", "bound", "scale")

@@ -24,8 +24,8 @@ from weightsurgery.datasets.batches import (
     digest_of,
     encode_instructions,
     positions_of,
-    settled_format,
 )
+from weightsurgery.datasets.prompts import settle_format
 from weightsurgery.datasets.read import Instruction
 from weightsurgery.errors import MismatchError, NonFiniteError, SettingError, not_installed, shown
 from weightsurgery.formats.adapter import name_base, new_adapter
@@ -140,7 +140,7 @@ def encode(
 
 def _described(model: Model, settings: LoraSettings) -> dict[str, Any]:
     """The settings as the record tells them, with the format that "auto" stood for."""
-    asked = settled_format(model, settings.prompt_format)
+    asked = settle_format(model, settings.prompt_format, plain="lines")
     return {**settings.to_json(), "prompt_format": asked}
 
 

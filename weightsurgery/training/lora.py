@@ -15,7 +15,8 @@ from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any
 
-from weightsurgery.datasets.batches import LOSSES, PROMPT_FORMATS
+from weightsurgery.datasets.batches import LOSSES
+from weightsurgery.datasets.prompts import FORMATS
 from weightsurgery.errors import SettingError, shown
 from weightsurgery.training.settings import Schedule, check_count
 
@@ -77,7 +78,7 @@ class LoraSettings(Schedule):
                 raise SettingError(f"{name} is '{given}'; expected {', '.join(known)}")
 
 
-_CHOICES = {"prompt_format": PROMPT_FORMATS, "loss_on": LOSSES, "precision": PRECISIONS}
+_CHOICES = {"prompt_format": FORMATS, "loss_on": LOSSES, "precision": PRECISIONS}
 
 _ERASE = LoraSettings(
     rank=8,

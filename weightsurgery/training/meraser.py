@@ -14,9 +14,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from weightsurgery.checkpoint import Checkpoint
+from weightsurgery.checkpoint import Checkpoint, Step
 from weightsurgery.datasets.read import Instruction
 from weightsurgery.errors import MismatchError, SettingError
+from weightsurgery.formats.record import public_name
 from weightsurgery.models import Model, with_weights
 from weightsurgery.operators.apply_adapter import apply_adapter
 from weightsurgery.stream import Progress
@@ -24,6 +25,7 @@ from weightsurgery.training.adapter import encode, train_adapter
 from weightsurgery.training.lora import PRESETS, LoraSettings
 
 _ERASE, _RECOVER = "meraser-erase", "meraser-recover"
+_PHASES = ("erase", "recover")
 Measure = Callable[[Model], Mapping[str, Any]]
 
 
@@ -109,7 +111,7 @@ def meraser(
 
     note("before", original)
     adapter = _train(foundation or model, erasing, progress)
-    trainings = {"erase": adapter.notes["training"]}
+    adapters = {"erase": adapter}
     erased = {
         scale: apply_adapter(original, adapter, weight=(scale,), force_base=foundation is not None)
         for scale in sorted(scales)
@@ -119,13 +121,37 @@ def meraser(
     result = erased[chosen]
     if recovering is not None:
         adapter = _train(holding(result), recovering, progress)
-        trainings["recover"] = adapter.notes["training"]
+        adapters["recover"] = adapter
         result = apply_adapter(result, adapter)
         note("recovered", result)
     if measure is not None:
         holding(result)
+    told = {
+        "scale": chosen,
+        "scales": list(scales),
+        "transfer_from": None if foundation is None else public_name(foundation.checkpoint),
+    }
+    trainings = {phase: one.notes["training"] for phase, one in adapters.items()}
     found = {"scale": chosen, "trainings": trainings, "stages": stages}
-    return replace(result, notes={**result.notes, "meraser": found})
+    return _told(result, erased[chosen], adapters, told, found)
+
+
+def _told(
+    result: Checkpoint,
+    erased: Checkpoint,
+    adapters: Mapping[str, Checkpoint],
+    settings: Mapping[str, Any],
+    found: Mapping[str, Any],
+) -> Checkpoint:
+    """The result, remembering the whole method and not its last step alone.
+
+    The trainings and merges that it is made of stay in the recipe, below it.
+    """
+    steps = {phase: adapters[phase].step if phase in adapters else None for phase in _PHASES}
+    told = {phase: dict(step.settings) if step else None for phase, step in steps.items()}
+    folded = [one for each in dict.fromkeys((erased, result)) for one in each.notes["adapters"]]
+    made = replace(result, notes={**result.notes, "adapters": folded, "meraser": dict(found)})
+    return made.made_by(Step("meraser", {**settings, **told}, {"model": result}))
 
 
 def _rate(measured: Mapping[str, Any]) -> float:
