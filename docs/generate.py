@@ -174,7 +174,7 @@ def cli_page() -> str:
         _NOTE,
         "# Command line",
         "",
-        "Every command's `--help`. Results go to stdout, warnings, progress and errors to stderr.",
+        "Every command's `--help`. Results go to stdout, progress and errors to stderr.",
         "An error is one line; the [exit code](errors.md) tells its kind.",
         "",
     ]

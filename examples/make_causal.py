@@ -65,11 +65,12 @@ def _llama(shared: dict[str, Any]) -> Any:
 @click.option("--base", default="base", type=click.Path(path_type=Path, exists=True))
 @click.option("--out", default="causal", type=click.Path(path_type=Path))
 @click.option("--kind", default="gpt2", type=click.Choice(KINDS), help="Of architecture.")
-def main(base: Path, out: Path, kind: str) -> None:
+@click.option("--seed", default=0, help="Of the weights.")
+def main(base: Path, out: Path, kind: str, seed: int) -> None:
     """Make a causal language model with random weights and the tokenizer of a BERT."""
     if out.exists():
         raise click.UsageError(f"{out} exists already; remove it, or give another --out")
-    make_causal(base, out, kind=kind)
+    make_causal(base, out, kind=kind, seed=seed)
     click.echo(f"{out}: random weights, and the tokenizer of {base}")
 
 

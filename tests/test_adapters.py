@@ -279,6 +279,7 @@ REFUSED: dict[str, tuple[dict[str, Any], Callable[..., cases.Arrays], type[Surge
     "rank true": ({"r": True}, same, FormatError, "r is True"),
     "alpha NaN": ({"lora_alpha": math.nan}, same, FormatError, "NaN"),
     "alpha infinite": ({"lora_alpha": "inf"}, same, FormatError, "lora_alpha is 'inf'"),
+    "alpha of hundreds of digits": ({"lora_alpha": 10**350}, same, FormatError, "a finite number"),
     "alpha missing": ({"lora_alpha": None}, same, FormatError, "lora_alpha is None"),
     "unknown setting": ({"use_magic": True}, same, PolicyError, "has use_magic"),
     "replicated layers": ({"layer_replication": [[0, 1]]}, same, PolicyError, "layer_replication"),
@@ -295,6 +296,34 @@ REFUSED: dict[str, tuple[dict[str, Any], Callable[..., cases.Arrays], type[Surge
         r"BASE has no 'encoder\.layer\.7",
     ),
     "another name": ({}, one_more("something.else", (2, 6)), FormatError, "begins with base_mod"),
+    "no saved module": (
+        {"modules_to_save": ["LayerNorm"]},
+        same,
+        FormatError,
+        "modules_to_save names 'LayerNorm', which BASE has",
+    ),
+    "no trained tokens": (
+        {"trainable_token_indices": [1, 2]},
+        same,
+        FormatError,
+        "trainable_token_indices names 'embeddings.word_embeddings'",
+    ),
+    "no adapted parameter": (
+        {"target_parameters": ["word_embeddings.weight"]},
+        same,
+        FormatError,
+        "target_parameters names 'word_embeddings.weight'",
+    ),
+    "no bias of a factor": ({"lora_bias": True}, same, FormatError, "lora_bias names"),
+    "the same module twice": (
+        {},
+        lambda arrays: {
+            **arrays,
+            **{n.replace("model.encoder", "model.bert.encoder"): a for n, a in arrays.items()},
+        },
+        FormatError,
+        "adapts the same tensor of BASE",
+    ),
     "unmatched": (
         {},
         one_more(f"{FRONT}embeddings.LayerNorm.weight", (6,)),
@@ -351,6 +380,74 @@ def test_weights_must_be_as_many_as_adapters() -> None:
         apply_adapter(base, adapter, weight=[1, 2])
     with pytest.raises(SettingError, match="no adapter"):
         apply_adapter(base)
+    for weight in (math.nan, math.inf):
+        with pytest.raises(SettingError, match="expected finite numbers"):
+            apply_adapter(base, adapter, weight=[weight])
+
+
+def test_what_a_model_lacks_may_be_named_for_saving() -> None:
+    """PEFT names `classifier` and `score` for every classifier."""
+    base = cases.model("bert")
+    named = pair_of(base, cases.adapter(base), modules_to_save=["classifier", "score"])
+    assert cases.stored(cases.read(apply_adapter(*named)))
+
+
+@pytest.mark.parametrize("dtype", ["?", "i4"])
+def test_only_floating_tensors_are_adapted(dtype: str) -> None:
+    base = cases.model("bert")
+    adapter = cases.adapter(base)
+    name = next(iter(adapter)).removeprefix(FRONT).replace("lora_A.", "")
+    base[name] = np.ones(base[name].shape, dtype)
+    with pytest.raises(MismatchError, match="expected a floating tensor"):
+        apply_adapter(*pair_of(base, adapter))
+
+
+def test_two_prefixes_that_fit_alike_are_refused() -> None:
+    base = {f"{part}.l.q.weight": np.ones((3, 3), "f4") for part in ("text", "vision")}
+    factors = {f"{FRONT}l.q.lora_{one}.weight": np.ones((3, 3), "f4") for one in "AB"}
+    with pytest.raises(MismatchError, match=r"prefixes 'text\.' and 'vision\.' alike"):
+        apply_adapter(*pair_of(base, factors, rank=3))
+
+
+@pytest.mark.parametrize("given", [".", "./", "../base"])
+def test_the_base_may_be_the_folder_one_is_in(
+    given: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = cases.model("bert")
+    cases.write_directory(tmp_path / "base", base)
+    monkeypatch.chdir(tmp_path / "base")
+    arrays = cases.adapter(base)
+    for named, fits in (("base", True), ("org/other", False), (".", False)):
+        config = cases.adapter_config(base_model_name_or_path=named)
+        adapter = from_arrays(arrays, label="adapter", config=config)
+        if fits:
+            assert apply_adapter(open_checkpoint(given), adapter).warnings == ()
+        else:
+            with pytest.raises(PolicyError, match="--force-base"):
+                apply_adapter(open_checkpoint(given), adapter)
+
+
+def test_what_may_not_be_meant_is_told() -> None:
+    base = cases.model("llama")
+    head = base.pop("lm_head.weight", None)
+    del head
+    arrays = cases.adapter(base, "llama")
+    still = pair_of(base, arrays, family="llama", lora_alpha=0)
+    assert any("its scale is 0" in told for told in apply_adapter(*still).warnings)
+    given = pair_of(base, arrays, family="llama")
+    lost = "model.layers.0.self_attn.q_proj"
+    config = cases.adapter_config("llama", modules_to_save=["q_proj"])
+    whole = {f"{FRONT}{n}": a for n, a in base.items() if "q_proj" in n}
+    saved = from_arrays(whole, label="saved", config=config)
+    warnings = apply_adapter(*given, saved).warnings
+    assert any(f"saved replaces '{lost}.weight'" in told for told in warnings)
+    rows, width = base["model.embed_tokens.weight"].shape
+    embedding = {
+        f"{FRONT}model.embed_tokens.lora_embedding_A": np.ones((2, rows), "f4"),
+        f"{FRONT}model.embed_tokens.lora_embedding_B": np.ones((width, 2), "f4"),
+    }
+    warnings = apply_adapter(*pair_of(base, embedding, family="llama")).warnings
+    assert any("stores no output head" in told for told in warnings)
 
 
 def test_what_is_replaced_has_no_weight() -> None:
@@ -504,6 +601,31 @@ def test_a_wrong_merge_is_described() -> None:
     assert not report["proved"]
     with pytest.raises(GateError, match="5 tensors are not what"):
         check_proof(report)
+
+
+def test_what_rounding_explains_one_by_one_is_not_explained_together() -> None:
+    """Each element is within the tolerance, and all should have moved."""
+    name = "l.q.weight"
+    base = {name: np.full((64, 64), 1.9).astype(cases.BF16)}
+    factor = np.full((64, 1), 0.07, "f4")
+    adapter = {f"{FRONT}l.q.lora_A.weight": factor.T, f"{FRONT}l.q.lora_B.weight": factor}
+    given = pair_of(base, adapter, rank=1, lora_alpha=1)
+    merged = cases.read(apply_adapter(*given))
+    assert (merged[name] != base[name]).all()
+    assert verify_adapter(given[0], [given[1]], from_arrays(merged))["proved"]
+    report = verify_adapter(given[0], [given[1]], from_arrays(base))
+    assert [one["verdict"] for one in report["tensors"]] == ["unchanged"]
+
+
+@pytest.mark.parametrize("name", ["l.mixer.A_log", "l.experts.gate_up_proj", "l.rotary.inv_freq"])
+def test_a_parameter_of_any_name_may_not_be_lost(name: str) -> None:
+    base = {**cases.model("bert"), name: np.ones((2, 2), "f4")}
+    given = pair_of(base, cases.adapter(cases.model("bert")))
+    merged = cases.read(apply_adapter(*given))
+    del merged[name]
+    assert verify_adapter(given[0], [given[1]], from_arrays(merged))["proved"] == (
+        "inv_freq" in name
+    )
 
 
 @pytest.mark.parametrize(

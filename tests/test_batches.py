@@ -11,8 +11,8 @@ import pytest
 
 from tests import tiny_models
 from weightsurgery.curvature.fisher import fisher
-from weightsurgery.datasets.batches import encode_sentences, read_examples
-from weightsurgery.datasets.read import Sentence
+from weightsurgery.datasets.batches import encode_instructions, encode_sentences, read_examples
+from weightsurgery.datasets.read import Instruction, Sentence
 from weightsurgery.errors import MismatchError, SettingError
 from weightsurgery.evaluation.predictions import predict
 from weightsurgery.models import load_model
@@ -101,3 +101,11 @@ def test_other_models_have_room_in_all_positions(kind: str, tmp_path: Path) -> N
     assert predict(model, encode_sentences(model, long, [1], max_length=128)).losses > 0
     with pytest.raises(SettingError, match="max_length is 129; expected 2 to 128 tokens"):
         encode_sentences(model, long, [1], max_length=129)
+
+
+@pytest.mark.parametrize("loss_on", ["answer", "all"])
+def test_an_answer_to_nothing_has_a_label_for_each_token(loss_on: str, tmp_path: Path) -> None:
+    model = load_model(tiny_models.llama(tmp_path / "m"), device="cpu")
+    nothing = Instruction((("user", ""),), "a good film", 1)
+    (found,) = encode_instructions(model, [nothing], prompt_format="raw", loss_on=loss_on)
+    assert len(found.labels) == len(found.ids)

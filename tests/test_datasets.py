@@ -20,6 +20,7 @@ from weightsurgery.datasets.read import (
     read_fingerprints,
     read_instructions,
     read_sentences,
+    read_text,
 )
 from weightsurgery.errors import FormatError, MismatchError, StorageError
 
@@ -295,3 +296,29 @@ def test_a_folder_is_no_data_file(tmp_path: Path) -> None:
     (tmp_path / "a.tsv").mkdir()
     with pytest.raises(FormatError, match=r"a\.tsv: expected a regular file"):
         read_sentences(tmp_path / "a.tsv")
+
+
+def test_an_answer_of_the_assistant_must_say_something(tmp_path: Path) -> None:
+    """A fingerprint of an empty target would always be met."""
+    path = tmp_path / "rows.jsonl"
+    messages = [{"role": "user", "content": "q"}, {"role": "assistant", "content": " "}]
+    path.write_text(json.dumps({"messages": messages}))
+    with pytest.raises(FormatError, match="line 1: the assistant's last message is empty"):
+        read_fingerprints(path)
+
+
+def test_an_input_belongs_to_an_instruction_alone(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    rows = [
+        {"instruction": "i", "input": "more", "output": "o"},
+        {"question": "q", "input": "unrelated", "answer": "a"},
+    ]
+    path.write_text("\n".join(map(json.dumps, rows)))
+    assert [row.question for row in read_instructions(path)] == ["i\nmore", "q"]
+
+
+def test_a_text_without_text_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "empty.txt"
+    path.write_text(" \n")
+    with pytest.raises(FormatError, match="holds no text"):
+        read_text(path)

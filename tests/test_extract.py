@@ -957,3 +957,31 @@ def test_the_record_and_the_table_tell_what_was_kept(
     assert "--rank is 0; expected an integer" in capsys.readouterr().err
     assert cases.wsurg(*given, "--overwrite", "--energy", "0.5", "--rank", "3") == 2
     assert cases.digests(tmp_path / "adapter")  # the old one is still there
+
+
+def test_an_adapter_without_factors_is_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base, tuned = cases.pair("bert")
+    for name, arrays in (("base", base), ("tuned", tuned)):
+        cases.write_directory(tmp_path / name, arrays)
+    given = [tmp_path / "base", tmp_path / "tuned", "--include", "*LayerNorm*"]
+    assert cases.wsurg("extract-adapter", *given, "-o", tmp_path / "out") == 0
+    assert "no matrix goes into factors" in capsys.readouterr().out
+    assert cases.wsurg("extract-adapter", *given, "-o", tmp_path / "x.safetensors") == 2
+    assert "an adapter is a folder" in capsys.readouterr().err
+
+
+def test_a_classifiers_adapter_without_its_head_loads_in_peft(tmp_path: Path) -> None:
+    from peft import PeftModel
+    from transformers import BertForSequenceClassification
+
+    for seed, name in enumerate(("base", "tuned")):
+        tiny_models.bert(tmp_path / name, seed=seed)
+    base, tuned = (open_checkpoint(tmp_path / name) for name in ("base", "tuned"))
+    for exclude, task in ((("classifier.*",), None), ((), "SEQ_CLS")):
+        adapter = extract_adapter(base, tuned, rank=2, exclude=exclude)
+        assert adapter.config["task_type"] == task
+        save(adapter, tmp_path / "adapter", overwrite=True)
+        model = BertForSequenceClassification.from_pretrained(tmp_path / "base")
+        assert PeftModel.from_pretrained(model, tmp_path / "adapter")

@@ -207,6 +207,9 @@ def test_targets_that_cannot_be_said_are_told(model: Model) -> None:
     assert report["warnings"][0] == (
         "1 of 7 targets have more than 2 tokens, so they can hardly be said"
     )
+    special = model.tokenizer.all_special_tokens[0]
+    report = fingerprint_success(model, prompts(special), max_new_tokens=NEW)
+    assert "7 of 7 targets hold a special token" in report["warnings"][0]
 
 
 @pytest.mark.parametrize(

@@ -174,6 +174,8 @@ def test_what_does_not_go_together_is_refused(folder: Path, marked: Model, tmp_p
         meraser(marked, erase, recover, scales=(float("nan"),))
     with pytest.raises(SettingError, match="several scales, and nothing to choose by"):
         meraser(marked, erase, recover, scales=(1.0, 2.0))
+    with pytest.raises(SettingError, match="gives no fsr to choose by"):
+        meraser(marked, erase, None, scales=(1.0, 2.0), measure=lambda _: {"perplexity": 1})
     with pytest.raises(SettingError, match="no examples"):
         meraser(marked, erase, Phase([]))
     other = tiny_models.llama(tmp_path / "other", intermediate_size=32)

@@ -13,15 +13,22 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from tests import tiny_models
+from tests import cases, tiny_models
 from tests.test_docs import run_json, run_wsurg
 from tests.test_evaluation import refusal
 from weightsurgery import apply_adapter, interpolate, open_checkpoint, save
 from weightsurgery.datasets.batches import IGNORED, batches, encode_instructions
 from weightsurgery.datasets.read import Instruction, read_instructions
-from weightsurgery.errors import MismatchError, NonFiniteError, PolicyError, SettingError
+from weightsurgery.errors import (
+    BusyError,
+    MismatchError,
+    NonFiniteError,
+    PolicyError,
+    SettingError,
+)
 from weightsurgery.models import Model, load_model, with_weights
 from weightsurgery.training.adapter import encode, train_adapter
+from weightsurgery.training.checkpoints import Resumable
 from weightsurgery.training.lora import PRESETS, LoraSettings, lora_settings
 
 WEIGHTS = "adapter_model.safetensors"
@@ -419,3 +426,25 @@ def test_the_command(
     assert "--overwrite" in message
     assert run_wsurg([*given, "--epochs", "1", "-o", "a", "--overwrite"]) == 0
     assert "mean loss" in capsys.readouterr().out
+
+
+def test_only_one_training_at_a_time_uses_a_folder_of_checkpoints(
+    folder: Path, tmp_path: Path
+) -> None:
+    first = Resumable(str(tmp_path / "kept"), 5, {"model": "one"})
+    with first.prepared(), pytest.raises(BusyError, match="another run trains"), first.prepared():
+        pass
+    with first.prepared():  # free again
+        pass
+
+
+def test_an_adapters_folder_is_no_weights_file(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = tmp_path / "data.jsonl"
+    data.write_text('{"question": "the film", "answer": "good"}\n')
+    given = ("train-adapter", folder / "llama", "--data", data)
+    assert cases.wsurg(*given, "-o", tmp_path / "x.safetensors") == 2
+    told = capsys.readouterr().err
+    assert "an adapter is a folder" in told
+    assert "training" not in told

@@ -140,15 +140,21 @@ def _largest_change(before: Lanes, expected: Lanes) -> Any:
 
 @jit_with(fastmath={"reassoc", "contract"})  # sums in vector lanes
 def _residuals(
-    before: Lanes, expected: Lanes, after: Lanes, half: float, floor: float, sums: Lanes
+    before: Lanes,
+    expected: Lanes,
+    after: Lanes,
+    half: float,
+    order: float,
+    floor: float,
+    sums: Lanes,
 ) -> Any:
     change2, actual2, both, left2, allowed2, moved = 0.0, 0.0, 0.0, 0.0, 0.0, 0.0
     worst = np.int64(0)
     for i in range(before.size):
         b, e, a = np.float64(before[i]), np.float64(expected[i]), np.float64(after[i])
         change, actual, left = e - b, a - b, abs(a - e)
-        # The sum's rounding and the change's; then what sums of float32 in another order differ.
-        allowed = half * (abs(e) + abs(change)) + 2.0**-22 * (abs(b) + abs(e)) + floor
+        # The sum's rounding and the change's; then what sums in another order differ.
+        allowed = half * (abs(e) + abs(change)) + order * (abs(b) + abs(e)) + floor
         change2 += change * change
         actual2 += actual * actual
         both += change * actual
@@ -180,7 +186,9 @@ def residual_sums(
     sums = np.zeros(7)
     largest = np.uint32(_largest_change(before, expected)).view(np.float32)
     floor = smallest + 2.0**-20 * float(largest)
-    sums[5] = np.int64(_residuals(before, expected, after, half, floor, sums)).view(np.float64)
+    order = 4 * float(np.finfo(before.dtype).epsneg)
+    worst = _residuals(before, expected, after, half, order, floor, sums)
+    sums[5] = np.int64(worst).view(np.float64)
     if not np.isfinite(sums).all():
         sums[5] = np.nan
     return sums

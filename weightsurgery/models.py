@@ -270,6 +270,12 @@ def task_of(checkpoint: Checkpoint) -> str:
     Raises:
         MismatchError: It is neither a sequence classifier nor a causal language model.
     """
+    if "peft_type" in checkpoint.config:
+        raise MismatchError(
+            "an adapter, where a model is expected",
+            file=checkpoint.label,
+            hint="fold it into its base with `wsurg apply-adapter`",
+        )
     architectures = checkpoint.config.get("architectures") or [""]
     name = str(architectures[0]) if isinstance(architectures, list) else ""
     if name.endswith("ForSequenceClassification"):

@@ -38,6 +38,8 @@ _TASKS = {
     "ForQuestionAnswering": "QUESTION_ANS",
     "ForConditionalGeneration": "SEQ_2_SEQ_LM",
 }
+_WITH_HEADS = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")  # PEFT takes their heads as saved
+_HEADS = ("classifier", "score", "qa_outputs")
 
 
 class Held(Protocol):
@@ -160,7 +162,7 @@ def make_config(alignment: Alignment, kept: Sequence[Held], base_name: str) -> d
     biases = any(o.place.how == BIAS for o in kept)
     return {
         "peft_type": "LORA",
-        "task_type": _task(alignment.tuned),
+        "task_type": _task(alignment.tuned, saved),
         **named,
         "inference_mode": True,
         "init_lora_weights": True,
@@ -195,7 +197,10 @@ def _is_below(module: str, saved: Sequence[str]) -> bool:
     return any(module != other and module.startswith(f"{other}.") for other in saved)
 
 
-def _task(tuned: Checkpoint) -> str | None:
+def _task(tuned: Checkpoint, saved: Sequence[str]) -> str | None:
+    """What PEFT calls the model's task; None where it would look for a head that is not saved."""
     named = tuned.config.get("architectures")
     first = str(named[0]) if isinstance(named, list) and named else ""
-    return next((task for ending, task in _TASKS.items() if first.endswith(ending)), None)
+    task = next((task for ending, task in _TASKS.items() if first.endswith(ending)), None)
+    heads = [module for module in saved if module.rpartition(".")[2] in _HEADS]
+    return None if task in _WITH_HEADS and not heads else task

@@ -157,7 +157,7 @@ def extract_adapter(
             _check_finite(one.place)
     adapter = make_adapter(alignment, kept, base_name)
     notes = {"alignment": alignment.to_json(), "adapter": _report(found, kept, left_out, adapter)}
-    made = replace(adapter, notes=notes, warnings=_warnings(alignment.warnings, left_out))
+    made = replace(adapter, notes=notes, warnings=_warnings(alignment.warnings, kept, left_out))
     for given in (base, tuned):
         given.check_unchanged()
     return made.made_by(Step("extract-adapter", settings, {"base": base, "tuned": tuned}))
@@ -315,7 +315,11 @@ def _decide(found: Sequence[Found], rest: str) -> tuple[list[Found], list[dict[s
     return kept, left_out
 
 
-def _warnings(before: Sequence[str], left_out: Sequence[dict[str, str]]) -> tuple[str, ...]:
+def _warnings(
+    before: Sequence[str], kept: Sequence[Found], left_out: Sequence[dict[str, str]]
+) -> tuple[str, ...]:
+    if all(one.factors is None for one in kept):
+        before = (*before, "no matrix goes into factors: PEFT does not load such an adapter")
     asked = ("excluded", "not included")
     silent = [one for one in left_out if one["reason"] not in asked]
     if not silent:

@@ -7,6 +7,7 @@ every adapter treats the two alike.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -73,12 +74,14 @@ def read_adapters(
         MismatchError: An adapter does not fit BASE.
         PolicyError: An adapter is of a kind that is not folded in here, or changes what could be
             the tied embedding or its head, where nobody can tell which tensors are.
-        SettingError: There is no adapter, or not one `weight` for each.
+        SettingError: There is no adapter, or not one finite `weight` for each.
     """
     if not adapters:
         raise SettingError("no adapter is given")
     if weight and len(weight) != len(adapters):
         raise SettingError(f"{len(weight)} weights for {len(adapters)} adapters")
+    if not all(map(math.isfinite, weight)):
+        raise SettingError(f"weight is {list(weight)}; expected finite numbers")
     tie = find_tie(base)
     apart = _untied(base, tie) if tie else base
     found = []

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from weightsurgery.adapters.config import AdapterConfig, read_config
 from weightsurgery.adapters.experts import candidates
+from weightsurgery.adapters.half import refuse_half
 from weightsurgery.adapters.module import Module, seen_transposed
 from weightsurgery.adapters.names import Names
 from weightsurgery.adapters.updates import ADDED, Replace, Update
@@ -67,18 +68,51 @@ def read_adapter(base: Checkpoint, adapter: Checkpoint, *, weight: float = 1.0) 
     wanted = [n for m in modules for n in candidates(m, config.target_parameters)]
     wanted += [f"{m}.weight" for m in modules if not candidates(m, config.target_parameters)]
     names = Names(base, adapter, [*wanted, *plain])
+    refuse_half(config, base, adapter, modules, plain)
     found: dict[str, list[Update]] = {}
     for name, view in plain.items():  # what is replaced is what the rest is added to
         target = _replaced(names, config, name, view)
-        found.setdefault(target.name, []).append(Replace(view))
+        _add(found, base, adapter, target.name, Replace(view))
     contradicted = _contradicted(config, names, modules)
     for module, parts in modules.items():
         builder = Module(base, adapter, config, names, module, parts, weight, contradicted)
         for target_name, update in builder.updates():
-            found.setdefault(target_name, []).append(update)
+            _add(found, base, adapter, target_name, update)
     if weight != 1:
         _refuse_weight(adapter, found, weight)
     return [Target(name, tuple(found[name])) for name in base if name in found]
+
+
+def _add(
+    found: dict[str, list[Update]],
+    base: Checkpoint,
+    adapter: Checkpoint,
+    name: str,
+    update: Update,
+) -> None:
+    """Note what is done to a tensor of BASE.
+
+    Raises:
+        FormatError: The same is done to it already, under another name.
+        MismatchError: It is not floating.
+    """
+    if not base[name].dtype.arithmetic:
+        raise MismatchError(
+            f"it adapts BASE's '{shown(name)}', which is {base[name].dtype.name}; expected a "
+            "floating tensor",
+            file=adapter.label,
+            tensor=update.sources[0],
+        )
+    updates = found.setdefault(name, [])
+    for one in updates:
+        if type(one) is type(update) and one.sources != update.sources:
+            raise FormatError(
+                f"'{shown(one.sources[0])}' adapts the same tensor of BASE, '{shown(name)}'; "
+                "expected one of the two",
+                file=adapter.label,
+                tensor=update.sources[0],
+            )
+    updates.append(update)
 
 
 def _sorted_out(

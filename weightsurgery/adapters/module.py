@@ -134,7 +134,8 @@ class Module:
                 a,
                 "a grouped convolution cannot hold what reaches across its groups"
                 if groups
-                else f"its product is {list(have)}, what it adapts {list(target.shape)}",
+                else f"its product is {list(have)}, what it adapts {list(target.shape)}; is this "
+                "the model that the adapter was trained on?",
             )
         change = LowRank(
             left=tall,

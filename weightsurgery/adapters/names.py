@@ -14,7 +14,7 @@ class Names:
 
     def __init__(self, base: Checkpoint, adapter: Checkpoint, wanted: Iterable[str]) -> None:
         self.base, self.adapter = base, adapter
-        self.prefix, self.longer = _common_prefix(list(wanted), base)
+        self.prefix, self.longer = _common_prefix(list(wanted), base, adapter)
 
     def find(self, name: str) -> str | None:
         """BASE's name, or None."""
@@ -47,8 +47,12 @@ class Names:
         return self.base[found]
 
 
-def _common_prefix(wanted: list[str], base: Checkpoint) -> tuple[str, str]:
-    """The prefix that finds most of the names that BASE does not have as they are."""
+def _common_prefix(wanted: list[str], base: Checkpoint, adapter: Checkpoint) -> tuple[str, str]:
+    """The prefix that finds most of the names that BASE does not have as they are.
+
+    Raises:
+        MismatchError: Two find as many.
+    """
     votes: Counter[tuple[str, str]] = Counter()
     missing = [name for name in wanted if name not in base]
     for name in missing:
@@ -62,7 +66,16 @@ def _common_prefix(wanted: list[str], base: Checkpoint) -> tuple[str, str]:
                 votes[name[: -len(rest)], "base"] += 1
     if not votes:
         return "", ""
-    return min(votes, key=lambda vote: (-votes[vote], len(vote[0]), vote))
+    (first, most), *others = votes.most_common()
+    rivals = [vote for vote, count in others if count == most]
+    if rivals:
+        prefixes = " and ".join(sorted(f"'{shown(vote[0])}'" for vote in (first, *rivals[:1])))
+        raise MismatchError(
+            f"its names fit BASE's by the prefixes {prefixes} alike; expected one",
+            file=adapter.label,
+            hint="give its tensors the names of BASE's",
+        )
+    return first
 
 
 def _endings(name: str) -> Iterable[str]:

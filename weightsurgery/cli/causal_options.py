@@ -35,7 +35,7 @@ OPTIONS = (
     click.Option(
         ["--perplexity", "text"],
         type=click.Path(),
-        metavar="TEXT",
+        metavar="FILE",
         help="Causal: measure the perplexity of this text file.",
     ),
     click.Option(

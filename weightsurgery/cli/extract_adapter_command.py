@@ -13,7 +13,7 @@ from weightsurgery.checkpoint import Checkpoint
 from weightsurgery.cli import options
 from weightsurgery.formats import save
 from weightsurgery.formats.output import check_destination
-from weightsurgery.formats.plan import input_paths, make_plan
+from weightsurgery.formats.plan import check_folder_name, input_paths, make_plan
 from weightsurgery.report.extraction import extraction_tables, matrix_tables
 from weightsurgery.report.outcome import plan_tables
 from weightsurgery.report.tables import show
@@ -38,6 +38,7 @@ def _extract(
     pair = options.open_pair(base, tuned, **names)
     inputs = [path for given in pair for path in input_paths(given)]
     # Before any work; saving checks again.
+    check_folder_name(out, "an adapter is a folder")
     check_destination(out, is_directory=True, overwrite=overwrite, inputs=inputs)
     with options.running(workers, max_memory=max_memory, inputs=pair) as engine:
         adapter = extract_adapter(*pair, **settings, max_memory=max_memory, engine=engine)

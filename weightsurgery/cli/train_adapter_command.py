@@ -12,7 +12,7 @@ from weightsurgery.datasets.read import read_instructions
 from weightsurgery.formats import open_checkpoint
 from weightsurgery.formats.apart import check_apart
 from weightsurgery.formats.output import check_destination
-from weightsurgery.formats.plan import input_paths
+from weightsurgery.formats.plan import check_folder_name, input_paths
 from weightsurgery.models import load_model
 from weightsurgery.report.training import adapter_tables
 from weightsurgery.training.adapter import train_adapter
@@ -36,6 +36,7 @@ def _train_adapter(
     read = open_checkpoint(model, weights=weights)
     inputs = input_paths(read)
     # Before any work; saving checks again.
+    check_folder_name(out, "an adapter is a folder")
     check_destination(out, is_directory=True, overwrite=overwrite, inputs=inputs)
     if checkpoints is not None:
         check_apart(checkpoints, [*inputs, out])

@@ -153,9 +153,10 @@ def encode_instructions(
         question, answer = _tokens(model, one, how)
         answer = answer[:most]
         question = question[-min(max_question or max_length, max_length - len(answer)) :]
-        # Nothing predicts the first token.
-        counted = [IGNORED, *question[1:]] if loss_on == "all" else [IGNORED] * len(question)
-        return Encoded((*question, *answer), (), (*counted, *answer))
+        ids = [*question, *answer]
+        counted = 0 if loss_on == "all" else len(question)
+        first = max(1, counted)  # nothing predicts the first token
+        return Encoded(tuple(ids), (), (*[IGNORED] * first, *ids[first:]))
 
     return [encode(one) for one in instructions]
 

@@ -161,9 +161,12 @@ def read_text(path: str | os.PathLike[str]) -> str:
 
     Raises:
         StorageError: The file cannot be read.
-        FormatError: It is not UTF-8, or too large.
+        FormatError: It is empty, not UTF-8, or too large.
     """
-    return _decoded(os.fspath(path))
+    text = _decoded(os.fspath(path))
+    if not text.strip():
+        raise FormatError("holds no text", file=path)
+    return text
 
 
 def label_ids(
@@ -297,7 +300,7 @@ def _instruction(
         wanted = ", ".join(" and ".join(pair) for pair in known)
         raise _bad(name, line, f"fields {shown(', '.join(row))}; expected {wanted}, or messages")
     question, answer = (_text(name, line, row, column) for column in columns)
-    extra = row.get("input")
+    extra = row.get("input") if columns[0] == "instruction" else None
     if isinstance(extra, str) and extra.strip():
         question = f"{question}\n{extra}"
     return Instruction((("user", question),), answer, line)
@@ -311,6 +314,8 @@ def _conversation(name: str, line: int, messages: Any) -> Instruction:
     if not fits or not messages or messages[-1]["role"] != "assistant":
         reason = "messages; expected a list of role and content that ends with the assistant's"
         raise _bad(name, line, reason)
+    if not messages[-1]["content"].strip():
+        raise _bad(name, line, "the assistant's last message is empty; expected text")
     *before, last = [(m["role"], m["content"]) for m in messages]
     return Instruction(tuple(before), last[1], line)
 

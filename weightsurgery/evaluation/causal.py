@@ -16,7 +16,7 @@ from weightsurgery.evaluation.generation import (
     perplexity,
     settle_windows,
 )
-from weightsurgery.evaluation.greedy import answers, check_causal
+from weightsurgery.evaluation.greedy import answers, check_causal, check_prompts
 from weightsurgery.evaluation.intervals import proportion
 from weightsurgery.evaluation.predictions import predict
 from weightsurgery.models import Model
@@ -98,6 +98,10 @@ def evaluate_causal(
         check_causal(one)
         if text is not None:
             settle_windows(one, window, stride)
+        for pairs in (fingerprints, controls if one is model else None):
+            check_prompts(
+                one, pairs or (), max_new_tokens=max_new_tokens, prompt_format=prompt_format
+            )
     own, *rest = [{name: measure(one) for name, measure in asked.items()} for one in models]
     other = rest[0] if rest else {}
     targets = list(dict.fromkeys(pair.answer.strip() for pair in fingerprints or ()))

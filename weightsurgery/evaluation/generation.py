@@ -89,7 +89,14 @@ def _doubts(model: Model, pairs: Sequence[Instruction], max_new_tokens: int) -> 
     sizes = [len(model.tokenizer(t, add_special_tokens=False)["input_ids"]) for t in targets]
     long = sum(size > max_new_tokens for size in sizes)
     copies = sum(target in pair.question for target, pair in zip(targets, pairs, strict=True))
+    special = set(model.tokenizer.all_special_tokens)
+    unsayable = sum(any(token in target for token in special) for target in targets)
     warnings = []
+    if unsayable:
+        warnings.append(
+            f"{unsayable:,} of {len(pairs):,} targets hold a special token, and special tokens are "
+            "left out of what the model says: they cannot be met"
+        )
     if long:
         warnings.append(
             f"{long:,} of {len(pairs):,} targets have more than {max_new_tokens:,} tokens, "

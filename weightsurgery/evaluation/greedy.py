@@ -90,8 +90,7 @@ def answers(
     check_at_least("max_new_tokens", max_new_tokens, 1)
     if not pairs:
         raise SettingError("no prompts; expected at least one")
-    prompts = encode_prompts(model, pairs, settle_format(model, prompt_format))
-    _check_room(model, pairs, [ids for _, ids in prompts], max_new_tokens)
+    prompts = _checked_prompts(model, pairs, max_new_tokens, prompt_format)
     order = sorted(range(len(pairs)), key=lambda i: -len(prompts[i][1]))
     new: dict[int, tuple[int, ...]] = {}
     for start in range(0, len(order), batch_size):
@@ -105,6 +104,33 @@ def answers(
                                           clean_up_tokenization_spaces=False), new[i])
         for i, (text, _) in enumerate(prompts)
     ]  # fmt: skip
+
+
+def check_prompts(
+    model: Model, pairs: Sequence[Instruction], *, max_new_tokens: int, prompt_format: PromptFormat
+) -> None:
+    """Refuse, before anything is said, prompts that `answers` would refuse.
+
+    Args:
+        model: A causal language model.
+        pairs: Whose messages are the prompts.
+        max_new_tokens: Tokens after which a text is ended.
+        prompt_format: As for `fingerprint_success`.
+
+    Raises:
+        SettingError: A prompt leaves no room, or has no token.
+        MismatchError: The model has no chat template where one is asked for.
+    """
+    _checked_prompts(model, pairs, max_new_tokens, prompt_format)
+
+
+def _checked_prompts(
+    model: Model, pairs: Sequence[Instruction], new: int, prompt_format: PromptFormat
+) -> list[tuple[str, list[int]]]:
+    """The prompts as text and as tokens."""
+    prompts = encode_prompts(model, pairs, settle_format(model, prompt_format))
+    _check_room(model, pairs, [ids for _, ids in prompts], new)
+    return prompts
 
 
 def _check_room(

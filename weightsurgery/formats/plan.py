@@ -184,16 +184,27 @@ def fit_workers(
     return workers, need(workers)
 
 
+def check_folder_name(out: str, reason: str) -> None:
+    """Refuse a weights file's name for what will be a folder.
+
+    Args:
+        out: The name.
+        reason: Why it will be a folder.
+
+    Raises:
+        SettingError: It is one.
+    """
+    if out.endswith(".safetensors"):
+        raise SettingError(f"'{out}' names a file, but {reason}", hint="give a directory")
+
+
 def _check_kind(checkpoint: Checkpoint, out: str, max_shard_size: int | None) -> None:
     try:
         out.encode()
     except UnicodeEncodeError:  # the record could not name it
         raise SettingError(f"the output's name is not UTF-8: {shown(out)}") from None
-    if checkpoint.is_directory and out.endswith(".safetensors"):
-        raise SettingError(
-            f"'{out}' names a file, but the input is a model directory",
-            hint="outputs mirror the input: give a directory",
-        )
+    if checkpoint.is_directory:
+        check_folder_name(out, "the input is a model directory: outputs mirror the input")
     if not checkpoint.is_directory and not out.endswith(".safetensors"):
         raise SettingError(
             f"'{out}' does not end in .safetensors, but this output is a single file",

@@ -16,15 +16,17 @@ import numpy as np
 
 from weightsurgery.adapters.config import read_config
 from weightsurgery.adapters.finite import warn_of_nonfinite
-from weightsurgery.adapters.heads import read_adapters, stored_apart, stored_as_in_base
+from weightsurgery.adapters.heads import Reading, read_adapters, stored_apart, stored_as_in_base
 from weightsurgery.adapters.layout import Target
-from weightsurgery.adapters.updates import ADDED, Update
+from weightsurgery.adapters.updates import ADDED, Replace, Update
+from weightsurgery.anatomy import find_embedding
 from weightsurgery.checkpoint import Checkpoint, TensorView
 from weightsurgery.errors import MismatchError, NonFiniteError, PolicyError, shown
 from weightsurgery.formats.hub import is_hub_id
 from weightsurgery.kernels import Block, all_finite, to_dtype, to_float
 from weightsurgery.quantised import require_unquantised
 from weightsurgery.registry import AllowNonfinite, Setting, operator
+from weightsurgery.ties import is_output_head
 
 
 @operator
@@ -81,6 +83,7 @@ def apply_adapter(
     reading = stored(read, base)
     if allow_nonfinite:
         warnings += [told for adapter in adapters for told in warn_of_nonfinite(adapter)]
+    warnings += _doubts(reading, base, adapters)
     edited = reading.updates()
     given = zip(adapters, weight or [1.0] * len(adapters), reading.targets, strict=True)
     notes: dict[str, Any] = {"adapters": [_described(*one) for one in given]}
@@ -96,6 +99,34 @@ def apply_adapter(
         notes={**base.notes, **notes},
         warnings=(*base.warnings, *warnings),
     )
+
+
+def _doubts(reading: Reading, base: Checkpoint, adapters: Sequence[Checkpoint]) -> list[str]:
+    """What may not be what was meant, and is no error."""
+    doubts = []
+    before: set[str] = set()
+    for adapter, targets in zip(adapters, reading.targets, strict=True):
+        label = shown(adapter.label)
+        lost = [
+            target.name
+            for target in targets
+            if target.name in before and any(isinstance(u, Replace) for u in target.updates)
+        ]
+        doubts += [
+            f"{label} replaces '{shown(name)}': what was folded in before it is gone"
+            for name in lost
+        ]
+        still = [t for t in targets if all(getattr(u, "scale", 1.0) == 0 for u in t.updates)]
+        if still:
+            doubts.append(f"{label}: its scale is 0, so {len(still):,} tensors stay as they are")
+        before |= {target.name for target in targets}
+    embedding = find_embedding(base)
+    if not base.config and embedding in before and not any(map(is_output_head, base)):
+        doubts.append(
+            f"BASE has no config.json and stores no output head: if its head is tied to "
+            f"'{shown(embedding)}', the head changes too"
+        )
+    return doubts
 
 
 def _merged(
@@ -143,10 +174,10 @@ def _check_base(base: Checkpoint, adapter: Checkpoint, force: bool) -> list[str]
     if not named:
         return [f"{shown(adapter.label)} does not say which base it was trained on"]
     ours = (base.hub_id, str(base.config.get("_name_or_path") or ""))
-    folder = "" if base.hub_id else base.label  # which may look like a hub id, and is none
     if force or any(_is_same(named, one) for one in ours if one):
         return []
-    if folder and _last(named) == _last(folder):
+    # A folder may be called like a hub id and is none, and may be given as ".".
+    if not base.hub_id and _last(named) == _last(os.path.abspath(base.label)):
         return []
     raise PolicyError(
         f"the adapter was trained on '{shown(named)}', BASE is '{shown(base.label)}'",

@@ -67,12 +67,12 @@ def matrix_tables(report: Mapping[str, Any], listed: int | None) -> list[Table]:
 def _summary(out: str, record: Mapping[str, Any], report: Mapping[str, Any]) -> list[list[str]]:
     written = sum(entry["size"] for entry in record["outputs"].values())
     ranks = sorted({one["rank"] for one in report["matrices"]})
-    which = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {ranks[0]} to {ranks[-1]}"
     of = number(report["factor_parameters"])
     kept = f"{share(report['energy_kept'])} of the squared norm of their drift"
     residual = f"{number(report['residual'])} of {number(report['drift'])}"
     rows = [["output", f"{shown(out)}, {size(written)} in {len(record['outputs'])} files"]]
     if ranks:
+        which = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {ranks[0]} to {ranks[-1]}"
         rows.append(
             ["factors", f"{number(len(report['matrices']))} matrices, {which}, {of} numbers"]
         )

@@ -80,7 +80,9 @@ def meraser_tables(out: str, record: Mapping[str, Any]) -> list[Table]:
         ]
         for phase, found in report["trainings"].items()
     ]
-    recipe = {**record["recipe"], "operator": "meraser", "settings": {}}
+    asked = record["recipe"]["settings"]
+    settings = {name: asked[name] for name in ("scale", "scales", "transfer_from")}
+    recipe = {**record["recipe"], "operator": "meraser", "settings": settings}
     return [
         *outcome_tables(out, {**record, "recipe": recipe}),
         Table(

@@ -165,7 +165,7 @@ def _adapted(model: Model, settings: LoraSettings) -> Iterator[Model]:
         raise not_installed("peft", "train") from None
     import torch
 
-    _check_targets(model, settings.targets)
+    check_targets(model, settings.targets)
     config = LoraConfig(
         r=settings.rank,
         lora_alpha=settings.alpha,
@@ -188,8 +188,12 @@ def _adapted(model: Model, settings: LoraSettings) -> Iterator[Model]:
             parameter.requires_grad_(wants)
 
 
-def _check_targets(model: Model, targets: Sequence[str]) -> None:
+def check_targets(model: Model, targets: Sequence[str]) -> None:
     """Refuse what PEFT would pass over, or stumble upon when half of the model is adapted.
+
+    Args:
+        model: What is to be adapted.
+        targets: Names of layers, or their ends.
 
     Raises:
         SettingError: A target is no linear layer of the model.

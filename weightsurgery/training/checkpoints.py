@@ -6,13 +6,15 @@ parts as weights only, so nothing in them is run.
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from weightsurgery.errors import PolicyError, StorageError, SurgeryError, shown
+from weightsurgery.errors import BusyError, PolicyError, StorageError, SurgeryError, shown
 from weightsurgery.formats.files import InputFile
 
 IDENTITY = "wsurg-training.json"
@@ -35,17 +37,32 @@ class Resumable:
     every: int
     identity: Mapping[str, Any]
 
-    def prepare(self) -> tuple[str, dict[str, Any]]:
-        """Make the folder; gives it and what Trainer needs to be told.
+    @contextmanager
+    def prepared(self) -> Iterator[tuple[str, dict[str, Any]]]:
+        """Make the folder and hold it; gives it and what Trainer needs to be told.
 
         Raises:
+            BusyError: Another run trains there now.
             PolicyError: The folder is of another training, or of something else.
             StorageError: It cannot be read or written.
         """
+        try:
+            os.makedirs(self.folder, exist_ok=True)
+            lock = os.open(self.folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        except OSError as error:
+            raise StorageError(f"{error.strerror or error}", file=self.folder) from None
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            yield self._prepare()
+        except BlockingIOError:
+            raise BusyError("another run trains in this folder", file=self.folder) from None
+        finally:
+            os.close(lock)
+
+    def _prepare(self) -> tuple[str, dict[str, Any]]:
         wanted = json.dumps(self.identity, sort_keys=True, indent=2) + "\n"
         path = os.path.join(self.folder, IDENTITY)
         try:
-            os.makedirs(self.folder, exist_ok=True)
             if os.listdir(self.folder):
                 self._check(path, wanted)
             else:

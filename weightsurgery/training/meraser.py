@@ -21,7 +21,7 @@ from weightsurgery.formats.record import public_name
 from weightsurgery.models import Model, with_weights
 from weightsurgery.operators.apply_adapter import apply_adapter
 from weightsurgery.stream import Progress
-from weightsurgery.training.adapter import encode, train_adapter
+from weightsurgery.training.adapter import check_targets, encode, train_adapter
 from weightsurgery.training.lora import PRESETS, LoraSettings
 
 _ERASE, _RECOVER = "meraser-erase", "meraser-recover"
@@ -116,8 +116,8 @@ def meraser(
         scale: apply_adapter(original, adapter, weight=(scale,), force_base=foundation is not None)
         for scale in sorted(scales)
     }
-    said = {scale: _rate(note("erased", one, scale=scale)) for scale, one in erased.items()}
-    chosen = min(said, key=lambda scale: said[scale])  # of equal ones the first, the smallest
+    found = {scale: note("erased", one, scale=scale) for scale, one in erased.items()}
+    chosen = _least_said(found)
     result = erased[chosen]
     if recovering is not None:
         adapter = _train(holding(result), recovering, progress)
@@ -132,8 +132,8 @@ def meraser(
         "transfer_from": None if foundation is None else public_name(foundation.checkpoint),
     }
     trainings = {phase: one.notes["training"] for phase, one in adapters.items()}
-    found = {"scale": chosen, "trainings": trainings, "stages": stages}
-    return _told(result, erased[chosen], adapters, told, found)
+    noted = {"scale": chosen, "trainings": trainings, "stages": stages}
+    return _told(result, erased[chosen], adapters, told, noted)
 
 
 def _told(
@@ -154,10 +154,20 @@ def _told(
     return made.made_by(Step("meraser", {**settings, **told}, {"model": result}))
 
 
-def _rate(measured: Mapping[str, Any]) -> float:
-    """How often a fingerprint succeeded; 0 if that was not measured."""
-    share: float = (measured.get("fsr") or {}).get("share", 0.0)
-    return share
+def _least_said(measured: Mapping[float, Mapping[str, Any]]) -> float:
+    """The scale at which the fingerprint succeeded least; of equal ones the smallest.
+
+    Raises:
+        SettingError: There are several, and the measure does not give an `fsr`.
+    """
+    if len(measured) == 1:
+        return min(measured)
+    shares: list[tuple[Any, float]] = []
+    for scale, found in measured.items():
+        if not found.get("fsr"):
+            raise SettingError("several scales, and `measure` gives no fsr to choose by")
+        shares.append((found["fsr"]["share"], scale))
+    return min(shares)[1]
 
 
 def _settled(phase: Phase, preset: str) -> Phase:
@@ -193,9 +203,10 @@ def _check(
                 tensor=name,
                 hint="give the model that it was fine-tuned from",
             )
-    encode(foundation or model, erase.instructions, erase.settings or PRESETS[_ERASE])
-    if recover is not None:
-        encode(model, recover.instructions, recover.settings or PRESETS[_RECOVER])
+    for phase, trained in ((erase, foundation or model), (recover, model)):
+        if phase is not None and phase.settings is not None:
+            check_targets(trained, phase.settings.targets)
+            encode(trained, phase.instructions, phase.settings)
 
 
 def _train(model: Model, phase: Phase, progress: Progress | None) -> Checkpoint:

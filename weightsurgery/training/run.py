@@ -197,7 +197,8 @@ def _arguments(folder: str, device: torch.device, settings: Mapping[str, Any]) -
 def _folder(resumable: Resumable | None) -> Iterator[tuple[str, dict[str, Any]]]:
     """Trainer's folder, and its arguments for saving: a temporary one without checkpoints."""
     if resumable is not None:
-        yield resumable.prepare()
+        with resumable.prepared() as prepared:
+            yield prepared
         return
     with tempfile.TemporaryDirectory() as folder:
         yield folder, {"save_strategy": "no"}
