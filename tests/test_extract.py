@@ -972,6 +972,7 @@ def test_an_adapter_without_factors_is_told(
     assert "an adapter is a folder" in capsys.readouterr().err
 
 
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
 def test_a_classifiers_adapter_without_its_head_loads_in_peft(tmp_path: Path) -> None:
     from peft import PeftModel
     from transformers import BertForSequenceClassification
