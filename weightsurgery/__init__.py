@@ -65,6 +65,7 @@ _HOMES = {
     "load_model": "models",
     "changed_mask": "masks",
     "apply_adapter": "operators.apply_adapter",
+    "convert": "operators.convert",
     "epur": "operators.epur",
     "interpolate": "operators.interpolate",
     "mix": "operators.mix",

@@ -11,7 +11,6 @@ import click
 from weightsurgery.cli import model_options, options
 from weightsurgery.cli.writing import write
 from weightsurgery.datasets.batches import Encoded, read_examples
-from weightsurgery.formats import open_checkpoint
 from weightsurgery.formats.plan import make_plan
 from weightsurgery.models import Model, load_model
 from weightsurgery.report.outcome import plan_tables
@@ -45,7 +44,7 @@ def _finetune(
         raise click.UsageError("--patience needs --held-out", click.get_current_context())
     Hyperparameters(**settings)  # refuses before any work, as do the next two lines
     sizes: dict[str, Any] = {"overwrite": overwrite, "max_shard_size": max_shard_size}
-    read = open_checkpoint(model, weights=weights)
+    read = options.open_one(model, weights)
     make_plan(read, out, engine=Engine(), **sizes)
     opened = load_model(read, device=device)
     examples = read_examples(opened, data, max_length=max_length)

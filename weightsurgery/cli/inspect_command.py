@@ -5,7 +5,6 @@ from __future__ import annotations
 import click
 
 from weightsurgery.cli import options
-from weightsurgery.formats import open_checkpoint
 from weightsurgery.inspection import inspect
 from weightsurgery.report.description import description_tables
 from weightsurgery.report.tables import show
@@ -19,7 +18,7 @@ def _inspect(
     max_memory: int | None,
     as_json: bool,
 ) -> None:
-    checkpoint = open_checkpoint(path, weights=weights)
+    checkpoint = options.open_one(path, weights)
     with options.running(workers, max_memory=max_memory, inputs=[checkpoint]) as engine:
         description = inspect(checkpoint, values=values, engine=engine)
     options.warn(description["warnings"])

@@ -12,7 +12,7 @@ import weightsurgery.operators
 from weightsurgery.checkpoint import Checkpoint
 from weightsurgery.cli import options
 from weightsurgery.cli.companion import companion_of
-from weightsurgery.formats import open_checkpoint, save
+from weightsurgery.formats import save
 from weightsurgery.formats.output import check_destination
 from weightsurgery.formats.plan import check_outputs_apart, input_paths, make_plan
 from weightsurgery.masks import changed_mask
@@ -82,7 +82,7 @@ def _run(operator: Operator, given: dict[str, Any]) -> None:
     given = {**given, **companion.check(context)}
     check_usage(context, operator, given, companion.also_used(given))
     inputs, subject = _open(operator, given)
-    further = {n: open_checkpoint(given[n]) for n in operator.optional if given[n] is not None}
+    further = {n: options.open_one(given[n]) for n in operator.optional if given[n] is not None}
     settings = read_settings(context, operator, given, subject)
     out, read = given["out"], (*inputs, *further.values())
     sizes = {key: given[key] for key in ("overwrite", "max_shard_size", "max_memory")}

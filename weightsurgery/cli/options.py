@@ -37,6 +37,12 @@ class Command(click.Command):
 
     complements: Mapping[str, str] = MappingProxyType({})
 
+    def __init__(self, name: str, *, params: list[click.Parameter], **given: Any) -> None:
+        # Whoever opens models offers --weights, and with it --allow-pickle.
+        at = params.index(WEIGHTS) + 1 if WEIGHTS in params else len(params)
+        added = [ALLOW_PICKLE] if WEIGHTS in params else []
+        super().__init__(name, params=[*params[:at], *added, *params[at:]], **given)
+
     def invoke(self, ctx: click.Context) -> Any:
         """Run it; refuse inputs of which some are from the file, for which is which is a guess."""
         sources = {p: ctx.get_parameter_source(p.name or "") for p in self.params}
@@ -55,12 +61,14 @@ class Command(click.Command):
         ]
         if taken:
             click.echo(f"from {path}: {', '.join(taken)}", err=True)
+        ctx.meta[_MAY_UNPICKLE] = ctx.params.pop("allow_pickle", False)  # for `open_one`
         try:
             return super().invoke(ctx)
         except SurgeryError as error:
             raise in_flags(error, self.params) from error
 
 
+_MAY_UNPICKLE = "weightsurgery.allow_pickle"
 _TYPED = click.core.ParameterSource.COMMANDLINE
 
 
@@ -158,6 +166,11 @@ WEIGHTS = click.Option(
     metavar="FILE",
     help="Weights file to use where a model directory has two answers.",
 )
+ALLOW_PICKLE = click.Option(
+    ["--allow-pickle"],
+    is_flag=True,
+    help="Open PyTorch's pickled checkpoints (.bin, .pt, .pth, .ckpt) in a confined process.",
+)
 NAMES = (
     click.Option(
         ["--strip-prefix"], metavar="PREFIX", default="", help="Ignore this prefix when pairing."
@@ -235,6 +248,17 @@ def open_pair(
     return named, opened[1]
 
 
+def open_one(path: str, weights: str | None = None) -> Checkpoint:
+    """Open a checkpoint as the command's options allow it.
+
+    Args:
+        path: As for `open_checkpoint`.
+        weights: The weights file to use.
+    """
+    allowed = click.get_current_context().meta.get(_MAY_UNPICKLE, False)
+    return open_checkpoint(path, weights=weights, allow_pickle=allowed)
+
+
 def open_all(paths: Sequence[str], weights: str | None) -> list[Checkpoint]:
     """Open checkpoints; `weights` is for whichever of them has that file.
 
@@ -247,7 +271,7 @@ def open_all(paths: Sequence[str], weights: str | None) -> list[Checkpoint]:
         # What a directory lacks says more than that a file is no directory.
         raise min(refusals, key=lambda refusal: os.path.isfile(refusal.file or ""))
     return [
-        open_checkpoint(path) if isinstance(one, SettingError) else one
+        open_one(path) if isinstance(one, SettingError) else one
         for path, one in zip(paths, found, strict=True)
     ]
 
@@ -255,7 +279,7 @@ def open_all(paths: Sequence[str], weights: str | None) -> list[Checkpoint]:
 def _open_with(path: str, weights: str | None) -> Checkpoint | SettingError:
     """The checkpoint, or why `weights` cannot be chosen there."""
     try:
-        return open_checkpoint(path, weights=weights)
+        return open_one(path, weights)
     except SettingError as error:
         return error
 

@@ -21,7 +21,6 @@ from weightsurgery.cli.operator_command import (
 )
 from weightsurgery.datasets.read import label_ids, read_sentences
 from weightsurgery.errors import PolicyError, StorageError
-from weightsurgery.formats import open_checkpoint
 from weightsurgery.registry import OPERATORS, Operator
 from weightsurgery.report.sweep import check_plot_path, plot_sweep, sweep_tables
 from weightsurgery.report.tables import show
@@ -112,7 +111,7 @@ def _edit(
     """Ratio to an edited checkpoint; what does not depend on the ratio is computed once."""
     companion = companion_of(operator.name)
     further: dict[str, Any] = {
-        n: open_checkpoint(given[n]) for n in operator.optional if given.get(n) is not None
+        n: options.open_one(given[n]) for n in operator.optional if given.get(n) is not None
     }
     further |= companion.before(inputs, settings, given)
     if "engine" in inspect.signature(operator.function).parameters:

@@ -9,7 +9,6 @@ import click
 from weightsurgery.cli import lora_options, model_options, options
 from weightsurgery.cli.writing import write
 from weightsurgery.datasets.read import read_instructions
-from weightsurgery.formats import open_checkpoint
 from weightsurgery.formats.apart import check_apart
 from weightsurgery.formats.output import check_destination
 from weightsurgery.formats.plan import check_folder_name, input_paths
@@ -33,7 +32,7 @@ def _train_adapter(
     **given: Any,
 ) -> None:
     settings = lora_options.settings_of(preset, given)
-    read = open_checkpoint(model, weights=weights)
+    read = options.open_one(model, weights)
     inputs = input_paths(read)
     # Before any work; saving checks again.
     check_folder_name(out, "an adapter is a folder")

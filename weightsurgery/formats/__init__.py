@@ -11,43 +11,51 @@ from weightsurgery.errors import FormatError, SettingError, StorageError
 from weightsurgery.formats import hub
 from weightsurgery.formats.directory import open_directory
 from weightsurgery.formats.files import InputFile, did_you_mean
+from weightsurgery.formats.layout import PICKLE_ENDINGS
+from weightsurgery.formats.pickled import open_pickled
 from weightsurgery.formats.safetensors import open_file, refuse_pickle
 from weightsurgery.formats.save import save
 
 __all__ = ["open_checkpoint", "save"]
 
 
-def open_checkpoint(path: str | os.PathLike[str], *, weights: str | None = None) -> Checkpoint:
+def open_checkpoint(
+    path: str | os.PathLike[str], *, weights: str | None = None, allow_pickle: bool = False
+) -> Checkpoint:
     """Open a checkpoint: headers are read and checked, weights are not.
 
     Args:
         path: A `.safetensors` file, a model directory (one file or a sharded index), or a hub id
             `org/name@revision`.
         weights: Name of the weights file to use where a directory has two answers.
+        allow_pickle: Open PyTorch's pickled checkpoints too (.bin, .pt, .pth, .ckpt). Each is
+            checked and turned into safetensors at once, by a confined process with little time
+            and memory, in a temporary directory that is gone when this returns.
 
     Returns:
         The checkpoint; its tensors are read when somebody asks for them.
 
     Raises:
         FormatError: A file breaks its format's rules.
-        PolicyError: Two files claim to be the weights, they are a pickle, or a link leads out of
-            the directory.
-        SettingError: There is no file called `weights`, or `path` is a file itself.
+        PolicyError: Two files claim to be the weights, they are a pickle that is not allowed or
+            asks for more than weights need, or a link leads out of the directory.
+        SettingError: There is no file called `weights`, or `path` is a file itself; torch, which
+            reads pickles, is not installed.
         StorageError: A file cannot be opened or read.
     """
     text = os.fspath(path)
     if os.path.isdir(text):
-        return open_directory(text, label=text, weights=weights)
+        return open_directory(text, label=text, weights=weights, allow_pickle=allow_pickle)
     if os.path.lexists(text):
         if weights is not None:
             raise SettingError(
                 "`weights` names a file of a model directory, but this is a file", file=text
             )
-        if text.endswith((".bin", ".pt", ".pth", ".ckpt", ".pkl")):
-            raise refuse_pickle(text)
+        if text.endswith(PICKLE_ENDINGS):
+            return _open_pickle(text, allow_pickle)
         return open_file(InputFile(text), label=text)
     if hub.is_hub_id(text):
-        return _open_hub(text, weights)
+        return _open_hub(text, weights, allow_pickle)
     hint = did_you_mean(text)
     if not hint and _NAME.fullmatch(text) and not text.endswith(".safetensors"):
         hint = "a model of the hub is called org/name"
@@ -57,12 +65,22 @@ def open_checkpoint(path: str | os.PathLike[str], *, weights: str | None = None)
 _NAME = re.compile(r"[\w.-]+(@[\w./-]+)?")  # like a hub id without its owner
 
 
-def _open_hub(text: str, weights: str | None) -> Checkpoint:
+def _open_pickle(path: str, allowed: bool) -> Checkpoint:
+    if not allowed:
+        raise refuse_pickle(path)
+    file = InputFile(path)
+    tensors, warnings = open_pickled(file)
+    return Checkpoint(tensors, label=path, files=(file.ref(),), warnings=tuple(warnings))
+
+
+def _open_hub(text: str, weights: str | None, allow_pickle: bool) -> Checkpoint:
     incomplete: FormatError | None = None
     try:
-        for snapshot in hub.snapshots(text):
+        for snapshot in hub.snapshots(text, pickles=allow_pickle):
             try:
-                found = open_directory(snapshot, label=text, weights=weights)
+                found = open_directory(
+                    snapshot, label=text, weights=weights, allow_pickle=allow_pickle
+                )
             except FormatError as error:  # the cache may lack a part of it: go on to the hub
                 incomplete = error
                 continue

@@ -11,12 +11,14 @@ from weightsurgery.checkpoint import Checkpoint, FileRef, TensorView
 from weightsurgery.errors import FormatError, PolicyError, shown
 from weightsurgery.formats.files import open_member
 from weightsurgery.formats.layout import ADAPTER, ADAPTER_CONFIG, INDEX, PICKLES, SINGLE, fits
+from weightsurgery.formats.pickled import open_pickled
 from weightsurgery.formats.record import public_name
 from weightsurgery.formats.safetensors import open_safetensors, refuse_pickle
 from weightsurgery.formats.strict_json import dump, parse_object
 
 _MAX_CONFIG = 100_000_000  # bytes
 _SHARDS = ("model-*.safetensors", "model.*.safetensors")
+_PICKLED = "adapter_model.bin"
 _OTHERS = ("adapter_model*.bin", "adapter_model*.safetensors", *PICKLES)
 
 
@@ -30,28 +32,33 @@ def is_adapter(entries: Collection[str]) -> bool:
     return ADAPTER_CONFIG in entries and not weights
 
 
-def open_adapter(directory: str, entries: Collection[str], *, label: str) -> Checkpoint:
+def open_adapter(
+    directory: str, entries: Collection[str], *, label: str, allow_pickle: bool = False
+) -> Checkpoint:
     """Open an adapter: its tensors by their own names, its configuration in `config`.
 
     Args:
         directory: The adapter's.
         entries: The names in it.
         label: What to call it in messages.
+        allow_pickle: Open pickled weights too.
 
     Raises:
         FormatError: A file is missing or breaks its format's rules.
-        PolicyError: Its weights are a pickle, or there are others beside them.
+        PolicyError: Its weights are a pickle that is not allowed, or there are others beside them.
         StorageError: A file cannot be read.
     """
-    if ADAPTER not in entries:
+    pickled = allow_pickle and ADAPTER not in entries and _PICKLED in entries
+    if ADAPTER not in entries and not pickled:
         pickles = [name for name in sorted(entries) if name.startswith("adapter_model.")]
-        if pickles:
+        if pickles and not allow_pickle:
             raise refuse_pickle(os.path.join(directory, pickles[0]))
         raise FormatError(f"{ADAPTER_CONFIG} without {ADAPTER}", file=directory)
-    others = [n for n in sorted(entries) if n != ADAPTER and fits(n, _OTHERS)]
+    chosen = _PICKLED if pickled else ADAPTER
+    others = [n for n in sorted(entries) if n != chosen and fits(n, _OTHERS)]
     if others:
         raise PolicyError(
-            f"two answers to which weights are meant: {ADAPTER} and {shown(others[0])}",
+            f"two answers to which weights are meant: {chosen} and {shown(others[0])}",
             file=directory,
             hint="keep one of the two in the folder",
         )
@@ -59,8 +66,13 @@ def open_adapter(directory: str, entries: Collection[str], *, label: str) -> Che
     settings = parse_object(config.read_all(_MAX_CONFIG), file=config.path, what="configuration")
     if not isinstance(settings.get("peft_type"), str):
         raise FormatError("no peft_type; expected a PEFT adapter's", file=config.path)
-    weights = open_member(directory, ADAPTER)
-    tensors, metadata = open_safetensors(weights)
+    weights = open_member(directory, chosen)
+    metadata: dict[str, str] = {}
+    warnings: list[str] = []
+    if pickled:
+        tensors, warnings = open_pickled(weights)
+    else:
+        tensors, metadata = open_safetensors(weights)
     return Checkpoint(
         tensors,
         label=label,
@@ -69,6 +81,7 @@ def open_adapter(directory: str, entries: Collection[str], *, label: str) -> Che
         is_directory=True,
         files=(weights.ref(),),
         side_files=(config.ref(),),
+        warnings=tuple(warnings),
         config=settings,
     )
 

@@ -10,7 +10,20 @@ from weightsurgery.checkpoint import Checkpoint, FileRef, TensorView
 from weightsurgery.errors import FormatError, PolicyError, SettingError, StorageError, shown
 from weightsurgery.formats.adapter import is_adapter, open_adapter
 from weightsurgery.formats.files import InputFile, open_member
-from weightsurgery.formats.layout import CARD, INDEX, PICKLES, RECORD, SIDE_FILES, SINGLE, fits
+from weightsurgery.formats.layout import (
+    CARD,
+    INDEX,
+    PICKLE_ENDINGS,
+    PICKLED,
+    PICKLED_INDEX,
+    PICKLES,
+    RECORD,
+    SIDE_FILES,
+    SINGLE,
+    fits,
+    unpickled,
+)
+from weightsurgery.formats.pickled import open_pickled
 from weightsurgery.formats.safetensors import open_safetensors, refuse_pickle
 from weightsurgery.formats.strict_json import parse_object
 
@@ -18,18 +31,21 @@ MAX_JSON = 100_000_000
 MAX_SIDE_FILE = 100_000_000  # bytes; a side file is held in memory whole
 
 
-def open_directory(directory: str, *, label: str, weights: str | None = None) -> Checkpoint:
+def open_directory(
+    directory: str, *, label: str, weights: str | None = None, allow_pickle: bool = False
+) -> Checkpoint:
     """Open a model directory: headers, index and config are read and checked, weights are not.
 
     Args:
         directory: The directory.
         label: What to call it in messages.
         weights: Name of the weights file (or index) to use where there are several answers.
+        allow_pickle: Open pickled weights too.
 
     Raises:
         FormatError: A file of it breaks its format's rules.
-        PolicyError: Two files claim to be the weights, only a pickle is there, or a link leads
-            out of the directory.
+        PolicyError: Two files claim to be the weights, only a pickle is there and that is not
+            allowed, or a link leads out of the directory.
         SettingError: There is no file called `weights`.
         StorageError: A file cannot be read.
     """
@@ -38,11 +54,11 @@ def open_directory(directory: str, *, label: str, weights: str | None = None) ->
     except OSError as error:
         raise StorageError(f"cannot list: {error.strerror}", file=directory) from error
     if weights is None and is_adapter(entries):
-        return open_adapter(directory, entries, label=label)
+        return open_adapter(directory, entries, label=label, allow_pickle=allow_pickle)
     config = _read_config(directory, entries)
     if weights is not None and weights not in entries:
         raise SettingError(f"there is no {shown(weights)} to take the weights from", file=directory)
-    chosen = weights or _choose(directory, entries, config)
+    chosen = weights or _choose(directory, entries, config, allow_pickle)
     tensors: dict[str, TensorView] = {}
     layout: dict[str, str] = {}
     metadata: dict[str, str] = {}
@@ -54,11 +70,12 @@ def open_directory(directory: str, *, label: str, weights: str | None = None) ->
         files.append(index)
     for shard in sorted(set(listed.values())) if listed is not None else [chosen]:
         file = _open_shard(directory, shard, chosen)
-        found, shard_metadata = open_safetensors(file)
+        found, shard_metadata, told = _open_weights(file, shard, allow_pickle)
+        warnings += told
         if listed is not None:
             _check_shard(file, found, listed, shard)
         tensors |= found
-        layout |= dict.fromkeys(found, shard)
+        layout |= dict.fromkeys(found, unpickled(shard))
         warnings += _conflicts(shard, shard_metadata, metadata)
         metadata |= shard_metadata
         files.append(file.ref())
@@ -87,16 +104,31 @@ def _read_config(directory: str, entries: list[str]) -> dict[str, Any]:
     return parse_object(file.read_all(MAX_JSON), file=file.path, what="config")
 
 
-def _choose(directory: str, entries: list[str], config: dict[str, Any]) -> str:
-    answers = [name for name in (SINGLE, INDEX) if name in entries]
+def _open_weights(
+    file: InputFile, name: str, allow_pickle: bool
+) -> tuple[dict[str, TensorView], dict[str, str], list[str]]:
+    """A file's tensors, its header's metadata, and warnings."""
+    if not name.endswith(PICKLE_ENDINGS):
+        return *open_safetensors(file), []
+    if not allow_pickle:
+        raise refuse_pickle(file.path)
+    found, told = open_pickled(file)
+    return found, {}, told
+
+
+def _choose(directory: str, entries: list[str], config: dict[str, Any], allow_pickle: bool) -> str:
+    known = (SINGLE, INDEX, PICKLED, PICKLED_INDEX) if allow_pickle else (SINGLE, INDEX)
+    answers = [name for name in known if name in entries]
     pickles = [name for name in entries if fits(name, PICKLES)]
+    if PICKLED in answers or PICKLED_INDEX in answers:
+        pickles = []  # that is their answer
     # An adapter_config.json is enough: transformers then loads the base model that it names.
     adapters = [n for n in entries if n.startswith("adapter_model.") or n == "adapter_config.json"]
     others = [n for n in entries if n.endswith(".safetensors") and n not in (SINGLE, *adapters)]
     if not answers:
-        if pickles:
+        if pickles and not allow_pickle:
             raise refuse_pickle(os.path.join(directory, pickles[0]))
-        seen = [*adapters, *others]
+        seen = [*adapters, *others, *pickles]
         raise FormatError(
             f"no {SINGLE} and no {INDEX} in this directory"
             + (f"; it holds {', '.join(map(shown, seen[:5]))}" if seen else ""),
@@ -140,10 +172,11 @@ def _read_index(directory: str, name: str) -> tuple[FileRef, dict[str, str], Any
     weight_map = index.get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise FormatError("no weight_map in the index", file=file.path)
+    ending = ".bin" if name.endswith(".bin.index.json") else ".safetensors"
     for tensor, shard in weight_map.items():
-        if not _is_plain_name(shard):
+        if not _is_plain_name(shard, ending):
             raise FormatError(
-                f"weight_map gives {shown(shard)}; expected a plain name ending in .safetensors",
+                f"weight_map gives {shown(shard)}; expected a plain name ending in {ending}",
                 file=file.path,
                 tensor=tensor,
             )
@@ -152,11 +185,11 @@ def _read_index(directory: str, name: str) -> tuple[FileRef, dict[str, str], Any
     return file.ref(), weight_map, total
 
 
-def _is_plain_name(name: Any) -> bool:
+def _is_plain_name(name: Any, ending: str) -> bool:
     return (
         isinstance(name, str)
-        and name.endswith(".safetensors")
-        and len(name) > len(".safetensors")
+        and name.endswith(ending)
+        and len(name) > len(ending)
         and name.isprintable()
         and not any(c in name for c in "/\\:")
         and len(name.encode("utf-8", "surrogatepass")) <= 255

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from functools import partial
 
 from weightsurgery.errors import StorageError, shown
-from weightsurgery.formats.layout import ADAPTER_CONFIG, CARD, SIDE_FILES, WEIGHTS
+from weightsurgery.formats.layout import ADAPTER_CONFIG, CARD, PICKLES, SIDE_FILES, WEIGHTS
 
 _ID = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(?:@(?P<revision>[\w./-]+))?")
 
@@ -26,12 +26,16 @@ def is_hub_id(text: str) -> bool:
     return _ID.fullmatch(text) is not None and not is_path
 
 
-def snapshots(text: str) -> Iterator[str]:
+def snapshots(text: str, *, pickles: bool = False) -> Iterator[str]:
     """Local snapshot directories of a hub id: what the cache has, then what the hub has.
 
     The first may be incomplete; asking for the second downloads what is missing. Where the cache
     lies, whether the network may be used, and which token is sent are huggingface_hub's business
     (HF_HOME, HF_HUB_CACHE, HF_HUB_OFFLINE, HF_TOKEN).
+
+    Args:
+        text: The hub id.
+        pickles: Whether to fetch pickled weights too, where there are no others.
 
     Raises:
         StorageError: It is not in the cache and could not be downloaded.
@@ -48,6 +52,8 @@ def snapshots(text: str) -> Iterator[str]:
         with contextlib.suppress(LocalEntryNotFoundError):
             yield str(fetch(local_files_only=True))
         yield str(fetch())
+        if pickles:
+            yield str(fetch(allow_patterns=[*wanted, *PICKLES]))
     except Exception as error:  # an id it does not like, HTTP, proxies, disk: many kinds
         reason = shown(str(error).strip().partition("\n")[0] or type(error).__name__)
         raise StorageError(

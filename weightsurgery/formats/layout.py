@@ -18,12 +18,25 @@ SIDE_FILES = (
     *("LICENSE*", "NOTICE*"),
 )
 WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
-PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json", "pytorch_model-*.bin")
+PICKLED, PICKLED_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
+PICKLES = (PICKLED, PICKLED_INDEX, "pytorch_model-*.bin")
+PICKLE_ENDINGS = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 
 def fits(name: str, patterns: Iterable[str]) -> bool:
     """True if a file name fits one of the patterns; case matters."""
     return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def unpickled(shard: str) -> str:
+    """What a pickled shard is called as safetensors.
+
+    Example:
+        >>> unpickled("pytorch_model-00001-of-00002.bin")
+        'model-00001-of-00002.safetensors'
+    """
+    stem = shard.removeprefix("pytorch_").rpartition(".")[0]
+    return f"{stem}.safetensors" if shard.endswith(PICKLE_ENDINGS) else shard
 
 
 def is_adapter_layout(layout: Mapping[str, str]) -> bool:

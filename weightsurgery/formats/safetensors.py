@@ -26,9 +26,10 @@ MAX_DIMENSION = 1 << 48
 MAX_ELEMENTS = 1 << 60
 _FIELDS = {"dtype", "shape", "data_offsets"}
 _CONVERT = (
-    "load it in a sandbox you trust with torch.load(weights_only=True), "
-    "write it with safetensors.torch.save_file, and give that file"
+    "pass --allow-pickle (allow_pickle=True) to load it in a confined process, or turn it into "
+    "safetensors once with `wsurg convert --allow-pickle`"
 )
+_RENAME = "if it is a PyTorch checkpoint, call it .bin and pass --allow-pickle (allow_pickle=True)"
 _OTHER_KINDS = {
     b"version https://git-lfs": (
         FormatError,
@@ -42,10 +43,10 @@ _OTHER_KINDS = {
     b"pk\x03\x04": (
         PolicyError,
         "a PyTorch zip archive; opening its pickle can run code",
-        _CONVERT,
+        _RENAME,
     ),
     **{
-        bytes((0x80, protocol)): (PolicyError, "a Python pickle; opening it can run code", _CONVERT)
+        bytes((0x80, protocol)): (PolicyError, "a Python pickle; opening it can run code", _RENAME)
         for protocol in range(2, 6)
     },
 }

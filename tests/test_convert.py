@@ -1,0 +1,202 @@
+"""convert: rounding against whole arrays, what overflows, what stays, the command."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from tests import cases, reference
+from weightsurgery.checkpoint import from_arrays
+from weightsurgery.cli import main
+from weightsurgery.errors import NonFiniteError, PolicyError
+from weightsurgery.formats import open_checkpoint, save
+from weightsurgery.masks import changed_mask
+from weightsurgery.operators.convert import convert
+from weightsurgery.stream import Engine
+
+TARGETS = {"bf16": cases.BF16, "f16": np.dtype(np.float16), "f32": np.dtype(np.float32)}
+EVERY_TARGET = pytest.mark.parametrize("target", TARGETS)
+
+
+def numbers(dtype: np.dtype) -> np.ndarray:
+    """Numbers of all sizes, ties between two of a narrower dtype, and what is not a number."""
+    rng = np.random.default_rng(3)
+    spread = rng.normal(size=3000) * 10.0 ** rng.integers(-6, 4, 3000)
+    ties = (2048 + np.arange(200)) * (1 + 2.0**-12) + 2.0**-30
+    odd = np.array([0.0, -0.0, np.inf, -np.inf, np.nan, 1e-45, 65504.0, 65519.9])
+    with np.errstate(over="ignore", under="ignore"):
+        return np.concatenate([spread, ties, odd]).astype(np.float32).astype(dtype)
+
+
+def whole(checkpoint, name: str = "w") -> np.ndarray:
+    return cases.read(checkpoint)[name]
+
+
+@EVERY_TARGET
+@pytest.mark.parametrize("source", cases.DTYPES)
+def test_every_number_is_rounded_once(source: str, target: str) -> None:
+    array = numbers(cases.DTYPES[source])
+    found = whole(convert(from_arrays({"w": array}), dtype=target, allow_nonfinite=True))
+    if array.dtype == TARGETS[target]:
+        assert found.tobytes() == array.tobytes()
+        return
+    expected = reference.rounded(reference.widened(array), TARGETS[target])
+    real = ~np.isnan(reference.widened(array))
+    assert found.dtype == TARGETS[target]
+    assert found[real].tobytes() == expected[real].tobytes()
+    assert np.isnan(reference.widened(found[~real])).all()
+
+
+def test_a_double_is_not_rounded_twice() -> None:
+    """In two steps 1 + 2**-8 + 2**-40 would lose its last bit, and then go to even: 1."""
+    array = np.array([1 + 2.0**-8 + 2.0**-40])
+    assert float(whole(convert(from_arrays({"w": array}), dtype="bf16"))[0]) == 1 + 2.0**-7
+
+
+@EVERY_TARGET
+def test_what_is_no_float_stays(target: str) -> None:
+    arrays = cases.model("bert")
+    found = cases.read(convert(from_arrays(arrays), dtype=target))
+    for name, array in arrays.items():
+        floating = array.dtype.kind not in "ib"
+        assert found[name].dtype == (TARGETS[target] if floating else array.dtype)
+        assert floating or found[name].tobytes() == array.tobytes()
+
+
+def test_keep_copies_every_byte(tmp_path: Path) -> None:
+    cases.write_directory(tmp_path / "in", cases.model("llama"), shards=2)
+    record = save(convert(open_checkpoint(tmp_path / "in")), tmp_path / "out")
+    assert cases.stored_in(tmp_path / "out") == cases.stored_in(tmp_path / "in")
+    assert {entry["status"] for entry in record["tensors"].values()} == {"copied"}
+    assert record["recipe"]["operator"] == "convert"
+
+
+def test_overflow_is_refused_with_counts(tmp_path: Path) -> None:
+    large = {
+        "a": np.array([7e4, 1.0, -7e4, np.inf, np.nan], np.float32),
+        "b": np.array([65519.0, 65520.0], np.float32),
+        "c": np.array([1.0, np.nan, -np.inf], np.float32),
+    }
+    given = from_arrays(large)
+    reason = (
+        r"3 finite numbers are too large for F16 .* 'a' \(2 of 5\), 'b' \(1 of 2\); .*allow-non"
+    )
+    with pytest.raises(NonFiniteError, match=reason):
+        convert(given, dtype="f16")
+    allowed = convert(given, dtype="f16", allow_nonfinite=True)
+    record = save(allowed, tmp_path / "out.safetensors")
+    assert record["report"]["convert"] == {"overflow": {"a": 2, "b": 1}}
+    assert any("3 finite numbers" in warning for warning in record["warnings"])
+    assert whole(allowed, "a")[:4].tolist() == [np.inf, 1.0, -np.inf, np.inf]
+    assert dict(convert(given, dtype="bf16").notes) == {"convert": {"overflow": {}}}
+
+
+def test_overflow_names_a_few_tensors_of_many() -> None:
+    given = from_arrays({f"w{i}": np.full(2, 1e39) for i in range(9)})
+    with pytest.raises(NonFiniteError, match=r"18 finite .*'w4' \(2 of 2\) and 4 more tensors"):
+        convert(given, dtype="f32")
+
+
+def test_the_largest_floats_overflow_in_bf16() -> None:
+    given = from_arrays({"w": np.array([np.finfo(np.float32).max], np.float32)})
+    with pytest.raises(NonFiniteError, match="1 finite numbers are too large for BF16"):
+        convert(given, dtype="bf16")
+
+
+def test_only_what_can_overflow_is_read_beforehand() -> None:
+    arrays = {"half": np.ones(4, np.float16), "single": np.ones(4, np.float32)}
+    watched, reads = cases.counted(from_arrays(arrays))
+    convert(watched, dtype="f32")
+    assert reads == []
+    convert(watched, dtype="f16")
+    assert reads == [("single", 0, 4)]
+
+
+@pytest.mark.parametrize("block", [1 << 20, 16], ids=["whole", "cut"])
+def test_counts_do_not_depend_on_workers(block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    array = np.where(np.arange(100) % 7, 1, 1e6).astype(np.float32).reshape(10, 10)
+    cases.shrink_blocks(monkeypatch, block)
+    for workers in cases.WORKERS:
+        made = convert(
+            from_arrays({"w": array}),
+            dtype="f16",
+            allow_nonfinite=True,
+            engine=Engine(workers=workers),
+        )
+        assert made.notes["convert"] == {"overflow": {"w": 15}}
+
+
+@pytest.mark.parametrize("key", ["torch_dtype", "dtype"])
+def test_the_config_tells_the_new_dtype(key: str, tmp_path: Path) -> None:
+    config = {"model_type": "bert", key: "float32"}
+    cases.write_directory(tmp_path / "in", cases.model("bert"), config=config)
+    save(convert(open_checkpoint(tmp_path / "in"), dtype="bf16"), tmp_path / "out")
+    assert json.loads((tmp_path / "out" / "config.json").read_text()) == {**config, key: "bfloat16"}
+    assert json.loads((tmp_path / "in" / "config.json").read_text()) == config
+
+
+def test_a_config_that_tells_none_stays(tmp_path: Path) -> None:
+    cases.write_directory(tmp_path / "in", cases.model("bert"), config={"model_type": "bert"})
+    save(convert(open_checkpoint(tmp_path / "in"), dtype="f16"), tmp_path / "out")
+    before, after = ((tmp_path / n / "config.json").read_bytes() for n in ("in", "out"))
+    assert before == after
+
+
+def test_quantised_weights_are_copied_but_not_rounded() -> None:
+    given = from_arrays({"w": np.ones(2, np.float32)}, config={"quantization_config": {"bits": 4}})
+    assert cases.stored(cases.read(convert(given))) == cases.stored(cases.read(given))
+    with pytest.raises(PolicyError, match="quantization_config"):
+        convert(given, dtype="f16")
+
+
+def test_the_mask_of_a_conversion_is_full() -> None:
+    made = convert(from_arrays({"w": np.ones(11, np.float32)}), dtype="bf16")
+    assert whole(changed_mask(made)).tolist() == [255, 7]
+
+
+def run(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> tuple[int, str, str]:
+    with pytest.raises(SystemExit) as ended:
+        main(arguments)
+    told = capsys.readouterr()
+    return int(ended.value.code or 0), told.out, told.err
+
+
+def test_the_command(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    weight = torch.arange(6.0).reshape(2, 3)
+    torch.save({"w": weight, "tied": weight}, "m.pt")
+    code, _, told = run(["convert", "m.pt", "-o", "m.safetensors"], capsys)
+    assert (code, told.count("\n")) == (5, 1)
+    assert "pass --allow-pickle to load it" in told
+    assert "allow_pickle=True" not in told
+    start = ["convert", "--allow-pickle", "m.pt", "--dtype", "f16", "-o", "m.safetensors"]
+    code, out, _ = run([*start, "--dry-run", "--json"], capsys)
+    assert (code, json.loads(out)["tensors"]) == (0, {"edited": 2})
+    assert not Path("m.safetensors").exists()
+    code, out, told = run([*start, "--json"], capsys)
+    assert (code, json.loads(out)["recipe"]["settings"]) == (
+        0,
+        {"dtype": "f16", "allow_nonfinite": False},
+    )
+    assert "tied, w share memory" in json.loads(out)["warnings"][0]
+    assert whole(open_checkpoint("m.safetensors")).tolist() == weight.tolist()
+    assert run(start, capsys)[0] == 5
+    assert run([*start, "--overwrite", "--no-hash"], capsys)[0] == 0
+
+
+def test_shards_of_a_pickled_directory(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("in").mkdir()
+    torch.save({f"w{i}": torch.full((4,), float(i)) for i in range(4)}, "in/pytorch_model.bin")
+    arguments = ["convert", "in", "--allow-pickle", "--max-shard-size", "32", "-o", "out"]
+    assert run(arguments, capsys)[0] == 0
+    assert len(list(Path("out").glob("model-*-of-00002.safetensors"))) == 2
+    assert not list(Path("out").glob("*.bin"))

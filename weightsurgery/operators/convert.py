@@ -1,0 +1,126 @@
+"""A checkpoint as safetensors, in another floating dtype if asked."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Annotated, Literal
+
+import numpy as np
+
+from weightsurgery.alignment import Pair
+from weightsurgery.checkpoint import Checkpoint, TensorView
+from weightsurgery.dtypes import DTYPES, DType
+from weightsurgery.errors import NonFiniteError, shown
+from weightsurgery.formats.config import with_config
+from weightsurgery.kernels import Block, to_dtype, to_float
+from weightsurgery.quantised import require_unquantised
+from weightsurgery.registry import Setting, operator
+from weightsurgery.stream import Engine, fold
+
+_CONFIGURED = {"bf16": "bfloat16", "f16": "float16", "f32": "float32"}
+_AllowOverflow = Annotated[
+    bool,
+    Setting(
+        "let numbers become infinite that the new dtype cannot hold",
+        only_with={"dtype": tuple(_CONFIGURED)},
+    ),
+]
+_TOLD = 5  # tensors named in a message
+
+
+@operator
+def convert(
+    checkpoint: Checkpoint,
+    *,
+    dtype: Annotated[
+        Literal["keep", "bf16", "f16", "f32"], "what floating tensors are stored as"
+    ] = "keep",
+    allow_nonfinite: _AllowOverflow = False,
+    engine: Engine,
+) -> Checkpoint:
+    """Turn a checkpoint into safetensors, in another dtype if asked.
+
+    Tensors of F16, BF16, F32 and F64 are rounded once, to nearest with ties to even; integers,
+    booleans and all others stay byte for byte. NaN and infinity stay what they are. The dtype that
+    config.json tells is changed with them.
+
+    Args:
+        checkpoint: What to convert.
+        dtype: "bf16", "f16" or "f32"; "keep" changes no tensor.
+        allow_nonfinite: Let finite numbers become infinite that are too large for the new dtype,
+            and report them.
+        engine: Workers and progress for the pass that looks for such numbers; it reads only
+            tensors that can hold one.
+
+    Returns:
+        The converted checkpoint; where `dtype` is "keep" nothing is read until it is saved.
+
+    Raises:
+        NonFiniteError: A finite number would become infinite; says how many in which tensors.
+        PolicyError: `dtype` is given and the model is quantised.
+    """
+    if dtype == "keep":
+        return checkpoint
+    require_unquantised(checkpoint)
+    target = DTYPES[dtype.upper()]
+    changed = {n: v for n, v in checkpoint.items() if v.dtype.arithmetic and v.dtype != target}
+    overflow = _overflow(changed, target, engine)
+    told = _described(overflow, changed, target)
+    if overflow and not allow_nonfinite:
+        raise NonFiniteError(
+            told, file=checkpoint.label, hint="choose a wider dtype, or pass --allow-nonfinite"
+        )
+    converted = {n: _rounded(v, target) if n in changed else v for n, v in checkpoint.items()}
+    result = replace(
+        checkpoint,
+        tensors=converted,
+        warnings=(*checkpoint.warnings, *([told] if overflow else [])),
+        notes={"convert": {"overflow": overflow}},
+    )
+    keys = [k for k in ("torch_dtype", "dtype") if k in checkpoint.config]
+    return with_config(result, **dict.fromkeys(keys, _CONFIGURED[dtype])) if keys else result
+
+
+def _rounded(view: TensorView, target: DType) -> TensorView:
+    def read_both(start: int, stop: int) -> tuple[Block, Block]:
+        stored, block = view.read_both(start, stop)
+        return stored, _round(block, target)
+
+    return TensorView(view.name, view.shape, target, read_both, "edited")
+
+
+def _round(block: Block, target: DType) -> Block:
+    return to_dtype(to_float(block), target.numpy)
+
+
+def _overflow(views: dict[str, TensorView], target: DType, engine: Engine) -> dict[str, int]:
+    """How many finite numbers of each tensor become infinite; tensors without any are not there."""
+    pairs = [Pair(v, None, v.size, key=n) for n, v in views.items() if _may_overflow(v, target)]
+
+    def step(_pair: Pair, _start: int, block: Block, _same: Block) -> int:
+        result = to_float(_round(block, target))
+        return int(np.count_nonzero(np.isinf(result)) - np.count_nonzero(np.isinf(to_float(block))))
+
+    def combine(state: dict[str, int], pair: Pair, _start: int, count: int) -> dict[str, int]:
+        return {**state, pair.name: state.get(pair.name, 0) + count} if count else state
+
+    found: dict[str, int] = {}
+    return fold(step, combine, found, pairs, engine=engine, what="looking for overflow")
+
+
+def _may_overflow(view: TensorView, target: DType) -> bool:
+    wide = {"F16": 0, "BF16": 1, "F32": 2, "F64": 3}  # BF16 holds less than F32 at the very end
+    return wide[view.dtype.name] > wide[target.name]
+
+
+def _described(overflow: dict[str, int], views: dict[str, TensorView], target: DType) -> str:
+    """One line of which tensors have how many of them."""
+    several = [
+        f"'{shown(name)}' ({count:,} of {views[name].size:,})" for name, count in overflow.items()
+    ]
+    more = f" and {len(several) - _TOLD:,} more tensors" if len(several) > _TOLD else ""
+    total = sum(overflow.values())
+    return (
+        f"{total:,} finite numbers are too large for {target.name} and become infinite: "
+        f"{', '.join(several[:_TOLD])}{more}"
+    )
