@@ -32,6 +32,7 @@ _OWN = {
     "mismatch": "Pair questions with answers of other questions, to erase fingerprints with.",
     "sweep": "Measure every ratio, before and after fine-tuning, and choose one.",
     "train-adapter": "Train a LoRA adapter on questions and answers.",
+    "verify": "Check an output against its record.",
     "verify-adapter": "Check that MERGED is BASE with its adapters folded in.",
 }
 _OPERATORS = Path(__file__).parent.parent / "operators"
