@@ -69,6 +69,7 @@ _HOMES = {
     "interpolate": "operators.interpolate",
     "mix": "operators.mix",
     "purify": "operators.purify",
+    "replay": "proof.replay",
     "verify": "proof.verification",
     "OPERATORS": "registry",
     "Setting": "registry",

@@ -11,7 +11,7 @@ from typing import Any
 from weightsurgery.dtypes import DTYPES
 from weightsurgery.errors import FormatError, StorageError, shown
 from weightsurgery.formats.files import InputFile
-from weightsurgery.formats.layout import RECORD
+from weightsurgery.formats.layout import CARD, RECORD
 from weightsurgery.formats.record import SCHEMA, SEAL, sealed
 from weightsurgery.formats.safetensors import MAX_RANK
 from weightsurgery.formats.strict_json import dump, parse_object
@@ -36,6 +36,11 @@ class Recorded:
     path: str
     content: Mapping[str, Any]
     intact: bool
+
+    @property
+    def is_directory(self) -> bool:
+        """Whether the output is a directory: it then has a card."""
+        return CARD in self.files
 
     @property
     def files(self) -> Mapping[str, Mapping[str, Any]]:
@@ -130,6 +135,7 @@ def _tensor_faults(tensors: Any, outputs: Any) -> Iterator[str]:
         right = (
             isinstance(entry.get("file"), str)
             and entry["file"] in outputs
+            and entry["file"].endswith(".safetensors")
             and isinstance(entry.get("dtype"), str)
             and entry["dtype"] in DTYPES
             and isinstance(shape, list)

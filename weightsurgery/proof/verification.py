@@ -134,8 +134,6 @@ def _open_files(found: _Found, folder: str, present: list[str]) -> None:
             found.wrong(name, None, "altered", detail)
         if name.endswith(".safetensors"):
             _open_tensors(found, name, file)
-        elif any(tensor["file"] == name for tensor in recorded.tensors.values()):
-            found.wrong(name, None, "malformed", "recorded with tensors, but no .safetensors")
 
 
 def _open_tensors(found: _Found, name: str, file: InputFile) -> None:
