@@ -28,7 +28,9 @@ FLOORS = {
     **dict.fromkeys(("checkpoint", "anatomy", "statistics", "ties"), 1),
     **dict.fromkeys(("alignment", "quantised", "stream", "select", "registry", "formats"), 2),
     **dict.fromkeys(("models", "datasets", "token_counts", "masks", "diagnostics"), 2),
-    **dict.fromkeys(("adapters", "comparison", "gates", "inspection", "operators", "report"), 3),
+    **dict.fromkeys(
+        ("adapters", "comparison", "gates", "inspection", "operators", "proof", "report"), 3
+    ),
     **dict.fromkeys(("curvature", "training", "evaluation"), 3),
     **dict.fromkeys(("cli", "demo", "__main__"), 4),
 }

@@ -70,6 +70,8 @@ _HOMES = {
     "interpolate": "operators.interpolate",
     "mix": "operators.mix",
     "purify": "operators.purify",
+    "replay": "proof.replay",
+    "verify": "proof.verification",
     "OPERATORS": "registry",
     "Setting": "registry",
     "operator": "registry",

@@ -12,7 +12,7 @@ import numpy as np
 
 from weightsurgery.alignment import Pair
 from weightsurgery.buffers import empty
-from weightsurgery.checkpoint import BLOCK, Checkpoint, TensorView
+from weightsurgery.checkpoint import BLOCK, Checkpoint, Step, TensorView
 from weightsurgery.dtypes import DTYPES
 from weightsurgery.errors import MismatchError
 from weightsurgery.kernels import Block, bits_of, choose
@@ -32,7 +32,8 @@ def changed_mask(checkpoint: Checkpoint) -> Checkpoint:
     """
     views = {n: _packed(view) for n, view in checkpoint.items() if view.status == "edited"}
     plain = replace(checkpoint, layout={}, side_files=(), left_out=(), is_directory=False)
-    return replace(plain, tensors=views, metadata=KIND, notes={})
+    made = replace(plain, tensors=views, metadata=KIND, notes={})
+    return made.made_by(Step("mask", {}, {"edited": checkpoint}))
 
 
 def _packed(view: TensorView) -> TensorView:

@@ -30,8 +30,10 @@ _OWN = {
     "inspect": "Show what a checkpoint holds.",
     "meraser": "Erase a fingerprint or backdoor of unknown trigger by training.",
     "mismatch": "Pair questions with answers of other questions, to erase fingerprints with.",
+    "replay": "Make an output again from its record.",
     "sweep": "Measure every ratio, before and after fine-tuning, and choose one.",
     "train-adapter": "Train a LoRA adapter on questions and answers.",
+    "verify": "Check an output against its record.",
     "verify-adapter": "Check that MERGED is BASE with its adapters folded in.",
 }
 _OPERATORS = Path(__file__).parent.parent / "operators"

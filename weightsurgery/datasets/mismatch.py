@@ -21,7 +21,7 @@ from weightsurgery.datasets.question_types import KEYWORDS, OTHER, Keywords, che
 from weightsurgery.datasets.read import Instruction
 from weightsurgery.errors import SettingError
 from weightsurgery.formats.output import Output, record_name
-from weightsurgery.formats.record import record_of_data
+from weightsurgery.formats.record import record_of_data, sealed
 from weightsurgery.formats.strict_json import dump
 from weightsurgery.rng import random_bits
 
@@ -227,7 +227,7 @@ def write_mismatched(
     with Output(name, is_directory=False, overwrite=overwrite, inputs=paths) as output:
         output.write(last, data)
         written = {last: {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}}
-        record = _record(rows, paths, written, seed, report or {})
+        record = sealed(_record(rows, paths, written, seed, report or {}))
         output.write(record_name(name, is_directory=False), dump(record))
         output.commit()
     return record

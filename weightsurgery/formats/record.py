@@ -6,6 +6,7 @@ same inputs, settings and seed give the same record, byte for byte.
 
 from __future__ import annotations
 
+import hashlib
 import math
 import os
 from collections.abc import Collection, Mapping, Sequence
@@ -16,11 +17,13 @@ from weightsurgery.checkpoint import Checkpoint, Step
 from weightsurgery.errors import shown
 from weightsurgery.formats.files import InputFile
 from weightsurgery.formats.layout import is_adapter_layout
+from weightsurgery.formats.strict_json import dump
 from weightsurgery.kernels import count_different
 from weightsurgery.ties import tied_to
 from weightsurgery.version import __version__
 
 SCHEMA = "wsurg.record/1"
+SEAL = "record_sha256"
 
 
 def make_record(
@@ -67,6 +70,18 @@ def make_record(
         "left_out": [{"file": _text(name), "reason": reason} for name, reason in left_out],
         "warnings": list(warnings),
     }
+
+
+def sealed(record: Mapping[str, Any]) -> dict[str, Any]:
+    """A record, once it is complete, with its own SHA-256: that of the file without that line.
+
+    It tells damage. Whoever can write the record can seal it again; against that it is signed.
+
+    Args:
+        record: All of it; a seal it may have is taken anew.
+    """
+    bare = {name: value for name, value in record.items() if name != SEAL}
+    return {**bare, SEAL: hashlib.sha256(dump(bare)).hexdigest()}
 
 
 def record_of_data(

@@ -19,7 +19,7 @@ from weightsurgery.formats.code_keys import CODE_KEYS, names_kernel
 from weightsurgery.formats.layout import CARD, INDEX
 from weightsurgery.formats.output import Output, record_name
 from weightsurgery.formats.plan import Plan, Shard, input_paths, make_plan
-from weightsurgery.formats.record import describe_input, make_record
+from weightsurgery.formats.record import describe_input, make_record, sealed
 from weightsurgery.formats.strict_json import dump, parse_object
 from weightsurgery.kernels import count_different
 from weightsurgery.stream import Engine
@@ -224,6 +224,7 @@ def _write_rest(
     )
     if plan.is_directory:
         write(CARD, make_card(checkpoint, record))
+    record = sealed(record)
     output.write(record_name(plan.out, is_directory=plan.is_directory), dump(record))
     return record
 

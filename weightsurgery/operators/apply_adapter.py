@@ -23,6 +23,7 @@ from weightsurgery.anatomy import find_embedding
 from weightsurgery.checkpoint import Checkpoint, TensorView
 from weightsurgery.errors import MismatchError, NonFiniteError, PolicyError, shown
 from weightsurgery.formats.hub import is_hub_id
+from weightsurgery.formats.record import public_name
 from weightsurgery.kernels import Block, all_finite, to_dtype, to_float
 from weightsurgery.quantised import require_unquantised
 from weightsurgery.registry import AllowNonfinite, Setting, operator
@@ -172,7 +173,7 @@ def _check_base(base: Checkpoint, adapter: Checkpoint, force: bool) -> list[str]
     """
     named = read_config(adapter).base
     if not named:
-        return [f"{shown(adapter.label)} does not say which base it was trained on"]
+        return [f"{public_name(adapter)} does not say which base it was trained on"]
     ours = (base.hub_id, str(base.config.get("_name_or_path") or ""))
     if force or any(_is_same(named, one) for one in ours if one):
         return []
@@ -203,7 +204,7 @@ def _described(adapter: Checkpoint, weight: float, targets: Sequence[Target]) ->
     if not targets:
         raise MismatchError("the adapter changes nothing of BASE", file=adapter.label)
     return {
-        "adapter": adapter.label,
+        "adapter": public_name(adapter),
         "weight": weight,
         "targets": [
             {

@@ -1,0 +1,211 @@
+"""The inputs that a record names: where they lie, and whether they are the ones."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing
+from dataclasses import replace
+from typing import Any
+
+from weightsurgery.checkpoint import Checkpoint, FileRef
+from weightsurgery.errors import FormatError, MismatchError, SettingError, shown
+from weightsurgery.formats import open_checkpoint
+from weightsurgery.formats.record import describe_input
+from weightsurgery.formats.recorded import Recorded, is_plain_name
+from weightsurgery.formats.vocabulary import read_vocabulary
+from weightsurgery.stream import Engine
+from weightsurgery.token_counts import TokenCounts, count_by_wordfreq, count_corpus, read_counts
+
+Paths = Mapping[str, str | os.PathLike[str]]
+
+
+def find_inputs(recorded: Recorded, given: Paths) -> tuple[list[str], dict[str, str]]:
+    """The path of each input, and of what was given besides, such as token counts.
+
+    Args:
+        recorded: The record.
+        given: Name, role or number of an input, to its path.
+
+    Raises:
+        SettingError: A name fits no input or several, or an input is found nowhere.
+    """
+    entries = recorded.content["inputs"]
+    sources = set(_sources(recorded.content["recipe"]))
+    paths: dict[int, str] = {}
+    further: dict[str, str] = {}
+    for name, path in given.items():
+        if name in sources:
+            further[name] = os.fspath(path)
+            continue
+        number = _number(recorded, name)
+        if number in paths:
+            raise SettingError(f"input {number} is given twice, as '{shown(name)}' too")
+        paths[number] = os.fspath(path)
+    for number, entry in enumerate(entries):
+        if number not in paths:
+            paths[number] = _beside(recorded, entry["name"], f"{number}")
+    for name in sources - further.keys():
+        if not name.startswith("wordfreq ("):
+            further[name] = _beside(recorded, name, name)
+    return [paths[number] for number in range(len(entries))], further
+
+
+def _number(recorded: Recorded, name: str) -> int:
+    """Which input is meant: by its name, else by its role in the recipe, else by its number.
+
+    Raises:
+        SettingError: None, or several.
+    """
+    names = [entry["name"] for entry in recorded.content["inputs"]]
+    found = {i for i, known in enumerate(names) if known == name}
+    found = found or {i for role, i in _roles(recorded.content["recipe"]) if role == name}
+    if not found and name.isascii() and name.isdigit() and len(name) < 9:
+        found = {int(name)} & set(range(len(names)))
+    if len(found) == 1:
+        return found.pop()
+    listed = ", ".join(f"{i}: {shown(known)}" for i, known in enumerate(names))
+    what = "fits several inputs" if found else "is no input"
+    raise SettingError(
+        f"'{shown(name)}' {what} of this record; they are {listed}", hint="give one by its number"
+    )
+
+
+def _roles(recipe: Mapping[str, Any]) -> Iterator[tuple[str, int]]:
+    """What operators call each input."""
+    for role, inner in recipe.get("inputs", {}).items():
+        if "input" in inner:
+            yield role, inner["input"]
+        else:
+            yield from _roles(inner)
+
+
+def _sources(recipe: Mapping[str, Any]) -> Iterator[str]:
+    """What the token counts of a recipe's steps came from."""
+    counts = recipe.get("settings", {}).get("counts")
+    if isinstance(counts, dict) and isinstance(counts.get("source"), str):
+        yield counts["source"]
+    for inner in recipe.get("inputs", {}).values():
+        yield from _sources(inner)
+
+
+def _beside(recorded: Recorded, name: str, key: str) -> str:
+    """An input that lies where its name says, beside the output.
+
+    Raises:
+        SettingError: Nothing lies there.
+    """
+    folder = os.path.dirname(os.path.abspath(recorded.path))
+    folders = [folder]
+    if recorded.is_directory:  # inputs lie beside a model's folder
+        folders = [os.path.dirname(folder), folder]
+    for place in folders if is_plain_name(name) else []:
+        path = os.path.join(place, name)
+        if os.path.lexists(path):
+            return path
+    raise SettingError(
+        f"the input '{shown(name)}' is not beside the record",
+        file=recorded.path,
+        hint=f"say where it is: --input {shown(key)}=PATH",
+    )
+
+
+def open_inputs(recorded: Recorded, paths: Sequence[str], engine: Engine) -> list[Checkpoint]:
+    """Open the inputs, if they are the recorded ones, under their recorded names.
+
+    Args:
+        recorded: The record.
+        paths: Of each input, in the record's order.
+        engine: Workers and progress, to hash them with.
+
+    Raises:
+        MismatchError: A file is not the one that was read then; it is named.
+    """
+    entries = recorded.content["inputs"]
+    opened = [_open(path, entry) for path, entry in zip(paths, entries, strict=True)]
+    files = [f for one in opened for f in (*one.files, *one.side_files)]
+    hashes: dict[str, str] = {}
+    done, total = 0, sum(file.size for file in files)
+    with closing(engine.run(_sha256, files)) as results:
+        for file, digest in results:
+            hashes[file.path] = digest
+            done += file.size
+            engine.report("checking the inputs", done, total)
+    wrong = [
+        text
+        for path, one, entry in zip(paths, opened, entries, strict=True)
+        for text in _differences(path, one, entry, hashes)
+    ]
+    if wrong:
+        more = f" (and {len(wrong) - 3} more)" if len(wrong) > 3 else ""
+        raise MismatchError(
+            f"not the recorded inputs: {'; '.join(wrong[:3])}{more}",
+            file=recorded.path,
+            hint="give those that the output was made from",
+        )
+    return [_named(one, entry["name"]) for one, entry in zip(opened, entries, strict=True)]
+
+
+def _sha256(file: FileRef) -> str:
+    return file.sha256(None)
+
+
+def _open(path: str, entry: Mapping[str, Any]) -> Checkpoint:
+    """An input, by the weights file that was taken then where it has several."""
+    names = [file["name"] for file in entry["files"]]
+    first = names[0] if names else ""
+    weights = None
+    if first.endswith((".safetensors", ".index.json")) and not first.startswith("adapter_model."):
+        chosen = is_plain_name(first) and os.path.isdir(path)
+        weights = first if chosen and os.path.lexists(os.path.join(path, first)) else None
+    return open_checkpoint(path, weights=weights)
+
+
+def _differences(
+    path: str, opened: Checkpoint, entry: Mapping[str, Any], hashes: Mapping[str, str]
+) -> Iterator[str]:
+    """What of an input is not as recorded."""
+    now = {f["name"]: f for f in describe_input(opened, hashes)["files"]}
+    then = {f["name"]: f for f in entry["files"]}
+    where = shown(path)
+    if not opened.is_directory and len(now) == len(then) == 1:  # a file may be called otherwise
+        now = dict(zip(then, now.values(), strict=True))
+    for name in sorted({*now, *then}):
+        if name not in now:
+            yield f"{where} lacks {shown(name)}"
+        elif name not in then:
+            yield f"{where} has {shown(name)}, which it had not"
+        elif any(now[name][key] != then[name][key] for key in ("size", "sha256")):
+            yield f"{where}: {shown(name)} has SHA-256 {now[name]['sha256']}, recorded "
+            f"{then[name]['sha256']}"
+
+
+def _named(opened: Checkpoint, name: str) -> Checkpoint:
+    """A checkpoint that cards and records call what the record calls it."""
+    return replace(opened, label=name, hub_id=name if "/" in name else "")
+
+
+def find_counts(path: str | None, told: Any, tuned: Checkpoint) -> TokenCounts:
+    """The token counts that a record tells of, from a file of counts or from a corpus.
+
+    Args:
+        path: Of the file; None takes them from the package wordfreq.
+        told: What the record says of them.
+        tuned: Whose tokenizer cut the corpus.
+
+    Raises:
+        MismatchError: They are other counts.
+        FormatError: The record says nothing of them, or the file is neither.
+    """
+    if path is None:
+        found = count_by_wordfreq(read_vocabulary(tuned))
+        if found.to_json() == told:
+            return found
+        raise MismatchError("the counts of the installed wordfreq are not the recorded ones")
+    try:
+        found = read_counts(path)
+    except FormatError:  # a text, whose tokens were counted
+        found = count_corpus(path, tuned)
+    if {**found.to_json(), "source": told["source"]} == told:
+        return replace(found, source=told["source"])
+    raise MismatchError("not the token counts, or not the corpus, of the record", file=path)

@@ -1,0 +1,223 @@
+"""Whether a tensor of an output is made of BASE's and TUNED's bits alone, and which are whose."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from weightsurgery.alignment import Pair, align
+from weightsurgery.checkpoint import Checkpoint, TensorView
+from weightsurgery.errors import MismatchError, SettingError, shown
+from weightsurgery.formats.recorded import Recorded
+from weightsurgery.kernels import Block, bits_of, to_dtype, to_float
+from weightsurgery.masks import KIND
+
+_SELECT = ("mix", "purify", "epur")  # what they write is BASE's or TUNED's, bit for bit
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where the elements of an output should be from.
+
+    Attributes:
+        pairs: TUNED's name to what belongs together.
+        base: BASE, under the names that the record gives it.
+        tuned: TUNED.
+        mask: What a mask says was reset; None if none was given.
+        reset_where: The bit of the mask that means BASE.
+        exact: Whether the mask tells just what changed; else it may name what was alike before.
+        entries: What the record says of BASE and of TUNED, under these names.
+        edited: The tensors that went through the operator.
+    """
+
+    pairs: Mapping[str, Pair]
+    base: Checkpoint
+    tuned: Checkpoint
+    mask: Checkpoint | None
+    reset_where: bool
+    exact: bool
+    entries: Mapping[str, Mapping[str, Any]]
+    edited: Collection[str]
+
+    @property
+    def given(self) -> dict[str, Checkpoint]:
+        """BASE and TUNED as they were opened."""
+        return {"base": self.base.sources()[0], "tuned": self.tuned}
+
+    def describe(self) -> list[dict[str, Any]]:
+        """Which inputs were given, and whether their weights are the recorded files."""
+        return [
+            {
+                "input": role,
+                "given": one.label,
+                "recorded": self.entries[role]["name"],
+                "same": _is_recorded(one, self.entries[role]),
+            }
+            for role, one in self.given.items()
+        ]
+
+
+@dataclass
+class Counts:
+    """Over the elements of a tensor.
+
+    Attributes:
+        changed: Those whose bits are not TUNED's.
+        neither: Those whose bits are neither BASE's nor TUNED's.
+        unlike_mask: Those that are not what the mask says.
+    """
+
+    changed: int = 0
+    neither: int = 0
+    unlike_mask: int = 0
+
+
+def find_origin(
+    recorded: Recorded, base: Checkpoint, tuned: Checkpoint, mask: Checkpoint | None
+) -> Origin:
+    """Pair BASE with TUNED as the recorded steps did.
+
+    Args:
+        recorded: The output's record.
+        base: Trusted pre-trained model.
+        tuned: What the output was made from.
+        mask: What `--mask` wrote, or what `purify --from-mask` was given.
+
+    Raises:
+        SettingError: The output was not made by selecting from BASE and TUNED.
+        MismatchError: BASE and TUNED do not fit each other, or the mask is none of this output.
+    """
+    names, places = _roles(recorded)
+    named = base
+    for renaming in names:
+        named = named.renamed({n: str(other) for n, other in renaming.items()})
+    edited = {n for n, entry in recorded.tensors.items() if entry["status"] == "edited"}
+    entries = {role: recorded.content["inputs"][place] for role, place in places.items()}
+    pairs = {pair.name: pair for pair in align(named, tuned, mismatched="keep").pairs}
+    reset_where, exact = True, True
+    if mask is not None:
+        reset_where, exact = _rule(recorded, mask)
+        _check_mask(recorded, mask)
+    return Origin(pairs, named, tuned, mask, reset_where, exact, entries, edited)
+
+
+def count_origins(
+    origin: Origin, view: TensorView, start: int, stop: int, block: Block, counts: Counts
+) -> None:
+    """Add what is found in one block.
+
+    Args:
+        origin: What belongs together.
+        view: The output's tensor, one that TUNED has in this shape and dtype.
+        start: The block's first element.
+        stop: Where it ends.
+        block: Its elements.
+        counts: Where to add.
+    """
+    pair = origin.pairs[view.name]
+    tuned = pair.tuned.read(start, stop)
+    changed = bits_of(block) != bits_of(tuned)
+    differing = int(np.count_nonzero(changed))
+    counts.changed += differing
+    common = max(0, min(stop, pair.eligible) - start)
+    is_base = np.zeros(changed.size, np.bool_)
+    # Where nothing changed and no mask asks, BASE need not be read.
+    if common and pair.base is not None and (differing or origin.mask is not None):
+        reset = pair.base.read(start, start + common)
+        if reset.dtype != tuned.dtype:
+            reset = to_dtype(to_float(reset), tuned.dtype)
+        is_base[:common] = bits_of(block[:common]) == bits_of(reset)
+    counts.neither += int(np.count_nonzero(changed & ~is_base))
+    if origin.mask is not None:
+        flags = _flags(origin.mask, view.name, start, changed.size)
+        if origin.exact:
+            counts.unlike_mask += int(np.count_nonzero(flags != changed))
+        else:  # what the mask leaves alone, and what is not its own, is TUNED's
+            flags = (flags == origin.reset_where) & (view.name in origin.edited)
+            flags[common:] = False
+            counts.unlike_mask += int(np.count_nonzero(np.where(flags, ~is_base, changed)))
+
+
+def _flags(mask: Checkpoint, name: str, start: int, count: int) -> Block:
+    """A mask's bits for a run of elements; none is set of a tensor that it does not name."""
+    if name not in mask:
+        return np.zeros(count, np.bool_)
+    first, last = start // 8, (start + count + 7) // 8
+    bits = np.unpackbits(mask[name].read(first, last), bitorder="little").view(np.bool_)
+    return np.array(bits[start - 8 * first :][:count])
+
+
+def _roles(recorded: Recorded) -> tuple[list[Mapping[str, Any]], dict[str, int]]:
+    """BASE's renamings, innermost first, and the places of BASE and TUNED among the inputs.
+
+    Raises:
+        SettingError: The recipe is none of selections from one BASE and one TUNED.
+    """
+    found: list[tuple[int, list[Mapping[str, Any]]]] = []
+    step = recorded.content["recipe"]
+    while "input" not in step:
+        if step["operator"] not in _SELECT or not {"base", "tuned"} <= step["inputs"].keys():
+            raise SettingError(
+                f"base and tuned prove what {', '.join(_SELECT)} made; "
+                f"this output was made by '{shown(step['operator'])}'",
+                file=recorded.path,
+                hint="verify it without them, or make it again with `wsurg replay`",
+            )
+        found.append(_leaf(step["inputs"]["base"], recorded.path))
+        step = step["inputs"]["tuned"]
+    if not found:
+        raise SettingError("this output is a copy, not made from base", file=recorded.path)
+    if any(one != found[0] for one in found):
+        raise SettingError("this output was made from more than one base", file=recorded.path)
+    return found[0][1], {"base": found[0][0], "tuned": step["input"]}
+
+
+def _leaf(step: Any, path: str) -> tuple[int, list[Mapping[str, Any]]]:
+    """An input and the renamings above it, innermost first.
+
+    Raises:
+        SettingError: It is more than a renamed input.
+    """
+    names: list[Mapping[str, Any]] = []
+    while "input" not in step:
+        given = step["settings"].get("names")
+        if step["operator"] != "rename" or not isinstance(given, dict) or len(step["inputs"]) != 1:
+            reason = f"its base was itself made, by '{shown(step['operator'])}'"
+            raise SettingError(reason, file=path, hint="make it again with `wsurg replay`")
+        names.insert(0, given)
+        step = next(iter(step["inputs"].values()))
+    return step["input"], names
+
+
+def _is_recorded(given: Checkpoint, entry: Mapping[str, Any]) -> bool:
+    """True if the weights are files that the record names by their SHA-256."""
+    known = {(file["size"], file["sha256"]) for file in entry["files"]}
+    return bool(given.files) and all((f.size, f.sha256(None)) in known for f in given.files)
+
+
+def _rule(recorded: Recorded, mask: Checkpoint) -> tuple[bool, bool]:
+    """Which bit of a mask means BASE, and whether the mask tells just what changed."""
+    step = recorded.content["recipe"]
+    taken = step["inputs"].get("from_mask", {}).get("input")
+    if taken is None or not _is_recorded(mask, recorded.content["inputs"][taken]):
+        return True, True
+    return step["settings"].get("invert") is not True, False
+
+
+def _check_mask(recorded: Recorded, mask: Checkpoint) -> None:
+    """Refuse what is no mask of this output.
+
+    Raises:
+        MismatchError: It is none, or of tensors of other sizes.
+    """
+    if dict(mask.metadata).get("wsurg") != KIND["wsurg"]:
+        raise MismatchError("not a mask that wsurg wrote", file=mask.label)
+    for name, view in mask.items():
+        entry = recorded.tensors.get(name)
+        size = -1 if entry is None else (math.prod(entry["shape"]) + 7) // 8
+        if view.size != size or view.dtype.name != "U8":
+            raise MismatchError("the mask is not of this output", file=mask.label, tensor=name)

@@ -1,0 +1,199 @@
+"""The steps of a recipe, applied again: each operator by its name, with the recorded settings."""
+
+from __future__ import annotations
+
+import inspect
+import types
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Union, get_args, get_origin, get_type_hints
+
+import weightsurgery.operators
+from weightsurgery.adapters.extract import extract_adapter
+from weightsurgery.checkpoint import Checkpoint
+from weightsurgery.comparison import drift
+from weightsurgery.errors import FormatError, PolicyError, shown
+from weightsurgery.formats.recorded import Recorded
+from weightsurgery.masks import changed_mask
+from weightsurgery.registry import OPERATORS, Operator
+from weightsurgery.stream import Engine
+from weightsurgery.token_counts import TokenCounts
+from weightsurgery.version import __version__
+
+Given = Mapping[str, Checkpoint]
+FindCounts = Callable[[Any, Checkpoint], TokenCounts]
+"""What a record says of token counts, and TUNED, to the counts themselves."""
+
+_FUNCTIONS: dict[str, Callable[..., Checkpoint]] = {
+    "extract-adapter": extract_adapter,
+    "drift": drift,
+}
+_TOLD = "which the record tells of and does not hold"
+_REFUSED = {
+    **dict.fromkeys(("finetune", "train-adapter", "meraser"), f"it is a training on data {_TOLD}"),
+    **dict.fromkeys(
+        ("fisher", "fisher-standard-error", "hutchinson"), f"it was computed from data {_TOLD}"
+    ),
+    "mismatch": "it makes data, no checkpoint; `wsurg mismatch` with its seed does it again",
+}
+
+
+def check_replayable(recorded: Recorded) -> None:
+    """Refuse a record of which some step cannot be done again, before anything is read.
+
+    Args:
+        recorded: The record.
+
+    Raises:
+        PolicyError: Another version made it, it lacks hashes, or a step is a training, was computed
+            on a device, or is not known here.
+        FormatError: It was altered since it was written.
+    """
+    path = recorded.path
+    if not recorded.intact:
+        raise FormatError("altered since it was written: its record_sha256 is another", file=path)
+    version = recorded.content["tool"]["version"]
+    if version != __version__:
+        raise PolicyError(
+            f"made by weightsurgery {shown(version)}; this is {__version__}",
+            file=path,
+            hint="replay it with that version: another may give other bytes",
+        )
+    files = [file for given in recorded.content["inputs"] for file in given["files"]]
+    if any(file["sha256"] is None for file in (*files, *recorded.files.values())):
+        raise PolicyError("made with --no-hash: nothing tells its inputs by", file=path)
+    for step in _steps(recorded.content["recipe"]):
+        reason = _refusal(step)
+        if reason:
+            raise PolicyError(
+                f"the step '{shown(step['operator'])}' cannot be replayed: {reason}",
+                file=path,
+                hint="its output can be verified, and be an input of a step that can",
+            )
+
+
+def _steps(recipe: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+    """Every operator of a recipe, innermost first."""
+    for inner in recipe.get("inputs", {}).values():
+        yield from _steps(inner)
+    if "operator" in recipe:
+        yield recipe
+
+
+def _refusal(step: Mapping[str, Any]) -> str:
+    """Why a step cannot be done again; "" if it can."""
+    name = step["operator"]
+    if name in _REFUSED:
+        return _REFUSED[name]
+    if step["settings"].get("device") is not None:
+        return "it was computed on a device, whose bits differ from one to another"
+    if name in (*OPERATORS, *_FUNCTIONS, "rename", "mask"):
+        return ""
+    return "no operator here has this name"
+
+
+def rebuild(
+    recipe: Mapping[str, Any],
+    inputs: Sequence[Checkpoint],
+    *,
+    path: str,
+    find_counts: FindCounts,
+    engine: Engine,
+) -> Checkpoint:
+    """Apply a recipe's operators to its inputs.
+
+    Args:
+        recipe: As a record holds it, from one that passed `check_replayable`.
+        inputs: The opened inputs, in the record's order.
+        path: Of the record, for messages.
+        find_counts: Finds token counts.
+        engine: Workers and progress.
+
+    Returns:
+        What the recipe makes; nothing is written yet.
+
+    Raises:
+        FormatError: A step lacks an input or a setting, or has one too many.
+    """
+    if "input" in recipe:
+        number: int = recipe["input"]
+        return inputs[number]
+    name, settings = recipe["operator"], recipe["settings"]
+    given = {
+        role: rebuild(inner, inputs, path=path, find_counts=find_counts, engine=engine)
+        for role, inner in recipe["inputs"].items()
+    }
+    try:
+        if name == "rename":
+            return given["checkpoint"].renamed(_names(settings["names"]))
+        if name == "mask":
+            return changed_mask(given["edited"])
+        if name in OPERATORS:
+            return _apply(OPERATORS[name], settings, given, find_counts, engine)
+        function = _FUNCTIONS[name]
+        _check_settings(function, settings)
+        run = {"engine": engine} if "engine" in inspect.signature(function).parameters else {}
+        made: Checkpoint = function(given["base"], given["tuned"], **settings, **run)
+        return made
+    except (_WrongError, KeyError) as error:
+        raise FormatError(f"step '{shown(name)}': {shown(error)}", file=path) from error
+
+
+class _WrongError(Exception):
+    """A step of a record does not fit its operator."""
+
+
+def _names(names: Any) -> dict[str, str]:
+    if not isinstance(names, dict) or not all(isinstance(n, str) for n in names.values()):
+        raise _WrongError("names are no map of names to names")
+    return names
+
+
+def _apply(
+    operator: Operator,
+    settings: Mapping[str, Any],
+    given: Given,
+    find_counts: FindCounts,
+    engine: Engine,
+) -> Checkpoint:
+    singular = operator.variadic.removesuffix("s")
+    several = [c for n, c in given.items() if operator.variadic and n.split(" ")[0] == singular]
+    arguments = [
+        checkpoint
+        for name in operator.inputs
+        for checkpoint in (several if name == operator.variadic else [given[name]])
+    ]
+    further = {n: given[n] for n in operator.optional if n in given}
+    if len(arguments) + len(further) != len(given):
+        raise _WrongError("an input too many")
+    unknown = settings.keys() - operator.settings.keys()
+    if unknown:
+        raise _WrongError(f"no setting is called {shown(min(unknown))}")
+    values = dict(settings)
+    for name, (kind, _, _) in operator.settings.items():
+        if (kind is TokenCounts or TokenCounts in get_args(kind)) and values.get(name) is not None:
+            values[name] = find_counts(values[name], given["tuned"])
+    return operator.function(*arguments, **values, **further, engine=engine)
+
+
+def _check_settings(function: Callable[..., Checkpoint], settings: Mapping[str, Any]) -> None:
+    hints = get_type_hints(function)
+    parameters = inspect.signature(function).parameters
+    known = {n for n, p in parameters.items() if p.kind is p.KEYWORD_ONLY} - {"engine"}
+    for name, value in settings.items():
+        if name not in known or not _is_a(hints[name], value):
+            raise _WrongError(f"{shown(name)} is {shown(repr(value))}")
+
+
+def _is_a(kind: Any, value: Any) -> bool:
+    """True if a value from JSON is of an annotated type."""
+    if get_origin(kind) in (Union, types.UnionType):
+        return any(_is_a(inner, value) for inner in get_args(kind))
+    if get_origin(kind) is not None:  # Sequence[str]
+        inner = get_args(kind)[0]
+        return isinstance(value, list) and all(_is_a(inner, v) for v in value)
+    if kind is float:
+        return type(value) in (int, float)
+    return type(value) is kind
+
+
+assert weightsurgery.operators  # noqa: S101  imported for what it registers

@@ -1,0 +1,134 @@
+"""`replay`: the same bytes again, from the same inputs, by the steps that a record tells."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+from weightsurgery.checkpoint import Checkpoint
+from weightsurgery.errors import FormatError, GateError, shown
+from weightsurgery.formats import save
+from weightsurgery.formats.layout import RECORD, is_adapter_layout
+from weightsurgery.formats.output import check_destination
+from weightsurgery.formats.recorded import Recorded, read_record
+from weightsurgery.proof.inputs import Paths, find_counts, find_inputs, open_inputs
+from weightsurgery.proof.rebuild import check_replayable, rebuild
+from weightsurgery.stream import Engine
+from weightsurgery.token_counts import TokenCounts
+
+
+def replay(
+    record: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    *,
+    inputs: Paths | None = None,
+    overwrite: bool = False,
+    max_memory: int | str | None = None,
+    engine: Engine | None = None,
+) -> dict[str, Any]:
+    """Make an output again from its record, and compare it with what the record says of the first.
+
+    Inputs that are not the recorded ones are refused, by their SHA-256, before anything is written.
+    What comes out is written in any case; whether it has the same bytes, the report tells.
+
+    Args:
+        record: The record, or the directory that it lies in.
+        out: Where to write.
+        inputs: An input's recorded name, its role (`base`, `tuned`, …) or its number, to where it
+            is now; also the recorded name of a file of token counts, or of a corpus. What is not
+            given is looked for by its name beside the output, then beside the record.
+        overwrite: Replace what is there.
+        max_memory: Bytes, or a size such as "1GB"; fewer workers are used to stay under it.
+        engine: Workers and progress.
+
+    Returns:
+        The report, with the schema `wsurg.replay/1`: `identical`, and the files that `differ`.
+
+    Raises:
+        FormatError: The record is malformed or was altered.
+        MismatchError: An input is not the recorded one.
+        PolicyError: A step cannot be replayed, another version made the record, it holds no
+            hashes, or `out` exists or touches an input.
+        SettingError: An input is found nowhere, or `inputs` names what is none.
+        StorageError: A file cannot be read or written.
+    """
+    path, out, engine = os.fspath(record), os.fspath(out), engine or Engine()
+    recorded = read_record(os.path.join(path, RECORD) if os.path.isdir(path) else path)
+    check_replayable(recorded)
+    paths, further = find_inputs(recorded, inputs or {})
+    # Hashing the inputs may take long; what can be said against `out` is said before.
+    check_destination(out, is_directory=recorded.is_directory, overwrite=overwrite, inputs=paths)
+    opened = open_inputs(recorded, paths, engine)
+    made = rebuild(
+        recorded.content["recipe"],
+        opened,
+        path=recorded.path,
+        find_counts=partial(_counts, further),
+        engine=engine,
+    )
+    made = _cut(made, recorded)
+    written = save(made, out, overwrite=overwrite, max_memory=max_memory, engine=engine)
+    differs = _differences(recorded.files, written["outputs"])
+    return {
+        "schema": "wsurg.replay/1",
+        "record": recorded.path,
+        "out": out,
+        "identical": not differs,
+        "files": len(written["outputs"]),
+        "inputs": [
+            {"name": entry["name"], "path": place}
+            for entry, place in zip(recorded.content["inputs"], paths, strict=True)
+        ],
+        "differs": differs,
+    }
+
+
+def _counts(further: Mapping[str, str], told: Any, tuned: Checkpoint) -> TokenCounts:
+    if not isinstance(told, dict) or not isinstance(told.get("source"), str):
+        raise FormatError(f"the record's token counts are {shown(told)}")
+    return find_counts(further.get(told["source"]), told, tuned)
+
+
+def _cut(made: Checkpoint, recorded: Recorded) -> Checkpoint:
+    """A model cut into files as it was then: --max-shard-size is no part of a recipe."""
+    if not made.is_directory or is_adapter_layout(made.layout):
+        return made
+    layout = {name: entry["file"] for name, entry in recorded.tensors.items() if name in made}
+    return replace(made, layout=layout)
+
+
+def _differences(
+    then: Mapping[str, Mapping[str, Any]], now: Mapping[str, Mapping[str, Any]]
+) -> list[dict[str, Any]]:
+    """The files whose SHA-256 is another; a single file may be called otherwise."""
+    before = {name: entry["sha256"] for name, entry in then.items()}
+    after = {name: entry["sha256"] for name, entry in now.items()}
+    if len(before) == len(after) == 1:
+        before = dict(zip(after, before.values(), strict=True))
+    return [
+        {"file": name, "recorded": before.get(name), "got": after.get(name)}
+        for name in sorted({*before, *after})
+        if before.get(name) != after.get(name)
+    ]
+
+
+def check_replay(report: Mapping[str, Any]) -> None:
+    """Nothing, if the same bytes came out.
+
+    Args:
+        report: From `replay`.
+
+    Raises:
+        GateError: They did not; the first files are named.
+    """
+    if report["identical"]:
+        return
+    names = ", ".join(shown(one["file"]) for one in report["differs"][:3])
+    raise GateError(
+        f"other bytes than recorded in {len(report['differs'])} of the files: {names}",
+        file=report["out"],
+        hint="other versions of numpy or of the processor's libraries may round otherwise",
+    )

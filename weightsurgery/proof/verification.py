@@ -1,0 +1,306 @@
+"""`verify`: every file and tensor of an output against its record, and where its bits are from."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Mapping
+from contextlib import ExitStack, closing
+from dataclasses import dataclass, field
+from typing import Any
+
+from weightsurgery.checkpoint import Checkpoint, TensorView
+from weightsurgery.errors import GateError, SettingError, StorageError, SurgeryError, shown
+from weightsurgery.formats import open_checkpoint
+from weightsurgery.formats.files import InputFile, open_member
+from weightsurgery.formats.layout import RECORD
+from weightsurgery.formats.output import record_name
+from weightsurgery.formats.recorded import Recorded, read_record
+from weightsurgery.formats.safetensors import file_order, open_safetensors
+from weightsurgery.proof.origin import Counts, Origin, count_origins, find_origin
+from weightsurgery.stream import Engine
+
+
+@dataclass
+class _Found:
+    """What is there, and what is wrong with it.
+
+    Attributes:
+        out: The output.
+        recorded: Its record.
+        files: The recorded files that could be opened.
+        views: The recorded tensors that could be opened, file by file, in their order there.
+        problems: What is wrong.
+    """
+
+    out: str
+    recorded: Recorded
+    files: dict[str, InputFile] = field(default_factory=dict)
+    views: list[TensorView] = field(default_factory=list)
+    problems: list[dict[str, Any]] = field(default_factory=list)
+
+    def wrong(self, file: str, tensor: str | None, problem: str, detail: str = "") -> None:
+        """Note a problem."""
+        self.problems.append({"file": file, "tensor": tensor, "problem": problem, "detail": detail})
+
+
+def verify(
+    out: str | os.PathLike[str],
+    *,
+    base: Checkpoint | None = None,
+    tuned: Checkpoint | None = None,
+    mask: Checkpoint | None = None,
+    engine: Engine | None = None,
+) -> dict[str, Any]:
+    """Check an output against its record, and with BASE and TUNED where its bits are from.
+
+    Every file and every tensor is hashed again, every header and index read strictly. Of an output
+    of `mix`, `purify` and `epur`, given BASE and TUNED, every element must have the bits of one of
+    the two, and as many as the record says must not be TUNED's.
+
+    Args:
+        out: A directory or a file that wsurg wrote, its record in it or beside it.
+        base: What dimensions were reset to.
+        tuned: What they were reset in.
+        mask: What `--mask` wrote beside, or the mask that `purify --from-mask` was given.
+        engine: Workers and progress.
+
+    Returns:
+        The report, with the schema `wsurg.verification/1`: `proved`, and `problems`, one for each
+        file and tensor that is not as recorded.
+
+    Raises:
+        FormatError: The record is malformed.
+        MismatchError: `base`, `tuned` and `mask` do not fit each other.
+        SettingError: One of `base` and `tuned` alone is given, or the output is not of the kind.
+        StorageError: There is no record, or the system reports an error.
+        ChangedError: A file changed meanwhile.
+    """
+    out, engine = os.fspath(out), engine or Engine()
+    if (base is None) != (tuned is None) or (mask is not None and base is None):
+        raise SettingError("base and tuned go together, and mask with them")
+    is_directory = os.path.isdir(out)
+    if not os.path.lexists(out):
+        raise StorageError("no such file or directory", file=out)
+    folder = out if is_directory else os.path.dirname(os.path.abspath(out))
+    name = record_name(out, is_directory=is_directory)
+    found = _Found(out, read_record(os.path.join(folder, name)))
+    origin = None
+    if base is not None and tuned is not None:
+        origin = find_origin(found.recorded, base, tuned, mask)
+    if not found.recorded.intact:
+        found.wrong(name, None, "altered", "it does not have the SHA-256 that it says of itself")
+    _open_files(found, folder, _present(out, is_directory=is_directory))
+    counts, inputs = _check_contents(found, origin, engine)
+    selection = None
+    if origin is not None:
+        _check_origins(found, origin, counts)
+        selection = _selection(origin, counts, inputs)
+        for given in (base, tuned, mask):
+            if given is not None:
+                given.check_unchanged()
+    if is_directory and not found.problems:
+        _check_whole(found)
+    return _report(found, selection)
+
+
+def _present(out: str, *, is_directory: bool) -> list[str]:
+    """The names that an output has, without its record."""
+    if not is_directory:
+        return [os.path.basename(os.path.abspath(out))]
+    try:
+        return sorted(name for name in os.listdir(out) if name != RECORD)
+    except OSError as error:
+        raise StorageError(f"cannot list: {error.strerror}", file=out) from error
+
+
+def _open_files(found: _Found, folder: str, present: list[str]) -> None:
+    """Open what is recorded; note what is missing, extra or malformed."""
+    recorded = found.recorded
+    for name in present:
+        if name not in recorded.files:
+            found.wrong(name, None, "extra", "the record does not name it")
+    for name, entry in recorded.files.items():
+        if name not in present:
+            found.wrong(name, None, "missing")
+            continue
+        try:
+            file = found.files[name] = open_member(folder, name)
+        except SurgeryError as error:
+            found.wrong(name, None, "malformed", error.reason)
+            continue
+        if file.size != entry["size"]:
+            detail = f"{file.size:,} bytes; recorded {entry['size']:,}"
+            found.wrong(name, None, "altered", detail)
+        if name.endswith(".safetensors"):
+            _open_tensors(found, name, file)
+
+
+def _open_tensors(found: _Found, name: str, file: InputFile) -> None:
+    try:
+        views, _ = open_safetensors(file)
+    except SurgeryError as error:
+        found.wrong(name, error.tensor, "malformed", error.reason)
+        return
+    expected = {n: e for n, e in found.recorded.tensors.items() if e["file"] == name}
+    for tensor in sorted(views.keys() - expected.keys()):
+        found.wrong(name, tensor, "extra", "the record does not name it")
+    for tensor, entry in expected.items():
+        if tensor not in views:
+            found.wrong(name, tensor, "missing")
+            continue
+        view = views[tensor]
+        if (view.dtype.name, list(view.shape)) != (entry["dtype"], entry["shape"]):
+            detail = f"{view.dtype.name} {shown(list(view.shape))}; recorded {entry['dtype']} "
+            found.wrong(name, tensor, "altered", detail + shown(entry["shape"]))
+    found.views += [view for view in file_order(views) if view.name in expected]
+
+
+def _check_contents(
+    found: _Found, origin: Origin | None, engine: Engine
+) -> tuple[dict[str, Counts], list[dict[str, Any]]]:
+    """Read everything once: hash tensors and files, compare with BASE and TUNED."""
+    counts: dict[str, Counts] = {}
+    recorded = found.recorded
+    done, total = 0, sum(file.size for file in found.files.values())
+
+    def examine(view: TensorView) -> tuple[str, Counts]:
+        return _examine(view, origin)
+
+    with ExitStack() as stack:
+        for file in found.files.values():
+            stack.callback(file.begin_hash())
+        for given in origin.given.values() if origin is not None else ():
+            for ref in given.files:
+                stack.callback(ref.begin_hash())
+        results = stack.enter_context(closing(engine.run(examine, found.views)))
+        for view, (digest, count) in results:
+            entry = recorded.tensors[view.name]
+            if entry["sha256"] is None:
+                found.wrong(entry["file"], view.name, "not hashed", _NO_HASH)
+            elif digest != entry["sha256"]:
+                found.wrong(entry["file"], view.name, "altered", f"its SHA-256 is {digest}")
+            counts[view.name] = count
+            done += view.nbytes
+            engine.report("verifying", done, total)
+        names = list(found.files)
+        # Little is left of what was read in order; the rest is read again here.
+        hashed = stack.enter_context(closing(engine.run(_sha256, list(found.files.values()))))
+        for name, (file, digest) in zip(names, hashed, strict=True):
+            expected = recorded.files[name]["sha256"]
+            if expected is None:
+                found.wrong(name, None, "not hashed", _NO_HASH)
+            elif digest != expected and not _is_told(found, name):
+                found.wrong(name, None, "altered", f"its SHA-256 is {digest}")
+            file.check_unchanged()
+        told = [] if origin is None else origin.describe()
+    engine.report("verifying", total, total)
+    return counts, told
+
+
+_NO_HASH = "the record was made with --no-hash"
+
+
+def _sha256(file: InputFile) -> str:
+    return file.sha256()
+
+
+def _is_told(found: _Found, name: str) -> bool:
+    """Whether a problem of the whole file, such as its size, says already that it is altered."""
+    return any(p["file"] == name and p["tensor"] is None for p in found.problems)
+
+
+def _examine(view: TensorView, origin: Origin | None) -> tuple[str, Counts]:
+    """The SHA-256 of a tensor, and where its elements are from."""
+    digest, counts = hashlib.sha256(), Counts()
+    compared = origin is not None and _fits(view, origin)
+    for start, stop in view.blocks():
+        block = view.read(start, stop)
+        digest.update(block.view("u1").data)
+        if origin is not None and compared:
+            count_origins(origin, view, start, stop, block, counts)
+    return digest.hexdigest(), counts
+
+
+def _fits(view: TensorView, origin: Origin) -> bool:
+    """Whether TUNED has such a tensor."""
+    pair = origin.pairs.get(view.name)
+    return pair is not None and (pair.tuned.shape, pair.tuned.dtype) == (view.shape, view.dtype)
+
+
+def _check_origins(found: _Found, origin: Origin, counts: Mapping[str, Counts]) -> None:
+    """Note tensors that are not BASE's and TUNED's, or not as many elements of them as recorded."""
+    recorded = found.recorded.tensors
+    views = {view.name: view for view in found.views}
+    for name, view in views.items():
+        file, entry, count = recorded[name]["file"], recorded[name], counts[name]
+        if not _fits(view, origin):
+            found.wrong(file, name, "not TUNED's", "TUNED has none of its shape and dtype")
+        elif count.neither:
+            detail = f"{count.neither:,} of {view.size:,} elements"
+            found.wrong(file, name, "neither BASE's nor TUNED's", detail)
+        elif count.changed != entry["changed"]:
+            detail = f"{count.changed:,} elements are not TUNED's; recorded {entry['changed']:,}"
+            found.wrong(file, name, "other dimensions", detail)
+        elif count.unlike_mask:
+            detail = f"{count.unlike_mask:,} of {view.size:,} elements"
+            found.wrong(file, name, "not as the mask says", detail)
+    for name in origin.tuned:
+        if name not in recorded:
+            found.wrong(found.out, name, "missing", "TUNED has it")
+
+
+def _check_whole(found: _Found) -> None:
+    """Open the directory as any other command would: index, configuration, one answer."""
+    try:
+        open_checkpoint(found.out)
+    except SurgeryError as error:
+        file = os.path.basename(error.file or found.out)
+        found.wrong(file, error.tensor, "malformed", error.reason)
+
+
+def _selection(
+    origin: Origin, counts: Mapping[str, Counts], inputs: list[dict[str, Any]]
+) -> dict[str, Any]:
+    copies = {n for n, pair in origin.pairs.items() if pair.is_tied_copy}
+    return {
+        "inputs": inputs,
+        "changed_dimensions": sum(c.changed for n, c in counts.items() if n not in copies),
+        "mask": None if origin.mask is None else origin.mask.label,
+    }
+
+
+def _report(found: _Found, selection: dict[str, Any] | None) -> dict[str, Any]:
+    return {
+        "schema": "wsurg.verification/1",
+        "out": found.out,
+        "record": found.recorded.path,
+        "proved": not found.problems,
+        "files": len(found.recorded.files),
+        "tensors": len(found.recorded.tensors),
+        "bytes": sum(entry["size"] for entry in found.recorded.files.values()),
+        "selection": selection,
+        "problems": sorted(found.problems, key=lambda p: (p["file"], p["tensor"] or "")),
+    }
+
+
+def check_verification(report: Mapping[str, Any]) -> None:
+    """Nothing, if the output is as recorded.
+
+    Args:
+        report: From `verify`.
+
+    Raises:
+        GateError: It is not; the first problems are named.
+    """
+    if report["proved"]:
+        return
+    problems = report["problems"]
+    first = ", ".join(list(dict.fromkeys(map(_named, problems)))[:3])
+    what = "thing is" if len(problems) == 1 else "things are"
+    raise GateError(f"{len(problems)} {what} not as the record says: {first}", file=report["out"])
+
+
+def _named(problem: Mapping[str, Any]) -> str:
+    tensor = f" '{shown(problem['tensor'])}'" if problem["tensor"] is not None else ""
+    return f"{shown(problem['file'])}{tensor} ({problem['problem']})"
