@@ -23,9 +23,9 @@ from safetensors.torch import save_file
 
 from tests import hostile
 from weightsurgery.checkpoint import Checkpoint
-from weightsurgery.cli import cli
+from weightsurgery.cli import cli, main
 from weightsurgery.errors import FormatError, PolicyError, SettingError, StorageError, SurgeryError
-from weightsurgery.formats import open_checkpoint, pickled, save, torch_zip
+from weightsurgery.formats import hub, open_checkpoint, pickled, save, torch_zip
 
 EMPTY = b"\x80\x02}."
 DATA = {"data.pkl": EMPTY, "version": b"3\n"}
@@ -631,3 +631,51 @@ def test_the_refusal_says_how(name: str, tmp_path: Path) -> None:
     for allowed in (False, True):
         with pytest.raises(PolicyError, match=r"call it \.bin and pass --allow-pickle"):
             open_checkpoint(tmp_path / "x.safetensors", allow_pickle=allowed)
+
+
+def test_a_settings_file_cannot_allow_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One may lie in the folder of a model that somebody looks at."""
+    monkeypatch.chdir(tmp_path)
+    written(tmp_path / "m.bin", {"w": torch.ones(1)})
+    (tmp_path / "wsurg.toml").write_text("[inspect]\nallow-pickle = true\n")
+    for typed, code in ((["--allow-pickle"], 0), ([], 2)):
+        with pytest.raises(SystemExit) as ended:
+            main(["inspect", "m.bin", *typed])
+        assert ended.value.code == code
+    assert "type --allow-pickle; wsurg.toml cannot give it" in capsys.readouterr().err
+
+
+# --- the hub ----------------------------------------------------------------------------------
+
+
+def test_pickles_in_the_hubs_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.chdir(tmp_path)
+    content = written(tmp_path / "m.bin", {"w": torch.ones(2)}).read_bytes()
+    files = {"pytorch_model.bin": content, "config.json": {"model_type": "bert"}}
+    hostile.hub_cache(tmp_path / "hub", "org/name", files)
+    with pytest.raises(PolicyError, match="pass --allow-pickle"):
+        open_checkpoint("org/name")
+    found = open_checkpoint("org/name", allow_pickle=True)
+    assert found.hub_id == f"org/name@{hostile.COMMIT}"
+    assert_equal(found, {"w": torch.ones(2)}, tmp_path)
+
+
+def test_pickles_are_fetched_only_where_allowed_and_last(monkeypatch: pytest.MonkeyPatch) -> None:
+    import huggingface_hub
+
+    asked: list[list[str]] = []
+
+    def fetch(_repo: str, *, allow_patterns: list[str], **_: Any) -> str:
+        asked.append(allow_patterns)
+        return "snapshot"
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fetch)
+    assert len(list(hub.snapshots("org/name"))) == 2
+    assert len(list(hub.snapshots("org/name", pickles=True))) == 3
+    assert ["pytorch_model.bin" in patterns for patterns in asked] == [False] * 4 + [True]

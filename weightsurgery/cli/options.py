@@ -48,6 +48,9 @@ class Command(click.Command):
         sources = {p: ctx.get_parameter_source(p.name or "") for p in self.params}
         inputs = [p for p in self.params if isinstance(p, click.Argument)]
         path = ctx.find_root().obj
+        if ctx.params.get("allow_pickle") and not is_typed(ctx, "allow_pickle"):
+            # A downloaded model's folder may hold a wsurg.toml, and be the working directory.
+            raise click.UsageError(f"type --allow-pickle; {shown(path)} cannot give it", ctx)
         others = {**self.complements, **{b: a for a, b in self.complements.items()}}
         if len({sources[p] for p in inputs}) > 1:
             names = " ".join(p.make_metavar(ctx) for p in inputs)
