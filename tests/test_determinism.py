@@ -82,6 +82,7 @@ def run_all_workers(folder: Path, command: list[str], *options: str) -> Path:
 def record_of(out: Path) -> dict[str, Any]:
     """The record, without what tells how the inputs are stored."""
     record: dict[str, Any] = json.loads((out / RECORD).read_bytes())
+    del record["record_sha256"]  # of the inputs' names and files too
     assert [source.pop("name") for source in record["inputs"]] == [BASE, TUNED]
     del record["inputs"]
     return record

@@ -46,7 +46,7 @@ command = options.Command(
     \b
     Examples:
       wsurg replay purified/wsurg-record.json -o again/
-      wsurg replay mixed/ --input base=/models/bert --input tuned=other/tuned -o again/
+      wsurg replay mixed/ --input base=models/bert --input 1=other/ -o again/
     """,
     params=[
         click.Argument(["record"], metavar="RECORD", type=click.Path()),
