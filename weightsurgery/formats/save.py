@@ -17,7 +17,8 @@ from weightsurgery.errors import shown
 from weightsurgery.formats.card import make_card
 from weightsurgery.formats.code_keys import CODE_KEYS, names_kernel
 from weightsurgery.formats.layout import CARD, INDEX
-from weightsurgery.formats.output import Output, record_name
+from weightsurgery.formats.output import Output
+from weightsurgery.formats.place import record_name
 from weightsurgery.formats.plan import Plan, Shard, input_paths, make_plan
 from weightsurgery.formats.record import describe_input, make_record
 from weightsurgery.formats.strict_json import dump, parse_object
