@@ -131,8 +131,10 @@ class Output:
         self.journal = ""  # name of a file in it that is not part of the output
         self.kept: list[str] = []  # what stays if the run is cut off, for another to go on with
         self._resume = resume
+        self._stuck = False  # half is in place and could not be taken back: the next run does
         self._locks: list[int] = []
         self._files: list[OutputFile] = []
+        self._notes: list[OutputFile] = []
 
     def __enter__(self) -> Output:
         try:
@@ -149,11 +151,11 @@ class Output:
 
     def __exit__(self, _kind: object = None, error: object = None, _trace: object = None) -> None:
         with signals_held():  # a second Ctrl-C must not leave half
-            while self._files:
-                self._files.pop().drop()
+            for file in (*self._files, *self._notes):
+                file.drop()
             # What is still there was not committed, or is what a commit replaced; unless, since
             # the commit, another run has begun there.
-            if any(is_at(held, self.temporary) for held in self._locks):
+            if not self._stuck and any(is_at(held, self.temporary) for held in self._locks):
                 keep = (self.journal, *self.kept) if self.kept and _is_cut_off(error) else ()
                 clean(self.temporary, keep)
             while self._locks:
@@ -164,6 +166,11 @@ class Output:
         """A new file of the output; `commit` makes it durable."""
         self._files.append(OutputFile(os.path.join(self.temporary, name)))
         return self._files[-1]
+
+    def note(self, name: str) -> OutputFile:
+        """A new file beside the output's, which is no part of it and need not be durable."""
+        self._notes.append(OutputFile(os.path.join(self.temporary, name)))
+        return self._notes[-1]
 
     def adopt(self, name: str) -> None:
         """Take a file that a run before wrote; `commit` makes it durable."""
@@ -226,9 +233,10 @@ class Output:
             disk.sync_directory(self.parent)
         except BaseException:
             for source, target in reversed(done):
-                with contextlib.suppress(OSError, SurgeryError):  # what went wrong first is told
-                    # What was replaced lies at the source, and is exchanged again.
+                try:  # What was replaced lies at the source, and is exchanged again.
                     move(target, source, overwrite=True)
+                except (OSError, SurgeryError):  # what went wrong first is what to tell
+                    self._stuck = not _is_removed(target, unless=source)
             raise
 
 
@@ -309,6 +317,16 @@ def _check_replaceable(place: str, *, is_directory: bool) -> None:
                 file=place,
                 hint="choose another output, or remove the directory yourself",
             )
+
+
+def _is_removed(path: str, *, unless: str) -> bool:
+    """Remove a new file that could not be moved back; not where that would lose an old one."""
+    if os.path.lexists(unless) or os.path.isdir(path):
+        return False
+    with contextlib.suppress(OSError):
+        disk.remove(path)
+        return True
+    return False
 
 
 def _is_cut_off(error: object) -> bool:
