@@ -45,9 +45,6 @@ class Journal:
         engine: Progress.
         hashes: Whether SHA-256 are taken; without them there is no journal.
         resume: Whether to go on from what a run before left; says on the log what becomes of it.
-
-    Attributes:
-        finished: Shard name to its line in the journal, for those that need not be written again.
     """
 
     def __init__(
@@ -60,7 +57,7 @@ class Journal:
         hashes: bool,
         resume: bool,
     ) -> None:
-        self.finished: dict[str, Entry] = {}
+        self.finished: dict[str, Entry] = {}  # by shard's name: what need not be made again
         self._output = output
         self._resume = resume
         self._waiting: deque[tuple[Shard, Entry, dict[str, Entry]]] = deque()

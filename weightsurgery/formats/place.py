@@ -148,7 +148,11 @@ def undo(temporary: str, out: str) -> None:
 
 
 def move(source: str, target: str, *, overwrite: bool) -> None:
-    """Rename; an existing target is exchanged (so it is never absent) or refused."""
+    """Rename; an existing target is exchanged (so it is never absent) or refused.
+
+    Raises:
+        PolicyError: Something is there that may not be replaced.
+    """
     try:
         if overwrite and os.path.lexists(target):
             disk.exchange(source, target)
@@ -160,7 +164,11 @@ def move(source: str, target: str, *, overwrite: bool) -> None:
 
 @contextlib.contextmanager
 def told(what: str, path: str) -> Iterator[None]:
-    """Turn the system's errors into ours."""
+    """Turn the system's errors into ours.
+
+    Raises:
+        StorageError: The system reported one.
+    """
     try:
         yield
     except (SurgeryError, FileExistsError):
