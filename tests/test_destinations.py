@@ -20,7 +20,7 @@ from weightsurgery.errors import (
     SettingError,
     StorageError,
 )
-from weightsurgery.formats import open_checkpoint, output, save
+from weightsurgery.formats import disk, open_checkpoint, save
 
 
 @pytest.fixture
@@ -172,7 +172,7 @@ def test_overwrite_replaces_all(
     scene: Scene, monkeypatch: pytest.MonkeyPatch, kind: str, renameat2: bool
 ) -> None:
     if not renameat2:
-        monkeypatch.setattr(output, "_renameat2", lambda *_: False)
+        monkeypatch.setattr(disk, "_renameat2", lambda *_: False)
     save(scene.open(kind), str(scene.out(kind)))
     (scene.root / "other").mkdir()
     save(other(kind), str(scene.root / "other" / scene.out(kind).name))

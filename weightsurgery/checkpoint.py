@@ -121,11 +121,14 @@ class Step:
         operator: Its name.
         settings: Every setting, given or default.
         inputs: The operator's name for each checkpoint, to the checkpoint.
+        repeatable: Whether it gives the same bytes again from the same inputs and settings; False
+            for what was trained or estimated, whose numbers are in this process alone.
     """
 
     operator: str
     settings: Mapping[str, Any]
     inputs: Mapping[str, Checkpoint]
+    repeatable: bool = True
 
 
 @dataclass(frozen=True, repr=False)
@@ -212,6 +215,12 @@ class Checkpoint(Mapping[str, TensorView]):
         """
         for file in self.input_files():
             file.check_unchanged()
+
+    def is_repeatable(self) -> bool:
+        """Whether the same bytes can be made again from files alone."""
+        if self.step is None:
+            return bool(self.files)
+        return self.step.repeatable and all(c.is_repeatable() for c in self.step.inputs.values())
 
     def made_by(self, step: Step) -> Checkpoint:
         """The same checkpoint, remembering the operator that made it."""

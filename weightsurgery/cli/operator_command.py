@@ -81,6 +81,7 @@ def _run(operator: Operator, given: dict[str, Any]) -> None:
     companion = companion_of(operator.name)
     given = {**given, **companion.check(context)}
     check_usage(context, operator, given, companion.also_used(given))
+    _check_resume(context, given)
     inputs, subject = _open(operator, given)
     further = {n: options.open_one(given[n]) for n in operator.optional if given[n] is not None}
     settings = read_settings(context, operator, given, subject)
@@ -97,7 +98,8 @@ def _run(operator: Operator, given: dict[str, Any]) -> None:
             plan = make_plan(result, out, engine=engine, **sizes).to_json()
             options.warn(list(result.warnings))
         else:
-            record = save(result, out, hashes=given["hashes"], engine=engine, **sizes)
+            kept = {"hashes": given["hashes"], "resume": given["resume"]}
+            record = save(result, out, engine=engine, **kept, **sizes)
             if given["mask"] is not None:
                 written = {"overwrite": given["overwrite"], "hashes": given["hashes"]}
                 save(changed_mask(edited), given["mask"], engine=engine, **written)
@@ -110,6 +112,17 @@ def _run(operator: Operator, given: dict[str, Any]) -> None:
     else:
         show(companion.tables(out, told))
     companion.judge(told)
+
+
+def _check_resume(context: click.Context, given: Mapping[str, Any]) -> None:
+    """Refuse --resume where there is nothing to go on with."""
+    if given["dry_run"]:
+        options.refuse_typed(context, ["resume"], "is for writing, which --dry-run does not")
+    if given["resume"] and not given["hashes"]:
+        raise click.UsageError("--resume needs --hash", context)
+    if given["resume"] and (given.get("finetune") or given.get("data") is not None):
+        reason = "cannot go on with numbers that --data makes; write them to a file first"
+        raise click.UsageError(f"--resume {reason}", context)
 
 
 def _check_destinations(

@@ -213,6 +213,12 @@ WRITING = (
     ),
     click.Option(["--overwrite"], is_flag=True, help="Replace OUT if it exists."),
     click.Option(
+        ["--resume"],
+        is_flag=True,
+        help="Go on with the sharded output of a run that was interrupted, and let another go on "
+        "with this one's.",
+    ),
+    click.Option(
         ["--dry-run"], is_flag=True, help="Show what would be written, and write nothing."
     ),
     click.Option(

@@ -51,7 +51,7 @@ def make_result(
         tensors=views,
         label=step.operator,
         metadata={"estimator": step.operator, "content": content, **settings},
-        step=step,
+        step=replace(step, repeatable=False),
         notes=notes,
     )
 

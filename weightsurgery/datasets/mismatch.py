@@ -20,7 +20,8 @@ import numpy as np
 from weightsurgery.datasets.question_types import KEYWORDS, OTHER, Keywords, check_keywords, type_of
 from weightsurgery.datasets.read import Instruction
 from weightsurgery.errors import SettingError
-from weightsurgery.formats.output import Output, record_name
+from weightsurgery.formats.output import Output
+from weightsurgery.formats.place import record_name
 from weightsurgery.formats.record import record_of_data, sealed
 from weightsurgery.formats.strict_json import dump
 from weightsurgery.rng import random_bits

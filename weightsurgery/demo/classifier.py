@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from weightsurgery.formats import disk
+from weightsurgery.formats.place import told
 from weightsurgery.models import Quiet
 
 
@@ -31,5 +33,6 @@ def new_classifier(base: Path, folder: Path, *, seed: int = 0) -> Path:
         partial = folder.with_name(f".{folder.name}.partial")
         model.save_pretrained(partial)
         AutoTokenizer.from_pretrained(base, local_files_only=True).save_pretrained(partial)
-    partial.rename(folder)
+    with told("cannot write", str(folder)):
+        disk.rename_new(str(partial), str(folder))
     return folder

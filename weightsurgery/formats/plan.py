@@ -12,7 +12,8 @@ from weightsurgery.checkpoint import BLOCK, Checkpoint, TensorView
 from weightsurgery.errors import PolicyError, SettingError, StorageError, shown
 from weightsurgery.formats.apart import is_within
 from weightsurgery.formats.layout import ADAPTER, SINGLE, is_adapter_layout
-from weightsurgery.formats.output import check_destination, record_name
+from weightsurgery.formats.output import check_destination
+from weightsurgery.formats.place import left_over, record_name
 from weightsurgery.formats.safetensors import file_order, header_bytes
 from weightsurgery.stream import Engine
 
@@ -136,7 +137,7 @@ def make_plan(
     free = statistics.f_bavail * statistics.f_frsize
     plan = Plan(out, checkpoint.is_directory, shards, free, memory, workers)
     need = plan.nbytes + sum(file.size for file in checkpoint.side_files) + _SLACK
-    if need > free:
+    if need > free + left_over(out):
         raise StorageError(
             f"{need:,} bytes to write, {free:,} free", file=out, hint="make room first"
         )

@@ -16,8 +16,10 @@ from weightsurgery.checkpoint import Checkpoint, TensorView, require_checkpoints
 from weightsurgery.errors import shown
 from weightsurgery.formats.card import make_card
 from weightsurgery.formats.code_keys import CODE_KEYS, names_kernel
+from weightsurgery.formats.journal import Journal, check_resumable, resolved
 from weightsurgery.formats.layout import CARD, INDEX
-from weightsurgery.formats.output import Output, record_name
+from weightsurgery.formats.output import Output
+from weightsurgery.formats.place import record_name
 from weightsurgery.formats.plan import Plan, Shard, input_paths, make_plan
 from weightsurgery.formats.record import describe_input, make_record, sealed
 from weightsurgery.formats.strict_json import dump, parse_object
@@ -35,12 +37,14 @@ def save(
     max_shard_size: int | str | None = None,
     max_memory: int | str | None = None,
     hashes: bool = True,
+    resume: bool = False,
     engine: Engine | None = None,
 ) -> dict[str, Any]:
     """Write a checkpoint: a directory where it came from one, else a file. All of it, or nothing.
 
     The data are written beside `out`, made durable, and moved there in one step; an interrupted
-    run leaves nothing. The shard layout is the checkpoint's unless `max_shard_size` is given.
+    run leaves nothing, but with `resume` what another run can go on with. The shard layout is the
+    checkpoint's unless `max_shard_size` is given.
 
     Args:
         checkpoint: What to write; lazy edits are computed here, block by block.
@@ -50,6 +54,10 @@ def save(
             own), or a size such as "5GB".
         max_memory: Bytes, or a size such as "1GB"; fewer workers are used to stay under it.
         hashes: Take the SHA-256 of every input and output file and tensor.
+        resume: Go on with what an interrupted run left of a sharded output: files whose SHA-256
+            is as it was noted are kept, and the rest is made. What is of other inputs, settings
+            or versions is not used. If this run is cut off in its turn, by a full disk, Ctrl-C
+            or SIGTERM, its finished files stay for the next.
         engine: Workers and progress.
 
     Returns:
@@ -59,11 +67,14 @@ def save(
         PolicyError: `out` exists, or touches an input.
         StorageError: There is no room, a write failed, or an input changed meanwhile.
         BusyError: Another run is writing `out`.
-        SettingError: A size or the kind of `out` does not fit.
+        SettingError: A size or the kind of `out` does not fit; `resume` is asked without hashes,
+            or for what was trained or made in this process and is in no file.
         NonFiniteError: A computed value is NaN or infinite.
     """
     require_checkpoints(checkpoint)
     out, engine = os.fspath(out), engine or Engine()
+    if resume:
+        check_resumable(checkpoint, hashes)
     plan = make_plan(
         checkpoint,
         out,
@@ -78,11 +89,13 @@ def save(
         is_directory=plan.is_directory,
         overwrite=overwrite,
         inputs=input_paths(checkpoint),
+        resume=resume,
     )
     with output, ExitStack() as stack:
         for file in checkpoint.input_files() if hashes else ():
             stack.callback(file.begin_hash())
-        tensors, outputs = _write_shards(output, plan, engine, hashes)
+        journal = Journal(output, checkpoint, plan, engine, hashes=hashes, resume=resume)
+        tensors, outputs = _write_shards(output, plan, engine, hashes, journal)
         taken = _input_hashes(checkpoint) if hashes else None
         record = _write_rest(output, checkpoint, plan, tensors, outputs, taken)
         checkpoint.check_unchanged()
@@ -128,12 +141,13 @@ class _Digest:
 
 
 def _write_shards(
-    output: Output, plan: Plan, engine: Engine, hashes: bool
+    output: Output, plan: Plan, engine: Engine, hashes: bool, journal: Journal
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Write all weight files; gives the record's entries for tensors and files."""
     items = [
         (view, start, stop)
         for shard in plan.shards
+        if shard.name not in journal.finished
         for view in shard.views
         for start, stop in view.blocks()
     ]
@@ -146,6 +160,12 @@ def _write_shards(
         # threads at any place, also within the start of a thread, which never ends.
         blocks = stack.enter_context(closing(engine.run(_compute, items)))
         for shard in plan.shards:
+            if shard.name in journal.finished:
+                before = journal.finished[shard.name]
+                tensors |= before["tensors"]
+                outputs[shard.name] = before["output"]
+                done += sum(view.nbytes for view in shard.views)
+                continue
             file = output.create(shard.name)
             file.write(shard.header)
             file_digest.update(shard.header)
@@ -158,12 +178,13 @@ def _write_shards(
                     tensor_digest.update(data)
                     changed += different
                     done += len(data)
+                    journal.settle()
                     engine.report("writing", done, total)
                 tensors[view.name] = _entry(view, shard, changed, tensor_digest.finish())
             outputs[shard.name] = {"size": shard.nbytes, "sha256": file_digest.finish()}
-    for entry in (*tensors.values(), *outputs.values()):
-        entry["sha256"] = entry["sha256"].result() if hashes else None
-    return tensors, outputs
+            journal.note(shard, outputs[shard.name], {v.name: tensors[v.name] for v in shard.views})
+    tensors = {name: resolved(entry) for name, entry in tensors.items()}
+    return tensors, {name: resolved(entry) for name, entry in outputs.items()}
 
 
 def _compute(item: tuple[TensorView, int, int]) -> tuple[memoryview, int]:

@@ -103,6 +103,11 @@ def parse_object(data: bytes, *, file: str, what: str = "file") -> dict[str, Any
     return value
 
 
+def dump_line(value: Any) -> bytes:
+    """JSON on a line of its own, sorted keys, ASCII."""
+    return (json.dumps(value, sort_keys=True, separators=(",", ":")) + "\n").encode()
+
+
 def dump(value: Any) -> bytes:
     """JSON as the hub's files have it: indent 2, sorted keys, final newline."""
     return (json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n").encode()

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from weightsurgery.errors import SettingError, not_installed, shown
+from weightsurgery.formats.output import write_file
 from weightsurgery.report.tables import Table, number, share
 
 _SIZE, _DPI = (7.0, 4.2), 150  # inches, dots in one
@@ -107,14 +109,17 @@ def plot_sweep(report: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
 
     Raises:
         SettingError: It has another ending, or matplotlib is not installed.
+        StorageError: It cannot be written.
     """
     check_plot_path(path)
     import matplotlib
 
     figure = _figure(report)
     ending = os.path.splitext(path)[1].lower()
+    drawn = io.BytesIO()
     with matplotlib.rc_context({"svg.hashsalt": "wsurg"}):  # else names in the file are random
-        figure.savefig(path, format=ending[1:], dpi=_DPI, metadata=_FORMATS[ending])
+        figure.savefig(drawn, format=ending[1:], dpi=_DPI, metadata=_FORMATS[ending])
+    write_file(os.fspath(path), drawn.getvalue())
 
 
 def _figure(report: Mapping[str, Any]) -> Any:

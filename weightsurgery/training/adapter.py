@@ -89,6 +89,7 @@ def train_adapter(
             "files": describe_files(files),
         },
         {"base": model.checkpoint},
+        repeatable=False,
     )
     resumable = None
     if checkpoints is not None:

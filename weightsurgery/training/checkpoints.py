@@ -15,7 +15,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from weightsurgery.errors import BusyError, PolicyError, StorageError, SurgeryError, shown
+from weightsurgery.formats import disk
 from weightsurgery.formats.files import InputFile
+from weightsurgery.formats.output import write_file
 
 IDENTITY = "wsurg-training.json"
 _SEAL = "wsurg-checkpoint.json"
@@ -47,7 +49,7 @@ class Resumable:
             StorageError: It cannot be read or written.
         """
         try:
-            os.makedirs(self.folder, exist_ok=True)
+            disk.make_directories(self.folder)
             lock = os.open(self.folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         except OSError as error:
             raise StorageError(f"{error.strerror or error}", file=self.folder) from None
@@ -66,8 +68,7 @@ class Resumable:
             if os.listdir(self.folder):
                 self._check(path, wanted)
             else:
-                with open(path, "x", encoding="utf-8") as file:
-                    file.write(wanted)
+                write_file(path, wanted.encode())
         except OSError as error:
             raise StorageError(f"{error.strerror or error}", file=self.folder) from None
         saving = {
@@ -117,16 +118,14 @@ def seal(checkpoint: str) -> None:
     """
     path = os.path.join(checkpoint, _SEAL)
     try:
-        with open(f"{path}.part", "w", encoding="utf-8") as file:
-            json.dump(_digests(checkpoint), file)
-        os.replace(f"{path}.part", path)
+        write_file(path, json.dumps(_digests(checkpoint)).encode())
     except OSError as error:
         raise StorageError(f"{error.strerror or error}", file=checkpoint) from None
 
 
 def _digests(checkpoint: str) -> dict[str, str]:
     """SHA-256 of every file but the seal."""
-    names = sorted({*os.listdir(checkpoint)} - {_SEAL, f"{_SEAL}.part"})
+    names = sorted({*os.listdir(checkpoint)} - {_SEAL})
     return {name: InputFile(os.path.join(checkpoint, name)).sha256() for name in names}
 
 

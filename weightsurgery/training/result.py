@@ -53,7 +53,7 @@ def trained_checkpoint(model: Model, *, step: Step) -> Checkpoint:
     for parameter in model.names.values():
         if parameter.requires_grad:
             _fill(parameter, blocks[id(parameter)])
-    return replace(model.checkpoint, tensors=views).made_by(step)
+    return replace(model.checkpoint, tensors=views).made_by(replace(step, repeatable=False))
 
 
 def stored_parameters(

@@ -1,0 +1,177 @@
+"""Where an output goes, where it is built, the lock there, and the way from one to the other."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import logging
+import os
+from collections.abc import Iterator
+
+from weightsurgery.errors import BusyError, PolicyError, StorageError, SurgeryError
+from weightsurgery.formats import disk
+from weightsurgery.formats.layout import RECORD
+from weightsurgery.formats.signals import signals_held
+
+MARKER = ".commit"  # a file that tells that files were being moved to their places
+_LOG = logging.getLogger(__name__)
+
+
+def record_name(out: str, *, is_directory: bool) -> str:
+    """File name of the record: inside a directory, or beside a file."""
+    return RECORD if is_directory else f"{os.path.basename(os.path.abspath(out))}.{RECORD}"
+
+
+def temporary_of(out: str) -> str:
+    """Where an output is built, beside its place."""
+    target = os.path.abspath(out)
+    short = hashlib.blake2b(os.fsencode(os.path.basename(target)), digest_size=6).hexdigest()
+    return os.path.join(os.path.dirname(target), f".wsurg-{short}")
+
+
+def left_over(out: str) -> int:
+    """Bytes that a killed run on this output left, which the next run clears or goes on with."""
+    found = 0
+    with contextlib.suppress(OSError), os.scandir(temporary_of(out)) as entries:
+        for entry in entries:
+            found += entry.stat(follow_symlinks=False).st_size
+    return found
+
+
+def lock_directory(path: str, out: str) -> int:
+    """A descriptor that holds the lock of an output's temporary directory, which is made.
+
+    Raises:
+        BusyError: Another run has it.
+        StorageError: It cannot be made, opened or locked.
+    """
+    for _ in range(100):
+        made = False
+        with contextlib.suppress(FileExistsError), told("cannot create", path):
+            disk.make_directory(path)
+            made = True
+        with contextlib.suppress(FileNotFoundError):  # the run that had it has just finished
+            try:
+                held = lock(path, out)
+            except StorageError:
+                if made:
+                    clean(path)
+                raise
+            if is_at(held, path):
+                return held
+            disk.close(held)  # it was moved away between opening and locking
+    raise BusyError("other runs keep writing this output", file=out)
+
+
+def lock(path: str, out: str) -> int:
+    """A descriptor of a directory that holds its lock.
+
+    Raises:
+        BusyError: Another run has it.
+        StorageError: It cannot be opened or locked.
+    """
+    try:
+        held = disk.open_directory(path)
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise StorageError(f"cannot open: {error.strerror}", file=path) from error
+    try:
+        disk.lock(held)
+    except BlockingIOError:
+        os.close(held)
+        raise BusyError("another run is writing this output", file=out) from None
+    except OSError as error:
+        os.close(held)
+        raise StorageError(f"cannot lock: {error.strerror}", file=path) from error
+    return held
+
+
+def is_at(descriptor: int, path: str) -> bool:
+    """Whether a descriptor's directory is still at a path."""
+    try:
+        return os.path.samestat(os.fstat(descriptor), os.lstat(path))
+    except FileNotFoundError:
+        return False
+
+
+def clean(temporary: str, keep: tuple[str, ...] = ()) -> None:
+    """Remove the temporary directory, or what in it is not to be kept."""
+    for _ in range(2):
+        try:
+            if keep:
+                disk.clear(temporary, keep)
+            else:
+                disk.remove_directory(temporary)
+            return
+        except OSError as error:
+            why = error.strerror
+    _LOG.warning("%s could not be removed (%s); the next run on the output does", temporary, why)
+
+
+def recover(out: str) -> None:
+    """Take back half of a commit, if a run was killed in the middle of one."""
+    temporary = temporary_of(out)
+    if not any(os.path.lexists(p) for p in (_marker(temporary), f"{temporary}{disk.ASIDE}")):
+        return
+    with signals_held(), contextlib.suppress(BusyError), told("cannot restore", out):
+        held = lock_directory(temporary, out)
+        try:
+            undo(temporary, os.path.abspath(out))
+            clean(temporary)
+        finally:
+            disk.close(held)
+
+
+def _marker(temporary: str) -> str:
+    return os.path.join(temporary, MARKER)
+
+
+def undo(temporary: str, out: str) -> None:
+    """Put back what a killed run had moved, if it had not moved all; the lock is ours."""
+    aside = f"{temporary}{disk.ASIDE}"
+    if os.path.lexists(aside):  # the old directory, where the system cannot exchange two
+        if os.path.lexists(out):
+            disk.remove_directory(aside)
+        else:
+            disk.rename_new(aside, out)
+    if not os.path.isfile(_marker(temporary)):
+        return
+    with open(_marker(temporary), "rb") as file:
+        new = {int(word) for word in file.read(1000).split() if word.isdigit()}
+    names = [record_name(out, is_directory=False), os.path.basename(out)]
+    places = [os.path.join(os.path.dirname(out), name) for name in names]
+    moved = [p for p in places if os.path.lexists(p) and os.lstat(p).st_ino in new]
+    for place in moved if len(moved) < len(new) else ():
+        move(place, os.path.join(temporary, os.path.basename(place)), overwrite=True)
+    disk.remove(_marker(temporary))
+
+
+def move(source: str, target: str, *, overwrite: bool) -> None:
+    """Rename; an existing target is exchanged (so it is never absent) or refused.
+
+    Raises:
+        PolicyError: Something is there that may not be replaced.
+    """
+    try:
+        if overwrite and os.path.lexists(target):
+            disk.exchange(source, target)
+        else:
+            disk.rename_new(source, target)
+    except FileExistsError:
+        raise PolicyError("appeared while this run was working", file=target) from None
+
+
+@contextlib.contextmanager
+def told(what: str, path: str) -> Iterator[None]:
+    """Turn the system's errors into ours.
+
+    Raises:
+        StorageError: The system reported one.
+    """
+    try:
+        yield
+    except (SurgeryError, FileExistsError):
+        raise
+    except OSError as error:
+        raise StorageError(f"{what}: {error.strerror}", file=path) from error
