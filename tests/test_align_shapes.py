@@ -95,7 +95,7 @@ def test_on_the_command_line_too(tmp_path: Path, capsys: pytest.CaptureFixture[s
     ]
     out = tmp_path / "out.safetensors"
     assert cases.wsurg("mix", *files, "-o", out) == 4
-    assert capsys.readouterr().err.startswith("error: ")
+    assert capsys.readouterr().err.startswith("error[E-PAIR-SHAPE]: ")
     assert not out.exists()
     assert cases.wsurg("mix", *files, "-o", out, "--keep-mismatched", "--ratio", 1) == 0
     assert cases.stored_in(out)[NORM] == ("F32", (7,), bytes(28))

@@ -34,7 +34,9 @@ def between(model: Model, base: Checkpoint) -> Iterator[Callable[[float], None]]
         align(base, model.checkpoint)
     except MismatchError as error:
         hint = "the points begin at the base that this model was fine-tuned from"
-        raise MismatchError(error.reason, file=error.file, tensor=error.tensor, hint=hint) from None
+        raise MismatchError(
+            error.reason, file=error.file, tensor=error.tensor, hint=hint, code=error.code
+        ) from None
     for name, values, _, tuned in _blocks(model, base):
         if values.cpu().numpy().tobytes() != tuned.tobytes():
             raise MismatchError(

@@ -53,4 +53,5 @@ def snapshots(text: str) -> Iterator[str]:
         raise StorageError(
             f"'{text}' is neither a local path nor a hub repository that can be fetched ({reason})",
             hint="check the spelling, or download the model and give its folder",
+            code="E-HUB",
         ) from error

@@ -30,6 +30,7 @@ _WINDOWS = 4  # of a file at most on their way there
 _WAIT_BEFORE, _WRITE, _WAIT_AFTER = 1, 2, 4  # what sync_file_range is asked to do
 _NO_SUCH_CALL = (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.ESPIPE)
 _AT_FDCWD = -100
+_APPEARED = "appeared while this run was working"
 
 
 class OutputFile:
@@ -203,9 +204,11 @@ def check_destination(
     target = os.path.abspath(out)
     parent = os.path.dirname(target)
     if not os.path.isdir(parent):
-        raise StorageError("the folder to write to does not exist", file=parent)
+        reason = "the folder to write to does not exist"
+        raise StorageError(reason, file=parent, code="E-OUTPUT-FOLDER")
     if not os.access(parent, os.W_OK | os.X_OK):
-        raise StorageError("the folder to write to is not writable", file=parent)
+        reason = "the folder to write to is not writable"
+        raise StorageError(reason, file=parent, code="E-OUTPUT-FOLDER")
     places = [target]
     if not is_directory:
         places.append(os.path.join(parent, record_name(target, is_directory=False)))
@@ -217,7 +220,10 @@ def check_destination(
         _check_replaceable(place, is_directory=is_directory)
         if not overwrite:
             raise PolicyError(
-                "exists already", file=place, hint="--overwrite (overwrite=True) replaces it"
+                "exists already",
+                file=place,
+                hint="--overwrite (overwrite=True) replaces it",
+                code="E-OUTPUT-EXISTS",
             )
 
 
@@ -230,6 +236,7 @@ def _check_replaceable(place: str, *, is_directory: bool) -> None:
             f"exists already, and is not {wanted}; only such is ever replaced here",
             file=place,
             hint="choose another output",
+            code="E-OUTPUT-FOREIGN",
         )
     for name in os.listdir(place) if is_directory else []:
         known = fits(name, (*WEIGHTS, *SIDE_FILES, ADAPTER_CONFIG, CARD, RECORD, ".gitattributes"))
@@ -238,6 +245,7 @@ def _check_replaceable(place: str, *, is_directory: bool) -> None:
                 f"exists already, and holds '{shown(name)}', which is not part of a model",
                 file=place,
                 hint="choose another output, or remove the directory yourself",
+                code="E-OUTPUT-FOREIGN",
             )
 
 
@@ -289,7 +297,7 @@ def _move(source: str, target: str, *, overwrite: bool) -> None:
     """Rename; an existing target is exchanged (so it is never absent) or refused."""
     exists = os.path.lexists(target)
     if exists and not overwrite:
-        raise PolicyError("appeared while this run was working", file=target)
+        raise PolicyError(_APPEARED, file=target, code="E-OUTPUT-EXISTS")
     if _renameat2(source, target, _EXCHANGE if exists else _NOREPLACE):
         return
     if exists and os.path.isdir(target):  # a file system without renameat2
@@ -330,7 +338,7 @@ def _renameat2(source: str, target: str, flags: int) -> bool:
     if number in (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP):
         return False
     if number == errno.EEXIST:
-        raise PolicyError("appeared while this run was working", file=target)
+        raise PolicyError(_APPEARED, file=target, code="E-OUTPUT-EXISTS")
     raise OSError(number, os.strerror(number))
 
 
