@@ -224,8 +224,8 @@ def errors_page() -> str:
             "# Errors and exit codes",
             "",
             "Everything that weightsurgery raises on purpose derives from `SurgeryError`. The",
-            "command line shows it as one line on stderr, `error[E-…]: FILE: tensor 'NAME': what is",
-            "wrong; what to do`, and exits with the number beside the name.",
+            "command line shows it as one line on stderr, `error[E-…]: FILE: tensor 'NAME': what",
+            "is wrong; what to do`, and exits with the number beside the name.",
             "",
             "```text",
             *tree,
@@ -247,9 +247,9 @@ def codes_section() -> list[str]:
     lines = [
         "## Error codes",
         "",
-        "The word in brackets, an error's `code` in Python, names the rule that was broken. Scripts",
-        "can go by it: messages may get better, codes stay. Names of files and tensors are shown",
-        "with control characters escaped, cut at 200 characters.",
+        "The word in brackets, an error's `code` in Python, names the rule that was broken.",
+        "Scripts can go by it: messages may get better, codes stay. Names of files and tensors are",
+        "shown with control characters escaped, cut at 200 characters.",
         "",
     ]
     for group, codes in itertools.groupby(CODES, lambda code: CODES[code].group):

@@ -190,7 +190,8 @@ def align(base: Checkpoint, tuned: Checkpoint, *, mismatched: str = "refuse") ->
         base: Trusted pre-trained weights.
         tuned: Fine-tuned weights.
         mismatched: "refuse" a pair of different shapes that is neither vocabulary nor head, and
-            one of different dtypes that are not both floating, or "keep" TUNED's.
+            one of different dtypes that are not both floating; or "keep" TUNED's; or
+            "keep integers", which does so where neither side is floating.
 
     Returns:
         The pairs, and all that stands alone.
@@ -210,7 +211,9 @@ def align(base: Checkpoint, tuned: Checkpoint, *, mismatched: str = "refuse") ->
         pair = _judge(view, other, note, base=base, tuned=tuned)
         pairs.append(replace(pair, key=ties.get(name, name)))
     wrong = [p for p in pairs if p.reason.startswith(_WRONG)]
-    if wrong and mismatched == "refuse":
+    if mismatched == "keep integers":
+        wrong = [p for p in wrong if not _are_integers(p)]
+    if wrong and mismatched != "keep":
         first = wrong[0]
         raise MismatchError(
             f"{first.reason} ({len(wrong)} tensors like this)",
@@ -353,6 +356,11 @@ def _judge(
     if kind_of(view.name) == "head":
         return kept(f"a task head of another shape ({shapes})")
     return kept(f"shapes differ: {shapes}")
+
+
+def _are_integers(pair: Pair) -> bool:
+    """True where neither side is floating."""
+    return not any(side.dtype.arithmetic for side in (pair.base, pair.tuned) if side is not None)
 
 
 def _is_vocabulary(

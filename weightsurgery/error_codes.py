@@ -27,6 +27,8 @@ _Rows = Mapping[str, tuple[type[SurgeryError], str, str]]
 _AGAIN = "download the file again"
 _MADE_ANEW = "write the file anew with the safetensors library"
 _MERGE = "merge the adapter with the library that made it"
+_CONFIG = "fetch the adapter again; its configuration may be another's"
+_OWN_BASE = "give the model that it was trained on"
 _ELSEWHERE = "choose another output"
 
 
@@ -50,9 +52,13 @@ class Code:
 
 
 _KINDS: _Rows = {
-    "E-SETTING": (SettingError, "a setting is out of range, unknown, or contradicts another", ""),
-    "E-FORMAT": (FormatError, "an input is malformed in another way than those below", ""),
-    "E-MISMATCH": (MismatchError, "the inputs do not fit each other", ""),
+    "E-SETTING": (
+        SettingError,
+        "a setting is out of range, unknown, or contradicts another",
+        "give another value; `--help` tells which there are",
+    ),
+    "E-FORMAT": (FormatError, "an input is malformed", "mend the line that the message names"),
+    "E-MISMATCH": (MismatchError, "the inputs do not fit each other", "give those that do"),
     "E-NONFINITE": (
         NonFiniteError,
         "NaN or infinity where arithmetic is asked",
@@ -62,7 +68,7 @@ _KINDS: _Rows = {
     "E-STORAGE": (StorageError, "the disk or the system reports an error", "see the message"),
     "E-CHANGED": (ChangedError, "an input changed, shrank or went while it was read", "run again"),
     "E-BUSY": (BusyError, "another run is writing the same output", "wait for it"),
-    "E-GATE": (GateError, "the comparison was made, and its answer is no", ""),
+    "E-GATE": (GateError, "the comparison was made, and its answer is no", "look into it"),
 }
 _HEADER: _Rows = {
     "E-HEADER-SHORT": (FormatError, "the file has fewer than 8 bytes", _AGAIN),
@@ -166,18 +172,18 @@ _PAIR: _Rows = {
 }
 _ADAPTER: _Rows = {
     "E-ADAPTER-KIND": (PolicyError, "an adapter of another type than LORA", _MERGE),
-    "E-ADAPTER-CONFIG": (FormatError, "a value of its configuration is not of its kind", ""),
+    "E-ADAPTER-CONFIG": (FormatError, "a value in its configuration is of a wrong kind", _CONFIG),
     "E-ADAPTER-FIELD": (PolicyError, "a setting that is not supported here is set", _MERGE),
     "E-ADAPTER-PATTERN": (PolicyError, "a regular expression", "write out the modules' names"),
-    "E-ADAPTER-RANK": (FormatError, "a rank below 1, or not that of the tensors", ""),
-    "E-ADAPTER-ALPHA": (FormatError, "alpha is missing, or no finite number", ""),
-    "E-ADAPTER-CONTRADICTION": (FormatError, "its tensors deny what its configuration says", ""),
+    "E-ADAPTER-RANK": (FormatError, "a rank below 1, or not that of the tensors", _CONFIG),
+    "E-ADAPTER-ALPHA": (FormatError, "alpha is missing, or no finite number", _CONFIG),
+    "E-ADAPTER-CONTRADICTION": (FormatError, "tensors deny what the configuration says", _CONFIG),
     "E-ADAPTER-FACTOR": (FormatError, "lora_A without lora_B, or lora_B without lora_A", _AGAIN),
     "E-ADAPTER-TENSOR": (FormatError, "a tensor that stands for nothing, or twice", _MERGE),
     "E-ADAPTER-DTYPE": (PolicyError, "a tensor that is not floating", _MERGE),
     "E-ADAPTER-EMPTY": (FormatError, "an adapter without tensors", _AGAIN),
-    "E-ADAPTER-TARGET": (MismatchError, "BASE lacks what it adapts", "give its own base"),
-    "E-ADAPTER-SHAPE": (MismatchError, "BASE has what it adapts in another shape", "as above"),
+    "E-ADAPTER-TARGET": (MismatchError, "BASE lacks what it adapts", _OWN_BASE),
+    "E-ADAPTER-SHAPE": (MismatchError, "BASE has what it adapts in another shape", _OWN_BASE),
     "E-ADAPTER-UNCLEAR": (PolicyError, "which tensor it adapts, nobody can tell", _MERGE),
     "E-ADAPTER-BASE": (
         PolicyError,
