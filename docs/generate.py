@@ -30,6 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import weightsurgery
 from weightsurgery import errors
 from weightsurgery.cli import INTERRUPTED, TERMINATED, cli
+from weightsurgery.error_codes import CODES
 from weightsurgery.registry import OPERATORS
 
 REFERENCE = Path(__file__).parent / "reference"
@@ -223,8 +224,8 @@ def errors_page() -> str:
             "# Errors and exit codes",
             "",
             "Everything that weightsurgery raises on purpose derives from `SurgeryError`. The",
-            "command line shows it as one line on stderr, `error: FILE: tensor 'NAME': what is",
-            "wrong; what to do`, and exits with the code beside the name.",
+            "command line shows it as one line on stderr, `error[E-…]: FILE: tensor 'NAME': what",
+            "is wrong; what to do`, and exits with the number beside the name.",
             "",
             "```text",
             *tree,
@@ -236,8 +237,31 @@ def errors_page() -> str:
             "|---:|---|",
             *(f"| {code} | {text} |" for code, text in sorted(rows.items())),
             "",
+            *codes_section(),
         ]
     )
+
+
+def codes_section() -> list[str]:
+    """A table of error codes for each thing that rules are about."""
+    lines = [
+        "## Error codes",
+        "",
+        "The word in brackets, an error's `code` in Python, names the rule that was broken.",
+        "Scripts can go by it: messages may get better, codes stay. Names of files and tensors are",
+        "shown with control characters escaped, cut at 200 characters.",
+        "",
+    ]
+    for group, codes in itertools.groupby(CODES, lambda code: CODES[code].group):
+        lines += [f"### {group}", "", "| code | exit code | what is wrong | what to do |"]
+        lines += ["|---|---|---|---|"]
+        for code in codes:
+            found = CODES[code]
+            kind = f" `{found.kind.__name__}`" if found.kind else ""
+            what = [f"`{code}`", f"{found.exit_code}{kind}", found.means, found.remedy]
+            lines.append(f"| {' | '.join(what)} |")
+        lines.append("")
+    return lines
 
 
 def _attributes(doc: Docstring) -> str:

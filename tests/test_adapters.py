@@ -766,7 +766,7 @@ def test_nan_in_an_adapter_is_refused_by_file_and_tensor_or_let_pass(
     assert cases.wsurg("apply-adapter", *given, "-o", out) == NonFiniteError.exit_code == 4
     (told,) = capsys.readouterr().err.splitlines()
     reason = "NaN or infinity in an adapter; --allow-nonfinite lets it pass"
-    assert told == f"error: {given[1]}: tensor '{name}': {reason}"
+    assert told == f"error[E-NONFINITE]: {given[1]}: tensor '{name}': {reason}"
     assert cases.digests(tmp_path) == before
 
     assert cases.wsurg("apply-adapter", *given, "-o", out, "--allow-nonfinite") == 0
@@ -777,7 +777,7 @@ def test_nan_in_an_adapter_is_refused_by_file_and_tensor_or_let_pass(
     passed = [n for n, a in cases.read(open_checkpoint(out)).items() if not np.isfinite(a).all()]
     assert len(passed) == 1
     assert cases.wsurg("verify-adapter", *given, out) == NonFiniteError.exit_code
-    assert f"error: {given[1]}: tensor '{name}'" in capsys.readouterr().err
+    assert f"error[E-NONFINITE]: {given[1]}: tensor '{name}'" in capsys.readouterr().err
     assert cases.wsurg("verify-adapter", *given, out, "--allow-nonfinite") == 0
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -95,7 +96,7 @@ def test_on_the_command_line_too(tmp_path: Path, capsys: pytest.CaptureFixture[s
     ]
     out = tmp_path / "out.safetensors"
     assert cases.wsurg("mix", *files, "-o", out) == 4
-    assert capsys.readouterr().err.startswith("error: ")
+    assert capsys.readouterr().err.startswith("error[E-PAIR-SHAPE]: ")
     assert not out.exists()
     assert cases.wsurg("mix", *files, "-o", out, "--keep-mismatched", "--ratio", 1) == 0
     assert cases.stored_in(out)[NORM] == ("F32", (7,), bytes(28))
@@ -107,6 +108,41 @@ def test_other_model_types_are_refused() -> None:
     with pytest.raises(MismatchError, match="model_type is bert in BASE and roberta in TUNED"):
         align(base, tuned)
     assert align(base, zeros(shapes)).dimensions == align(base, base).dimensions
+
+
+@pytest.mark.parametrize("kind", [[], ["gpt2"], {}, {"gpt2": 1}, 3, None], ids=str)
+def test_a_model_type_that_is_no_name_ties_nothing(kind: Any) -> None:
+    shapes = {"wte.weight": (3, 2), "lm_head.weight": (3, 2)}
+    base, tuned = (zeros(shapes, config={"model_type": kind}) for _ in range(2))
+    assert align(base, tuned).dimensions == 12
+
+
+@pytest.mark.parametrize(
+    ("base", "told"),
+    [
+        (np.zeros((2, 3), np.int32), r"'i': dtypes differ: I32 in BASE, I64 in TUNED \(1 tensors"),
+        (np.zeros((2, 3), np.uint8), "dtypes differ: U8 in BASE, I64 in TUNED"),
+        (np.zeros((3, 2), np.int64), r"'i': shapes differ: \[3, 2\] in BASE, \[2, 3\] in TUNED"),
+        (np.zeros((4, 3), np.int64), r"'i': shapes differ: \[4, 3\] in BASE, \[2, 3\] in TUNED"),
+    ],
+    ids=["other integers", "codes", "another shape", "more rows"],
+)
+def test_integers_must_be_alike(base: Any, told: str) -> None:
+    w = np.zeros(2, np.float32)
+    given = from_arrays({"w": w, "i": base})
+    tuned = from_arrays({"w": w, "i": np.zeros((2, 3), np.int64)})
+    with pytest.raises(MismatchError, match=told):
+        align(given, tuned)
+    for mismatched in ("keep", "keep integers"):
+        kept = {p.name: p.eligible for p in align(given, tuned, mismatched=mismatched).pairs}
+        assert kept == {"i": 0, "w": 2}
+
+
+def test_to_keep_integers_is_not_to_keep_the_rest() -> None:
+    w = np.zeros((2, 3), np.float32)
+    for other in (w.T, w.astype(np.int8)):
+        with pytest.raises(MismatchError, match=r"'w': (shapes differ|floating on one side)"):
+            align(from_arrays({"w": w}), from_arrays({"w": other}), mismatched="keep integers")
 
 
 @pytest.mark.parametrize("tuned", [{"other.thing": (2, 2)}, {}], ids=["other names", "no tensors"])

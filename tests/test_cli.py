@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pty
+import re
 import signal
 import subprocess
 import sys
@@ -374,7 +375,7 @@ def test_errors_are_one_line_with_their_code(
     assert run(*arguments) == code
     captured = capsys.readouterr()
     assert captured.out == ""
-    assert captured.err.startswith("error: ")
+    assert re.match(r"error\[E-[A-Z-]+\]: ", captured.err)
     assert captured.err.count("\n") == 1
     assert words in captured.err
     assert {name: Path(name).read_bytes() for name in os.listdir()} == before
@@ -615,7 +616,7 @@ def test_without_a_command_there_is_help(folder: Path) -> None:
     done = subprocess.run(WSURG, capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert "\nCommands:\n  apply-adapter " in done.stderr
-    assert "error:" not in done.stderr
+    assert "error[" not in done.stderr
 
 
 def test_a_locale_of_bare_ascii_will_do(folder: Path) -> None:
@@ -656,7 +657,7 @@ def test_a_full_disk_behind_stdout_is_told(folder: Path) -> None:
             [*WSURG, "diff", *PAIR], stdout=full, stderr=subprocess.PIPE, check=False
         )
     assert done.returncode == 6
-    assert done.stderr == b"error: the system said: No space left on device\n"
+    assert done.stderr == b"error[E-STORAGE]: the system said: No space left on device\n"
 
 
 def test_our_bugs_come_with_a_traceback_and_exit_code_1(
@@ -670,7 +671,7 @@ def test_our_bugs_come_with_a_traceback_and_exit_code_1(
     lines = capsys.readouterr().err.splitlines()
     assert lines[0].startswith("Traceback")
     assert "AttributeError: nobody thought of this" in lines
-    assert "bug in weightsurgery" in lines[-1]
+    assert lines[-1].startswith("error[E-BUG]: this is a bug in weightsurgery")
     assert "report it with the traceback" in lines[-1]
 
 
@@ -701,9 +702,12 @@ def test_a_signal_leaves_nothing(number: signal.Signals, code: int, folder: Path
             assert process.poll() is None, "finished before the signal"
         process.send_signal(number)
         assert process.wait(30) == code
-        words = b"interrupted" if number == signal.SIGINT else b"terminated"
+        word = b"interrupted" if number == signal.SIGINT else b"terminated"
         assert process.stderr is not None
-        assert process.stderr.read() == b"error: %s; nothing is left half-written\n" % words
+        assert process.stderr.read() == b"error[E-%s]: %s; nothing is left half-written\n" % (
+            word.upper(),
+            word,
+        )
     assert sorted(os.listdir()) == before
 
 

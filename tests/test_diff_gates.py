@@ -96,7 +96,7 @@ def test_gates_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture
     assert cases.wsurg("diff", *files, "--fail-if", "max_abs > 3") == 0
     assert cases.wsurg("diff", *files, "--fail-if", "max_abs > 2") == 10
     shown = capsys.readouterr()
-    assert shown.err == "error: the gate 'max_abs > 2' failed: model: max_abs is 3\n"
+    assert shown.err == "error[E-GATE]: the gate 'max_abs > 2' failed: model: max_abs is 3\n"
     assert "L2 of the drift" in shown.out
     assert cases.wsurg("diff", *files, "--fail-if", "nothing > 2") == 2
 

@@ -14,6 +14,7 @@ FLOORS = {
     **dict.fromkeys(
         (
             "errors",
+            "error_codes",
             "dtypes",
             "version",
             "buffers",

@@ -121,7 +121,7 @@ def test_must_refuse_in_a_model_directory(tmp_path: Path, name: str, make: Any) 
 # --- something else ---------------------------------------------------------------------------
 
 OTHER_KINDS = {
-    "Git LFS pointer": (LFS, "a Git LFS pointer.*; fetch them with `git lfs pull`"),
+    "Git LFS pointer": (LFS, "a Git LFS pointer.*; fetch the file itself with `git lfs pull`"),
     "HTML page": (b"<!DOCTYPE html>\n<html>404</html>", "an HTML page.*download the file again"),
     "HTML page, no doctype": (b"<HTML><body>Sign in", "an HTML page"),
     "HTML page, white space": (b"\n  <!doctype html><html>" + bytes(99), "an HTML page"),

@@ -556,6 +556,6 @@ def test_a_mask_has_a_place_of_its_own(
     before = Path("tuned/model.safetensors").read_bytes()
     arguments = ["base.safetensors", "tuned.safetensors", "-o", "o.safetensors", "--mask", mask]
     code, err = refused(["mix", *arguments, "--overwrite"], capsys)
-    assert (code, err.startswith("error: ")) == (5, True), err
+    assert (code, err.startswith("error[E-OUTPUT-OVERLAP]: ")) == (5, True), err
     assert not Path("o.safetensors").exists()
     assert Path("tuned/model.safetensors").read_bytes() == before

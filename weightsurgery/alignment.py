@@ -16,6 +16,8 @@ from weightsurgery.checkpoint import Checkpoint, TensorView
 from weightsurgery.errors import MismatchError, SettingError, shown
 from weightsurgery.ties import is_output_head, says_tied, tied_to
 
+_OTHER_SHAPE = "shapes differ"
+_WRONG = (_OTHER_SHAPE, "dtypes differ", "floating on one side")
 # What a fine-tuning adds to a model; a pre-trained one has a language model's head at most.
 _TASK_HEAD = re.compile(r"(?:^|\.)(?:classifier|score|qa_outputs|logits_proj)\.")
 
@@ -187,15 +189,16 @@ def align(base: Checkpoint, tuned: Checkpoint, *, mismatched: str = "refuse") ->
     Args:
         base: Trusted pre-trained weights.
         tuned: Fine-tuned weights.
-        mismatched: "refuse" a pair of different shapes that is neither vocabulary nor head, or
-            "keep" TUNED's.
+        mismatched: "refuse" a pair of different shapes that is neither vocabulary nor head, and
+            one of different dtypes that are not both floating; or "keep" TUNED's; or
+            "keep integers", which does so where neither side is floating.
 
     Returns:
         The pairs, and all that stands alone.
 
     Raises:
-        MismatchError: The models are of different types, a pair's shapes differ, or nothing
-            pairs at all.
+        MismatchError: The models are of different types, a pair's shapes differ, or its dtypes
+            where one of them is not floating, or nothing pairs at all.
     """
     _check_types(base, tuned)
     prefix, side = _common_prefix(base, tuned)
@@ -207,14 +210,17 @@ def align(base: Checkpoint, tuned: Checkpoint, *, mismatched: str = "refuse") ->
             used.add(other.name)
         pair = _judge(view, other, note, base=base, tuned=tuned)
         pairs.append(replace(pair, key=ties.get(name, name)))
-    wrong = [p for p in pairs if p.reason.startswith(("shapes differ", "floating on one side"))]
-    if wrong and mismatched == "refuse":
+    wrong = [p for p in pairs if p.reason.startswith(_WRONG)]
+    if mismatched == "keep integers":
+        wrong = [p for p in wrong if not _are_integers(p)]
+    if wrong and mismatched != "keep":
         first = wrong[0]
         raise MismatchError(
             f"{first.reason} ({len(wrong)} tensors like this)",
             file=tuned.label,
             tensor=first.name,
             hint="are these the same architecture? --keep-mismatched keeps TUNED's",
+            code="E-PAIR-SHAPE" if first.reason.startswith(_OTHER_SHAPE) else "E-PAIR-DTYPE",
         )
     # To be looked at ("keep"), integers will do; to be edited there must be something to edit.
     if not any(p.eligible or (mismatched == "keep" and p.base is not None) for p in pairs):
@@ -280,6 +286,7 @@ def _check_types(base: Checkpoint, tuned: Checkpoint) -> None:
             f"model_type is {shown(types[0])} in BASE and {shown(types[1])} in TUNED",
             file=tuned.label,
             hint="give the model that TUNED was fine-tuned from",
+            code="E-PAIR-TYPE",
         )
 
 
@@ -333,20 +340,27 @@ def _judge(
     dtypes = f"{other.dtype.name} in BASE, {view.dtype.name} in TUNED"
     if view.dtype.arithmetic != other.dtype.arithmetic:
         return kept(f"floating on one side only ({dtypes})")
-    if not view.dtype.arithmetic:
+    if not view.dtype.arithmetic and view.dtype != other.dtype:
+        return kept(f"dtypes differ: {dtypes}")
+    if not view.dtype.arithmetic and view.shape == other.shape:
         return kept(f"not floating ({dtypes})")
     if view.dtype != other.dtype:
         note = dtypes + (note and f"; {note}")
     if view.shape == other.shape:
         return Pair(view, other, view.size, "" if view.size else "empty", note=note)
     shapes = f"{list(other.shape)} in BASE, {list(view.shape)} in TUNED"
-    if _is_vocabulary(view, other, base, tuned):
+    if view.dtype.arithmetic and _is_vocabulary(view, other, base, tuned):
         rows = min(view.shape[0], other.shape[0])
         reason = f"{rows:,} common rows ({shapes})"
         return Pair(view, other, rows * math.prod(view.shape[1:]), reason, note=note)
     if kind_of(view.name) == "head":
         return kept(f"a task head of another shape ({shapes})")
     return kept(f"shapes differ: {shapes}")
+
+
+def _are_integers(pair: Pair) -> bool:
+    """True where neither side is floating."""
+    return not any(side.dtype.arithmetic for side in (pair.base, pair.tuned) if side is not None)
 
 
 def _is_vocabulary(
@@ -374,4 +388,5 @@ def _nothing_pairs(base: Checkpoint, tuned: Checkpoint) -> MismatchError:
         f"'{shown(names[1])}')",
         file=tuned.label,
         hint="are these the same architecture? --strip-prefix or --map FILE can pair names",
+        code="E-PAIR-NONE",
     )

@@ -1,5 +1,8 @@
 """Every error weightsurgery raises on purpose, and the exit code each one gives.
 
+Each has a code too, a short word that stays the same while messages get better; `error_codes`
+tells what they mean.
+
 SurgeryError                1   (base class; never raised itself)
 ├── SettingError            2   a setting is out of range, unknown, or contradicts another
 ├── FormatError             3   an input is malformed
@@ -43,9 +46,12 @@ class SurgeryError(Exception):
         file: The file concerned, if one is.
         tensor: The tensor concerned, if one is.
         hint: What the user can do about it.
+        code: The rule that was broken, one of `error_codes.CODES`; the error's own where none is
+            given.
     """
 
     exit_code = 1
+    code = "E-BUG"
 
     def __init__(
         self,
@@ -54,7 +60,9 @@ class SurgeryError(Exception):
         file: str | os.PathLike[str] | None = None,
         tensor: str | None = None,
         hint: str = "",
+        code: str = "",
     ) -> None:
+        self.code = code or type(self).code
         self.reason = reason
         self.file = None if file is None else os.fspath(file)
         self.tensor = tensor
@@ -68,6 +76,7 @@ class SettingError(SurgeryError):
     """A setting is out of range, unknown, or contradicts another."""
 
     exit_code = 2
+    code = "E-SETTING"
 
 
 def not_installed(package: str, extra: str, otherwise: str = "") -> SettingError:
@@ -87,41 +96,51 @@ class FormatError(SurgeryError):
     """An input is malformed."""
 
     exit_code = 3
+    code = "E-FORMAT"
 
 
 class MismatchError(SurgeryError):
     """The inputs do not fit each other."""
 
     exit_code = 4
+    code = "E-MISMATCH"
 
 
 class NonFiniteError(MismatchError):
     """NaN or infinity where arithmetic is asked."""
+
+    code = "E-NONFINITE"
 
 
 class PolicyError(SurgeryError):
     """Refused by policy; the message names the flag, or the way round."""
 
     exit_code = 5
+    code = "E-POLICY"
 
 
 class StorageError(SurgeryError):
     """The disk or the operating system said no."""
 
     exit_code = 6
+    code = "E-STORAGE"
 
 
 class ChangedError(StorageError):
     """An input changed while it was read."""
+
+    code = "E-CHANGED"
 
 
 class BusyError(SurgeryError):
     """Another run is writing the same output."""
 
     exit_code = 7
+    code = "E-BUSY"
 
 
 class GateError(SurgeryError):
     """A gate failed: the comparison was made, and its answer is no."""
 
     exit_code = 10
+    code = "E-GATE"

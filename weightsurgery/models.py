@@ -167,6 +167,7 @@ def _refuse_kernels(value: Any, checkpoint: Checkpoint) -> None:
                     f"config.json's {shown(key)} names code from a repository: '{shown(inner)}'",
                     file=checkpoint.label,
                     hint="take the key out of config.json",
+                    code="E-REMOTE-CODE",
                 )
             _refuse_kernels(inner, checkpoint)
 
@@ -215,7 +216,7 @@ def _load_module(checkpoint: Checkpoint, task: str) -> Any:
     except Exception as error:  # a malformed directory gives errors of all kinds
         if "trust_remote_code" in str(error):
             reason = "needs code that lies beside the weights"
-            raise PolicyError(reason, file=checkpoint.label) from None
+            raise PolicyError(reason, file=checkpoint.label, code="E-REMOTE-CODE") from None
         reason = shown(" ".join(str(error).split()))
         raise MismatchError(
             f"transformers cannot load it: {reason}", file=checkpoint.label

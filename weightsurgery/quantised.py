@@ -29,6 +29,7 @@ def require_unquantised(*checkpoints: Checkpoint) -> None:
                 "config.json has a quantization_config; its weights are codes",
                 file=checkpoint.label,
                 hint=_HINT,
+                code="E-QUANTISED-CONFIG",
             )
         for name, view in checkpoint.items():
             if _is_packed(view):
@@ -37,6 +38,7 @@ def require_unquantised(*checkpoints: Checkpoint) -> None:
                     file=checkpoint.label,
                     tensor=name,
                     hint=_HINT,
+                    code="E-QUANTISED-TENSOR",
                 )
 
 

@@ -242,6 +242,7 @@ def _refuse_overflow(pair: Pair, other: Block, result: Block) -> None:
             f"{wide} in BASE, {pair.tuned.dtype.name} in TUNED, which cannot hold {largest:g}",
             tensor=pair.name,
             hint="leave the tensor out with --exclude, or convert a model first",
+            code="E-OVERFLOW",
         )
 
 

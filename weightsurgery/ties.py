@@ -44,8 +44,9 @@ class Tie:
 def says_tied(checkpoint: Checkpoint) -> bool:
     """True if config.json ties the output head to the word embedding, or leaves it at that."""
     said = checkpoint.config.get("tie_word_embeddings")
+    kind = checkpoint.config.get("model_type")
     return said is True or (
-        said is None and checkpoint.config.get("model_type") in _TIED_BY_DEFAULT
+        said is None and isinstance(kind, str) and kind in _TIED_BY_DEFAULT  # it may be a list
     )
 
 

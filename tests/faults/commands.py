@@ -18,7 +18,7 @@ from weightsurgery.cli import Commands, operator_summaries
 from weightsurgery.datasets.read import Sentence
 from weightsurgery.registry import OPERATORS
 
-READS = {"evaluate", "inspect", "verify-adapter"}
+READS = {"evaluate", "inspect", "verify", "verify-adapter"}
 
 
 @dataclass(frozen=True)
@@ -65,6 +65,9 @@ OWN = {
         (f"{_CLI}.meraser_command.load_model", f"{_CLI}.meraser_command.meraser"),
     ),
     "mismatch": Command("mismatch qa.jsonl --size 3 -o place/out.jsonl"),
+    "replay": Command(
+        "replay mixed/wsurg-record.json --input base=mix/base --input tuned=mix/tuned -o place/out"
+    ),
     "sweep": Command(
         "sweep bert bert --data data.tsv --held-out data.tsv --ratios 0.5 --operator mix "
         "--no-finetune --plot place/plot.svg",

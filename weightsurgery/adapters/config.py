@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 import re
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -35,7 +36,6 @@ _UNDERSTOOD = {
 }
 # These begin from the base's own weights and change those too, so BASE is not what was adapted.
 _PLAIN_STARTS = (True, False, None, "gaussian", "eva", "orthogonal")
-_LARGEST = 1e300
 _PLAIN_KEY = re.compile(r"\^?[A-Za-z0-9_.\-]{1,500}")
 
 
@@ -123,6 +123,7 @@ def read_config(adapter: Checkpoint) -> AdapterConfig:
             f"an adapter of type {shown(kind)}; only LORA is folded in",
             file=adapter.label,
             hint="merge it with the library that made it",
+            code="E-ADAPTER-KIND",
         )
     _refuse_unknown(adapter)
     check = _Checker(adapter)
@@ -154,6 +155,7 @@ def _refuse_unknown(adapter: Checkpoint) -> None:
                 "might be wrong",
                 file=adapter.label,
                 hint="merge it with the library that made it",
+                code="E-ADAPTER-FIELD",
             )
     start = adapter.config.get("init_lora_weights", True)
     if not any(start is plain or start == plain for plain in _PLAIN_STARTS):
@@ -162,6 +164,7 @@ def _refuse_unknown(adapter: Checkpoint) -> None:
             "too, so the adapter does not fit BASE as it is",
             file=adapter.label,
             hint="convert it to a plain LoRA when it is saved",
+            code="E-ADAPTER-FIELD",
         )
 
 
@@ -171,21 +174,24 @@ class _Checker:
     def __init__(self, adapter: Checkpoint) -> None:
         self.given, self.label = adapter.config, adapter.label
 
-    def fail(self, key: str, value: Any, expected: str) -> FormatError:
+    def fail(
+        self, key: str, value: Any, expected: str, code: str = "E-ADAPTER-CONFIG"
+    ) -> FormatError:
         return FormatError(
             f"{key} is {shown(repr(value))}; expected {expected}",
             file=f"{self.label}/adapter_config.json",
+            code=code,
         )
 
     def rank(self, value: Any, key: str) -> int:
         if type(value) is not int or not 0 < value < 1 << 32:
-            raise self.fail(key, value, "a positive integer")
+            raise self.fail(key, value, "a positive integer", "E-ADAPTER-RANK")
         return value
 
     def number(self, value: Any, key: str) -> float:
-        if type(value) in (int, float) and abs(value) < _LARGEST:  # false for NaN
+        if type(value) in (int, float) and abs(value) <= sys.float_info.max:
             return float(value)
-        raise self.fail(key, value, "a finite number")
+        raise self.fail(key, value, "a finite number", "E-ADAPTER-ALPHA")
 
     def flag(self, key: str) -> bool:
         value = self.given.get(key, False)
@@ -220,6 +226,7 @@ class _Checker:
                     f"{key} has '{shown(name)}', a regular expression; only plain names are read",
                     file=f"{self.label}/adapter_config.json",
                     hint="write out the modules' names",
+                    code="E-ADAPTER-PATTERN",
                 )
         return list(value.items())
 

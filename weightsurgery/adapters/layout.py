@@ -63,7 +63,7 @@ def read_adapter(base: Checkpoint, adapter: Checkpoint, *, weight: float = 1.0) 
     """
     config = read_config(adapter)
     if not adapter:
-        raise FormatError("the adapter has no tensors", file=adapter.label)
+        raise FormatError("the adapter has no tensors", file=adapter.label, code="E-ADAPTER-EMPTY")
     modules, plain = _sorted_out(adapter)
     wanted = [n for m in modules for n in candidates(m, config.target_parameters)]
     wanted += [f"{m}.weight" for m in modules if not candidates(m, config.target_parameters)]
@@ -129,13 +129,17 @@ def _sorted_out(
     for name, view in adapter.items():
         if not name.startswith(_FRONT):
             raise FormatError(
-                f"expected a name that begins with {_FRONT}", file=adapter.label, tensor=name
+                f"expected a name that begins with {_FRONT}",
+                file=adapter.label,
+                tensor=name,
+                code="E-ADAPTER-TENSOR",
             )
         if not view.dtype.arithmetic:
             raise PolicyError(
                 f"{view.dtype.name} weights in an adapter; expected floating ones",
                 file=adapter.label,
                 tensor=name,
+                code="E-ADAPTER-DTYPE",
             )
         bare = name[len(_FRONT) :]
         role = next((r for ending, r in _ROLES.items() if bare.endswith(ending)), "")
@@ -153,6 +157,7 @@ def _put(found: dict[str, TensorView], role: str, view: TensorView, adapter: Che
             f"'{shown(found[role].name)}' has the same role; expected one of the two",
             file=adapter.label,
             tensor=view.name,
+            code="E-ADAPTER-TENSOR",
         )
     found[role] = view
 
@@ -190,6 +195,7 @@ def _replaced(names: Names, config: AdapterConfig, name: str, view: TensorView) 
             "bias, nor of a module in modules_to_save",
             file=names.adapter.label,
             tensor=view.name,
+            code="E-ADAPTER-TENSOR",
         )
     target = names.need(name, view)
     if target.shape != view.shape:
@@ -197,6 +203,7 @@ def _replaced(names: Names, config: AdapterConfig, name: str, view: TensorView) 
             f"its shape is {list(view.shape)}, that of BASE's {list(target.shape)}",
             file=names.adapter.label,
             tensor=view.name,
+            code="E-ADAPTER-SHAPE",
         )
     return target
 

@@ -62,7 +62,10 @@ class Module:
             there = next(iter(self.parts.values()))
             missing = "lora_A" if first is None else "lora_B" if second is None else "a pair"
             raise FormatError(
-                f"{missing} is missing beside it", file=self.adapter.label, tensor=there.name
+                f"{missing} is missing beside it",
+                file=self.adapter.label,
+                tensor=there.name,
+                code="E-ADAPTER-FACTOR",
             )
         if (magnitude is not None) != self.config.use_dora:
             lacks = "and no magnitude beside it" if magnitude is None else "but is a magnitude"
@@ -70,6 +73,7 @@ class Module:
                 f"use_dora is {self.config.use_dora} {lacks}",
                 file=self.adapter.label,
                 tensor=(magnitude or first).name,
+                code="E-ADAPTER-CONTRADICTION",
             )
         parameters = self._parameters()
         if parameters and magnitude is None and shift is None:
@@ -80,7 +84,9 @@ class Module:
             yield self._shift(shift)
 
     def _fail(self, view: TensorView, reason: str) -> MismatchError:
-        return MismatchError(reason, file=self.adapter.label, tensor=view.name)
+        return MismatchError(
+            reason, file=self.adapter.label, tensor=view.name, code="E-ADAPTER-SHAPE"
+        )
 
     def _scale(self, adapted: str) -> float:
         return self.weight * self.config.scale_of(adapted)
@@ -106,7 +112,10 @@ class Module:
     def _shift(self, view: TensorView) -> tuple[str, Update]:
         if not self.config.lora_bias:
             raise FormatError(
-                "lora_bias is false, but here is one", file=self.adapter.label, tensor=view.name
+                "lora_bias is false, but here is one",
+                file=self.adapter.label,
+                tensor=view.name,
+                code="E-ADAPTER-CONTRADICTION",
             )
         target = self.names.need(f"{self.module}.bias", view)
         if target.shape != view.shape:
@@ -170,6 +179,7 @@ class Module:
                 file=self.adapter.label,
                 tensor=a.name,
                 hint="merge it with the library that made it",
+                code="E-ADAPTER-UNCLEAR",
             )
         return self.config.fan_in_fan_out if told is None else told
 
@@ -203,6 +213,7 @@ class Module:
             file=self.adapter.label,
             tensor=a.name,
             hint="merge it with the library that made it",
+            code="E-ADAPTER-UNCLEAR",
         )
 
     def _check_rank(self, a: TensorView, b: TensorView) -> None:
@@ -213,6 +224,7 @@ class Module:
                 f"{list(b.shape)}",
                 file=self.adapter.label,
                 tensor=a.name,
+                code="E-ADAPTER-RANK",
             )
 
 

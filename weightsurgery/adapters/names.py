@@ -43,6 +43,7 @@ class Names:
                 file=self.adapter.label,
                 tensor=view.name,
                 hint="is this the model that the adapter was trained on?",
+                code="E-ADAPTER-TARGET",
             )
         return self.base[found]
 

@@ -106,7 +106,8 @@ class _Judge:
         left_out = pair.reason in ("excluded", "not included")
         new_head = pair.base is None or pair.reason.startswith("a task head of another shape")
         integers = pair.base is None or not pair.base.dtype.arithmetic
-        if left_out or (integers and not pair.tuned.dtype.arithmetic):
+        floating = pair.tuned.dtype.arithmetic
+        if left_out or (integers and not floating):
             return Place(pair, NOWHERE, module, reason=pair.reason)
         if new_head and matches(pair.name, self.whole):
             head = _TASK_HEAD.search(pair.name)
@@ -118,6 +119,7 @@ class _Judge:
                 file=self.tuned.label,
                 tensor=pair.name,
                 hint="leave it out with --exclude",
+                code="E-PAIR-DTYPE" if pair.base.dtype.arithmetic != floating else "E-PAIR-SHAPE",
             )
         return Place(pair, NOWHERE, module, reason=pair.reason)
 

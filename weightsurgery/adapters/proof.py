@@ -108,7 +108,7 @@ def verify_adapter(
     require_unquantised(base, merged)
     reading = _reading(base, adapters, merged, weight, allow_nonfinite)
     updates = reading.updates()
-    paired = align(reading.base, merged)
+    paired = align(reading.base, merged, mismatched="keep integers")
     pairs = [replace(p, key=p.name, eligible=_compared(p)) for p in paired.pairs if _compared(p)]
     found = {pair.name: _Sums() for pair in pairs}
 

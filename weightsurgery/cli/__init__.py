@@ -148,24 +148,26 @@ def main(arguments: list[str] | None = None) -> NoReturn:
     except BrokenPipeError:
         _drop_output()  # the reader (`head`, `less`) has gone
     except SurgeryError as error:
-        _exit(str(error), error.exit_code)
+        _exit(str(error), error.exit_code, error.code)
     except click.exceptions.Exit as error:
         sys.exit(error.exit_code)
     except click.exceptions.NoArgsIsHelpError as error:
         error.show()
         sys.exit(error.exit_code)
     except click.ClickException as error:
-        _exit(_one_line(error), error.exit_code)
+        _exit(_one_line(error), error.exit_code, "E-USAGE")
     except (KeyboardInterrupt, click.Abort):
-        _exit("interrupted; nothing is left half-written", INTERRUPTED)
+        _exit("interrupted; nothing is left half-written", INTERRUPTED, "E-INTERRUPTED")
     except _TerminatedError:
-        _exit("terminated; nothing is left half-written", TERMINATED)
+        _exit("terminated; nothing is left half-written", TERMINATED, "E-TERMINATED")
     except OSError as error:  # of the files, formats/ tells; what is left is stdout on a full disk
         _drop_output()
-        _exit(f"the system said: {error.strerror or error}", StorageError.exit_code)
+        reason = f"the system said: {error.strerror or error}"
+        _exit(reason, StorageError.exit_code, StorageError.code)
     except Exception:
         sys.excepthook(*sys.exc_info())
-        _exit("this is a bug in weightsurgery; please report it with the traceback above", BUG)
+        reason = "this is a bug in weightsurgery; please report it with the traceback above"
+        _exit(reason, BUG, SurgeryError.code)
     sys.exit(0)
 
 
@@ -189,9 +191,9 @@ def _terminated(_number: int, _frame: FrameType | None) -> None:
     raise _TerminatedError
 
 
-def _exit(message: str, code: int) -> NoReturn:
-    click.echo(f"error: {message}", err=True)
-    sys.exit(code)
+def _exit(message: str, exit_code: int, code: str) -> NoReturn:
+    click.echo(f"error[{code}]: {message}", err=True)
+    sys.exit(exit_code)
 
 
 def _one_line(error: click.ClickException) -> str:

@@ -145,9 +145,11 @@ def _check_plot(path: str | None, *, overwrite: bool) -> None:
         return
     folder = os.path.dirname(os.path.abspath(path))
     if not os.path.isdir(folder):
-        raise StorageError("the folder to write to does not exist", file=folder)
+        reason = "the folder to write to does not exist"
+        raise StorageError(reason, file=folder, code="E-OUTPUT-FOLDER")
     if os.path.lexists(path) and not overwrite:
-        raise PolicyError("exists already", file=path, hint="--overwrite replaces it")
+        hint = "--overwrite replaces it"
+        raise PolicyError("exists already", file=path, hint=hint, code="E-OUTPUT-EXISTS")
     check_plot_path(path)  # last: it imports matplotlib
 
 

@@ -49,6 +49,7 @@ def in_flags(error: SurgeryError, parameters: Sequence[click.Parameter]) -> Surg
         file=error.file,
         tensor=error.tensor,
         hint=_possible(_translated(error.hint, flags), known),
+        code=error.code,
     )
 
 

@@ -17,6 +17,8 @@ from weightsurgery.models import Model
 if TYPE_CHECKING:
     import torch
 
+_MISMATCHED = "keep integers"  # such as positions: no point lies between them
+
 
 @contextmanager
 def between(model: Model, base: Checkpoint) -> Iterator[Callable[[float], None]]:
@@ -31,10 +33,12 @@ def between(model: Model, base: Checkpoint) -> Iterator[Callable[[float], None]]
     import torch
 
     try:
-        align(base, model.checkpoint)
+        align(base, model.checkpoint, mismatched=_MISMATCHED)
     except MismatchError as error:
         hint = "the points begin at the base that this model was fine-tuned from"
-        raise MismatchError(error.reason, file=error.file, tensor=error.tensor, hint=hint) from None
+        raise MismatchError(
+            error.reason, file=error.file, tensor=error.tensor, hint=hint, code=error.code
+        ) from None
     for name, values, _, tuned in _blocks(model, base):
         if values.cpu().numpy().tobytes() != tuned.tobytes():
             raise MismatchError(
@@ -57,7 +61,7 @@ def between(model: Model, base: Checkpoint) -> Iterator[Callable[[float], None]]
 
 def _blocks(model: Model, base: Checkpoint) -> Iterator[tuple[str, torch.Tensor, Block, Block]]:
     """(name, run of a parameter, BASE's elements, TUNED's elements); float32."""
-    for pair in align(base, model.checkpoint).eligible:
+    for pair in align(base, model.checkpoint, mismatched=_MISMATCHED).eligible:
         if pair.base is None or pair.name not in model.names:
             continue
         values = model.names[pair.name].data.view(-1)

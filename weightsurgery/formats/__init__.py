@@ -59,7 +59,7 @@ def open_checkpoint(
     hint = did_you_mean(text)
     if not hint and _NAME.fullmatch(text) and not text.endswith(".safetensors"):
         hint = "a model of the hub is called org/name"
-    raise StorageError("no such file or directory", file=text, hint=hint)
+    raise StorageError("no such file or directory", file=text, hint=hint, code="E-FILE-MISSING")
 
 
 _NAME = re.compile(r"[\w.-]+(@[\w./-]+)?")  # like a hub id without its owner
@@ -89,7 +89,7 @@ def _open_hub(text: str, weights: str | None, allow_pickle: bool) -> Checkpoint:
     except StorageError as error:
         hint = did_you_mean(text)
         if incomplete is None and hint:
-            raise StorageError(error.reason, hint=hint) from error
+            raise StorageError(error.reason, hint=hint, code=error.code) from error
         if incomplete is None:
             raise
-    raise incomplete or StorageError("no snapshot", file=text)
+    raise incomplete or StorageError("no snapshot", file=text, code="E-HUB")

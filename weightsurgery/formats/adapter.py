@@ -53,7 +53,8 @@ def open_adapter(
         pickles = [name for name in sorted(entries) if name.startswith("adapter_model.")]
         if pickles and not allow_pickle:
             raise refuse_pickle(os.path.join(directory, pickles[0]))
-        raise FormatError(f"{ADAPTER_CONFIG} without {ADAPTER}", file=directory)
+        reason = f"{ADAPTER_CONFIG} without {ADAPTER}"
+        raise FormatError(reason, file=directory, code="E-NO-WEIGHTS")
     chosen = _PICKLED if pickled else ADAPTER
     others = [n for n in sorted(entries) if n != chosen and fits(n, _OTHERS)]
     if others:
@@ -61,11 +62,13 @@ def open_adapter(
             f"two answers to which weights are meant: {chosen} and {shown(others[0])}",
             file=directory,
             hint="keep one of the two in the folder",
+            code="E-TWO-ANSWERS",
         )
     config = open_member(directory, ADAPTER_CONFIG)
     settings = parse_object(config.read_all(_MAX_CONFIG), file=config.path, what="configuration")
     if not isinstance(settings.get("peft_type"), str):
-        raise FormatError("no peft_type; expected a PEFT adapter's", file=config.path)
+        reason = "no peft_type; expected a PEFT adapter's"
+        raise FormatError(reason, file=config.path, code="E-ADAPTER-CONFIG")
     weights = open_member(directory, chosen)
     metadata: dict[str, str] = {}
     warnings: list[str] = []

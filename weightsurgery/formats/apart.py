@@ -24,6 +24,7 @@ def check_apart(target: str, inputs: Sequence[str]) -> None:
                 f"the output would overlap the input {shown(path)}",
                 file=target,
                 hint="choose another output",
+                code="E-OUTPUT-OVERLAP",
             )
 
 

@@ -52,7 +52,8 @@ def open_directory(
     try:
         entries = sorted(os.listdir(directory))
     except OSError as error:
-        raise StorageError(f"cannot list: {error.strerror}", file=directory) from error
+        reason = f"cannot list: {error.strerror}"
+        raise StorageError(reason, file=directory, code="E-FILE-OPEN") from error
     if weights is None and is_adapter(entries):
         return open_adapter(directory, entries, label=label, allow_pickle=allow_pickle)
     config = _read_config(directory, entries)
@@ -81,7 +82,9 @@ def open_directory(
         files.append(file.ref())
     actual = sum(view.nbytes for view in tensors.values())
     if total is not None and total != actual:
-        warnings += [f"{chosen}: total_size is {shown(total)}, the tensors take {actual:,} bytes"]
+        warnings += [
+            f"{shown(chosen)}: total_size is {shown(total)}, the tensors take {actual:,} bytes"
+        ]
     side_files, left_out = _side_files(directory, entries, {f.name for f in files} | {chosen})
     return Checkpoint(
         tensors,
@@ -134,6 +137,7 @@ def _choose(directory: str, entries: list[str], config: dict[str, Any], allow_pi
             + (f"; it holds {', '.join(map(shown, seen[:5]))}" if seen else ""),
             file=directory,
             hint="choose one with --weights FILE" if seen else "is this a model directory?",
+            code="E-NO-WEIGHTS",
         )
     claims = [*answers, *pickles[:1], *adapters[:1]]
     if "transformers_weights" in config:
@@ -143,6 +147,7 @@ def _choose(directory: str, entries: list[str], config: dict[str, Any], allow_pi
             f"two answers to which weights are meant: {' and '.join(map(shown, claims))}",
             file=directory,
             hint=f"choose one with --weights {answers[0]}",
+            code="E-TWO-ANSWERS",
         )
     return answers[0]
 
@@ -160,9 +165,10 @@ def _open_shard(directory: str, shard: str, chosen: str) -> InputFile:
     if os.path.lexists(os.path.join(directory, shard)):
         return open_member(directory, shard)
     raise FormatError(
-        f"shard {shown(shard)} is missing; {chosen} lists it",
+        f"shard {shown(shard)} is missing; {shown(chosen)} lists it",
         file=directory,
         hint="the download may be incomplete",
+        code="E-SHARD-MISSING",
     )
 
 
@@ -171,7 +177,7 @@ def _read_index(directory: str, name: str) -> tuple[FileRef, dict[str, str], Any
     index = parse_object(file.read_all(MAX_JSON), file=file.path, what="index")
     weight_map = index.get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
-        raise FormatError("no weight_map in the index", file=file.path)
+        raise FormatError("no weight_map in the index", file=file.path, code="E-INDEX-MAP")
     ending = ".bin" if name.endswith(".bin.index.json") else ".safetensors"
     for tensor, shard in weight_map.items():
         if not _is_plain_name(shard, ending):
@@ -179,6 +185,7 @@ def _read_index(directory: str, name: str) -> tuple[FileRef, dict[str, str], Any
                 f"weight_map gives {shown(shard)}; expected a plain name ending in {ending}",
                 file=file.path,
                 tensor=tensor,
+                code="E-INDEX-NAME",
             )
     metadata = index.get("metadata")
     total = metadata.get("total_size") if isinstance(metadata, dict) else None
@@ -199,18 +206,18 @@ def _is_plain_name(name: Any, ending: str) -> bool:
 def _check_shard(
     file: InputFile, found: dict[str, TensorView], listed: dict[str, str], shard: str
 ) -> None:
+    def bad(code: str, name: str, reason: str) -> FormatError:
+        return FormatError(reason, file=file.path, tensor=name, code=code)
+
     for name in found:
         if name not in listed:
-            raise FormatError("in the shard but not in the index", file=file.path, tensor=name)
+            raise bad("E-SHARD-HIDDEN", name, "in the shard but not in the index")
         if listed[name] != shard:
-            raise FormatError(
-                f"the index places it in {shown(listed[name])}", file=file.path, tensor=name
-            )
+            reason = f"the index places it in {shown(listed[name])}"
+            raise bad("E-SHARD-DUPLICATE", name, reason)
     for name, place in listed.items():
         if place == shard and name not in found:
-            raise FormatError(
-                "listed in the index but not in the shard", file=file.path, tensor=name
-            )
+            raise bad("E-SHARD-LACKS", name, "listed in the index but not in the shard")
 
 
 def _side_files(

@@ -40,11 +40,15 @@ class InputFile:
             self._fd = os.open(path, _FLAGS | (0 if follow else getattr(os, "O_NOFOLLOW", 0)))
         except OSError as error:
             hint = did_you_mean(path) if error.errno == errno.ENOENT else ""
-            raise StorageError(f"cannot open: {error.strerror}", file=path, hint=hint) from error
+            raise StorageError(
+                f"cannot open: {error.strerror}", file=path, hint=hint, code=_code_of(error, path)
+            ) from error
         weakref.finalize(self, os.close, self._fd)
         found = os.fstat(self._fd)
         if not stat.S_ISREG(found.st_mode):
-            raise FormatError("expected a regular file, found something else", file=path)
+            raise FormatError(
+                "expected a regular file, found something else", file=path, code="E-FILE-KIND"
+            )
         self._identity = _identity(found)
         self.size = found.st_size
         self._hash: RunningHash | None = None
@@ -70,7 +74,9 @@ class InputFile:
             try:
                 got = os.preadv(self._fd, [view], offset)
             except OSError as error:
-                raise StorageError(f"cannot read: {error.strerror}", file=self.path) from error
+                raise StorageError(
+                    f"cannot read: {error.strerror}", file=self.path, code="E-FILE-READ"
+                ) from error
             if not got:
                 raise ChangedError("the file became shorter while it was read", file=self.path)
             view, offset = view[got:], offset + got
@@ -88,7 +94,8 @@ class InputFile:
             FormatError: The file is larger than the limit.
         """
         if self.size > limit:
-            raise FormatError(f"{self.size:,} bytes; expected at most {limit:,}", file=self.path)
+            reason = f"{self.size:,} bytes; expected at most {limit:,}"
+            raise FormatError(reason, file=self.path, code="E-FILE-LARGE")
         return self.read_bytes(0, self.size)
 
     def begin_hash(self) -> Callable[[], None]:
@@ -149,6 +156,14 @@ class InputFile:
         data = self.read_bytes(0, self.size)
         self.check_unchanged()  # now: a half-changed file would be told as malformed
         return data
+
+
+def _code_of(error: OSError, path: str) -> str:
+    if error.errno == errno.ELOOP:
+        return "E-LINK-LOOP"
+    if error.errno == errno.ENOENT:
+        return "E-LINK-DANGLING" if os.path.islink(path) else "E-FILE-MISSING"
+    return "E-FILE-OPEN"
 
 
 _SIBLINGS = 1000  # looked at for a name that was meant
@@ -219,5 +234,6 @@ def open_member(directory: str, name: str) -> InputFile:
             "a symbolic link that leads out of the model directory",
             file=path,
             hint="put the file itself in the directory, or name the file on the command line",
+            code="E-LINK-OUT",
         )
     return InputFile(path)

@@ -59,4 +59,5 @@ def snapshots(text: str, *, pickles: bool = False) -> Iterator[str]:
         raise StorageError(
             f"'{text}' is neither a local path nor a hub repository that can be fetched ({reason})",
             hint="check the spelling, or download the model and give its folder",
+            code="E-HUB",
         ) from error

@@ -280,9 +280,11 @@ def check_destination(
     target = os.path.abspath(out)
     parent = os.path.dirname(target)
     if not os.path.isdir(parent):
-        raise StorageError("the folder to write to does not exist", file=parent)
+        reason = "the folder to write to does not exist"
+        raise StorageError(reason, file=parent, code="E-OUTPUT-FOLDER")
     if not os.access(parent, os.W_OK | os.X_OK):
-        raise StorageError("the folder to write to is not writable", file=parent)
+        reason = "the folder to write to is not writable"
+        raise StorageError(reason, file=parent, code="E-OUTPUT-FOLDER")
     recover(target)
     places = [target]
     if not is_directory:
@@ -295,7 +297,10 @@ def check_destination(
         _check_replaceable(place, is_directory=is_directory)
         if not overwrite:
             raise PolicyError(
-                "exists already", file=place, hint="--overwrite (overwrite=True) replaces it"
+                "exists already",
+                file=place,
+                hint="--overwrite (overwrite=True) replaces it",
+                code="E-OUTPUT-EXISTS",
             )
 
 
@@ -308,6 +313,7 @@ def _check_replaceable(place: str, *, is_directory: bool) -> None:
             f"exists already, and is not {wanted}; only such is ever replaced here",
             file=place,
             hint="choose another output",
+            code="E-OUTPUT-FOREIGN",
         )
     for name in os.listdir(place) if is_directory else []:
         known = fits(name, (*WEIGHTS, *SIDE_FILES, ADAPTER_CONFIG, CARD, RECORD, ".gitattributes"))
@@ -316,6 +322,7 @@ def _check_replaceable(place: str, *, is_directory: bool) -> None:
                 f"exists already, and holds '{shown(name)}', which is not part of a model",
                 file=place,
                 hint="choose another output, or remove the directory yourself",
+                code="E-OUTPUT-FOREIGN",
             )
 
 

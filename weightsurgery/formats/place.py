@@ -159,7 +159,8 @@ def move(source: str, target: str, *, overwrite: bool) -> None:
         else:
             disk.rename_new(source, target)
     except FileExistsError:
-        raise PolicyError("appeared while this run was working", file=target) from None
+        reason = "appeared while this run was working"
+        raise PolicyError(reason, file=target, code="E-OUTPUT-EXISTS") from None
 
 
 @contextlib.contextmanager

@@ -139,7 +139,10 @@ def make_plan(
     need = plan.nbytes + sum(file.size for file in checkpoint.side_files) + _SLACK
     if need > free + left_over(out):
         raise StorageError(
-            f"{need:,} bytes to write, {free:,} free", file=out, hint="make room first"
+            f"{need:,} bytes to write, {free:,} free",
+            file=out,
+            hint="make room first",
+            code="E-OUTPUT-SPACE",
         )
     return plan
 
@@ -280,5 +283,6 @@ def check_outputs_apart(outs: Sequence[tuple[str, bool]]) -> None:
                     "two outputs of this run would lie in the same place",
                     file=out,
                     hint="give each a place of its own",
+                    code="E-OUTPUT-OVERLAP",
                 )
         taken += places

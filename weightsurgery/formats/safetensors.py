@@ -17,6 +17,7 @@ from weightsurgery.checkpoint import Checkpoint, TensorView
 from weightsurgery.dtypes import DTYPES, DType
 from weightsurgery.errors import FormatError, PolicyError, shown
 from weightsurgery.formats.files import InputFile
+from weightsurgery.formats.placeholders import refuse_placeholder
 from weightsurgery.formats.strict_json import parse_object
 from weightsurgery.kernels import Block
 
@@ -29,24 +30,16 @@ _CONVERT = (
     "pass --allow-pickle (allow_pickle=True) to load it in a confined process, or turn it into "
     "safetensors once with `wsurg convert --allow-pickle`"
 )
+_DIRECTORY = "give the model's directory, or the .safetensors file in it"
+_ZIP = "a PyTorch zip archive; opening its pickle can run code"
+_PICKLE = "a Python pickle; opening it can run code"
 _RENAME = "if it is a PyTorch checkpoint, call it .bin and pass --allow-pickle (allow_pickle=True)"
 _OTHER_KINDS = {
-    b"version https://git-lfs": (
-        FormatError,
-        "a Git LFS pointer, not the weights themselves",
-        "fetch them with `git lfs pull`",
-    ),
-    b"<!doctype html": (FormatError, "an HTML page, not weights", "download the file again"),
-    b"<html": (FormatError, "an HTML page, not weights", "download the file again"),
-    b"{": (FormatError, "JSON", "give the model's directory, or the .safetensors file in it"),
-    b"gguf": (FormatError, "a GGUF file", "convert it to safetensors first"),
-    b"pk\x03\x04": (
-        PolicyError,
-        "a PyTorch zip archive; opening its pickle can run code",
-        _RENAME,
-    ),
+    b"{": (FormatError, "JSON", _DIRECTORY, "E-FILE-OTHER"),
+    b"gguf": (FormatError, "a GGUF file", "convert it to safetensors first", "E-FILE-OTHER"),
+    b"pk\x03\x04": (PolicyError, _ZIP, _RENAME, "E-PICKLE"),
     **{
-        bytes((0x80, protocol)): (PolicyError, "a Python pickle; opening it can run code", _RENAME)
+        bytes((0x80, protocol)): (PolicyError, _PICKLE, _RENAME, "E-PICKLE")
         for protocol in range(2, 6)
     },
 }
@@ -54,7 +47,8 @@ _OTHER_KINDS = {
 
 def refuse_pickle(path: str) -> PolicyError:
     """The error for weights that only a pickle holds."""
-    return PolicyError("a PyTorch pickle; opening it can run code", file=path, hint=_CONVERT)
+    reason = "a PyTorch pickle; opening it can run code"
+    return PolicyError(reason, file=path, hint=_CONVERT, code="E-PICKLE")
 
 
 def open_safetensors(file: InputFile) -> tuple[dict[str, TensorView], dict[str, str]]:
@@ -70,7 +64,11 @@ def open_safetensors(file: InputFile) -> tuple[dict[str, TensorView], dict[str, 
     header, start = _read_header(file)
     metadata = header.pop("__metadata__", {})
     if not _is_text_map(metadata):
-        raise FormatError("__metadata__ is not a map of strings to strings", file=file.path)
+        raise FormatError(
+            "__metadata__ is not a map of strings to strings",
+            file=file.path,
+            code="E-HEADER-METADATA",
+        )
     entries = {name: _check_entry(file, name, entry) for name, entry in header.items()}
     ordered = sorted(entries, key=lambda name: entries[name][2])
     _check_layout(file, [(name, *entries[name][2]) for name in ordered], file.size - start)
@@ -89,14 +87,14 @@ def open_file(file: InputFile, *, label: str) -> Checkpoint:
 def _read_header(file: InputFile) -> tuple[dict[str, Any], int]:
     start = file.read_bytes(0, min(file.size, 32)).lower()
     # Not where a header begins: a header of 640 bytes has a pickle's first two bytes as its length.
-    for magic, (kind, what, hint) in _OTHER_KINDS.items() if start[8:9] != b"{" else ():
-        if start.lstrip().startswith(magic):
-            raise kind(f"expected a safetensors file, found {what}", file=file.path, hint=hint)
+    if start[8:9] != b"{":
+        _refuse_other_kinds(file, start)
     if file.size < 8:
         raise FormatError(
             f"{file.size} bytes; a safetensors file has at least 8",
             file=file.path,
             hint="the download may be incomplete",
+            code="E-HEADER-SHORT",
         )
     length = int.from_bytes(file.read_bytes(0, 8), "little")
     if length > MAX_HEADER and _is_text(start):
@@ -104,23 +102,37 @@ def _read_header(file: InputFile) -> tuple[dict[str, Any], int]:
             "expected a safetensors file, found text",
             file=file.path,
             hint="give a .safetensors file or a model's directory",
+            code="E-FILE-OTHER",
         )
     if length > MAX_HEADER:
         raise FormatError(
             f"not a safetensors file, or damaged: its first 8 bytes tell of a header of {length:,} "
             f"bytes; the limit is {MAX_HEADER:,}",
             file=file.path,
+            code="E-HEADER-LENGTH",
         )
     if 8 + length > file.size:
         raise FormatError(
             f"header of {length:,} bytes in a file of {file.size:,}",
             file=file.path,
             hint="the download may be incomplete",
+            code="E-HEADER-LENGTH",
         )
     data = file.read_bytes(8, length)
     if not data.startswith(b"{"):
-        raise FormatError("the header does not begin with '{'", file=file.path)
+        raise FormatError(
+            "the header does not begin with '{'", file=file.path, code="E-HEADER-START"
+        )
     return parse_object(data, file=file.path, what="header"), 8 + length
+
+
+def _refuse_other_kinds(file: InputFile, start: bytes) -> None:
+    expected = "a safetensors file"
+    refuse_placeholder(start, file=file.path, expected=expected)
+    for magic, (kind, what, hint, code) in _OTHER_KINDS.items():
+        if start.lstrip().startswith(magic):
+            reason = f"expected {expected}, found {what}"
+            raise kind(reason, file=file.path, hint=hint, code=code)
 
 
 def _is_text(start: bytes) -> bool:
@@ -142,32 +154,37 @@ def _is_text_map(value: Any) -> bool:
 def _check_entry(
     file: InputFile, name: str, entry: Any
 ) -> tuple[DType, tuple[int, ...], tuple[int, int]]:
-    def bad(reason: str) -> FormatError:
-        return FormatError(reason, file=file.path, tensor=name)
+    def bad(code: str, reason: str) -> FormatError:
+        return FormatError(reason, file=file.path, tensor=name, code=code)
 
     if not isinstance(entry, dict):
-        raise bad(f"the entry is a JSON {type(entry).__name__}, not an object")
+        raise bad("E-HEADER-ENTRY", f"the entry is a JSON {type(entry).__name__}, not an object")
     if entry.keys() != _FIELDS:
-        raise bad(f"fields {shown(sorted(entry))}; expected {sorted(_FIELDS)}")
+        raise bad("E-HEADER-ENTRY", f"fields {shown(sorted(entry))}; expected {sorted(_FIELDS)}")
     dtype = DTYPES.get(entry["dtype"]) if isinstance(entry["dtype"], str) else None
     if dtype is None:
-        raise bad(f"unknown dtype {shown(entry['dtype'])}; expected one of {', '.join(DTYPES)}")
+        reason = f"unknown dtype {shown(entry['dtype'])}; expected one of {', '.join(DTYPES)}"
+        raise bad("E-HEADER-DTYPE", reason)
     shape, offsets = entry["shape"], entry["data_offsets"]
     for what, numbers in (("shape", shape), ("data_offsets", offsets)):
         # type(), not isinstance(): True is an int too.
         if not isinstance(numbers, list) or any(type(n) is not int for n in numbers):
-            raise bad(f"{what} {shown(numbers)}; expected a list of integers")
+            reason = f"{what} {shown(numbers)}; expected a list of integers"
+            raise bad("E-HEADER-INTEGER", reason)
     if len(shape) > MAX_RANK:
-        raise bad(f"{len(shape)} dimensions; the limit is {MAX_RANK}")
+        raise bad("E-HEADER-RANK", f"{len(shape)} dimensions; the limit is {MAX_RANK}")
     if any(not 0 <= n < MAX_DIMENSION for n in shape):
-        raise bad(f"shape {shown(shape)}; expected dimensions from 0 to 2**48 - 1")
+        reason = f"shape {shown(shape)}; expected dimensions from 0 to 2**48 - 1"
+        raise bad("E-HEADER-SHAPE", reason)
     if len(offsets) != 2 or not 0 <= offsets[0] <= offsets[1]:
-        raise bad(f"data_offsets {shown(offsets)}; expected [begin, end] with 0 <= begin <= end")
+        reason = f"data_offsets {shown(offsets)}; expected [begin, end] with 0 <= begin <= end"
+        raise bad("E-HEADER-OFFSETS", reason)
     if math.prod(n or 1 for n in shape) >= MAX_ELEMENTS:  # [2**47, 2**47, 0] too, as the library
-        raise bad(f"shape {shown(shape)}; expected fewer than 2**60 elements")
+        raise bad("E-HEADER-SHAPE", f"shape {shown(shape)}; expected fewer than 2**60 elements")
     bits, given = math.prod(shape) * dtype.bits, offsets[1] - offsets[0]
     if bits != 8 * given:
-        raise bad(f"{dtype.name} of shape {shown(shape)} takes {bits:,} bits, not {8 * given:,}")
+        reason = f"{dtype.name} of shape {shown(shape)} takes {bits:,} bits, not {8 * given:,}"
+        raise bad("E-HEADER-SIZE", reason)
     return dtype, tuple(shape), (offsets[0], offsets[1])
 
 
@@ -175,11 +192,13 @@ def _check_layout(file: InputFile, spans: list[tuple[str, int, int]], size: int)
     position = 0
     for name, begin, end in spans:
         if begin != position:
-            what = (
-                "overlaps the tensor before it" if begin < position else "leaves a hole before it"
-            )
+            overlaps = begin < position
+            what = "overlaps the tensor before it" if overlaps else "leaves a hole before it"
             raise FormatError(
-                f"{what}: expected offset {position:,}, got {begin:,}", file=file.path, tensor=name
+                f"{what}: expected offset {position:,}, got {begin:,}",
+                file=file.path,
+                tensor=name,
+                code="E-DATA-OVERLAP" if overlaps else "E-DATA-HOLE",
             )
         position = end
     if position != size:
@@ -187,6 +206,7 @@ def _check_layout(file: InputFile, spans: list[tuple[str, int, int]], size: int)
         raise FormatError(
             f"the header describes {position:,} bytes of data, the file has {size:,} ({what})",
             file=file.path,
+            code="E-DATA-CUT" if position > size else "E-DATA-TRAILING",
         )
 
 

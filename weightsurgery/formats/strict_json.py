@@ -7,6 +7,7 @@ import math
 from typing import Any
 
 from weightsurgery.errors import FormatError, shown
+from weightsurgery.formats.placeholders import refuse_placeholder
 
 MAX_DEPTH = 128  # levels of nesting; the safetensors library's parser has the same limit
 MAX_DIGITS = 400  # of an integer; Python itself refuses to print one of more than 4,300
@@ -15,23 +16,27 @@ MAX_DIGITS = 400  # of an integer; Python itself refuses to print one of more th
 class _RuleError(ValueError):
     """A rule that `json` itself does not have was broken."""
 
+    def __init__(self, code: str, reason: str) -> None:
+        super().__init__(reason)
+        self.code = code
+
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for key, value in pairs:
         if key in found:
-            raise _RuleError(f"key '{shown(key)}' occurs twice")
+            raise _RuleError("E-JSON-DUPLICATE", f"key '{shown(key)}' occurs twice")
         found[key] = value
     return found
 
 
 def _no_constant(text: str) -> Any:
-    raise _RuleError(f"{text} is not JSON")
+    raise _RuleError("E-JSON-NUMBER", f"{text} is not JSON")
 
 
 def _integer(text: str) -> int | float:
     if len(text) > MAX_DIGITS:
-        raise _RuleError(f"an integer of {len(text):,} digits")
+        raise _RuleError("E-JSON-NUMBER", f"an integer of {len(text):,} digits")
     # int("-0") is 0, so an offset of -0 would pass; to other parsers it is a float.
     return -0.0 if text == "-0" else int(text)
 
@@ -39,7 +44,7 @@ def _integer(text: str) -> int | float:
 def _float(text: str) -> float:
     number = float(text)
     if math.isinf(number):  # 1e999 would be written back as Infinity
-        raise _RuleError(f"{shown(text)} is out of range")
+        raise _RuleError("E-JSON-NUMBER", f"{shown(text)} is out of range")
     return number
 
 
@@ -66,11 +71,13 @@ def parse(data: bytes, *, file: str, what: str = "file") -> Any:
         FormatError: The bytes are not UTF-8 or not JSON, a key occurs twice, a string holds half
             a surrogate pair, a number is out of range, or the nesting is too deep.
     """
+    refuse_placeholder(data, file=file, expected=f"JSON ({what})")
     try:
         # Decode first: json.loads(bytes) would accept UTF-16, UTF-32 and a byte-order mark.
         text = data.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise FormatError(f"{what} is not UTF-8 (byte {error.start})", file=file) from None
+        reason = f"{what} is not UTF-8 (byte {error.start})"
+        raise FormatError(reason, file=file, code="E-JSON-UTF8") from None
     try:
         value = json.loads(
             text,
@@ -84,11 +91,21 @@ def parse(data: bytes, *, file: str, what: str = "file") -> Any:
             json.dumps(value, ensure_ascii=False).encode()
         return value
     except RecursionError:
-        raise FormatError(f"{what} is nested too deeply", file=file) from None
+        reason = f"{what} is nested too deeply"
+        raise FormatError(reason, file=file, code="E-JSON-NESTED") from None
     except UnicodeEncodeError:
-        raise FormatError(f"{what} escapes half a surrogate pair", file=file) from None
+        reason = f"{what} escapes half a surrogate pair"
+        raise FormatError(reason, file=file, code="E-JSON-SURROGATE") from None
     except ValueError as error:  # JSONDecodeError, _RuleError
-        raise FormatError(f"{what} is not valid JSON: {shown(error)}", file=file) from None
+        reason = f"{what} is not valid JSON: {shown(error)}"
+        raise FormatError(reason, file=file, code=_code_of(error)) from None
+
+
+def _code_of(error: ValueError) -> str:
+    if isinstance(error, _RuleError):
+        return error.code
+    trailing = isinstance(error, json.JSONDecodeError) and error.msg == "Extra data"
+    return "E-JSON-TRAILING" if trailing else "E-JSON-SYNTAX"
 
 
 def parse_object(data: bytes, *, file: str, what: str = "file") -> dict[str, Any]:
@@ -99,7 +116,8 @@ def parse_object(data: bytes, *, file: str, what: str = "file") -> dict[str, Any
     """
     value = parse(data, file=file, what=what)
     if not isinstance(value, dict):
-        raise FormatError(f"{what} is a JSON {type(value).__name__}, not an object", file=file)
+        reason = f"{what} is a JSON {type(value).__name__}, not an object"
+        raise FormatError(reason, file=file, code="E-JSON-OBJECT")
     return value
 
 

@@ -184,6 +184,7 @@ def _check_base(base: Checkpoint, adapter: Checkpoint, force: bool) -> list[str]
         f"the adapter was trained on '{shown(named)}', BASE is '{shown(base.label)}'",
         file=adapter.label,
         hint="--force-base applies it all the same, if you know that they are one model",
+        code="E-ADAPTER-BASE",
     )
 
 

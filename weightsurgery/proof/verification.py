@@ -14,7 +14,7 @@ from weightsurgery.errors import GateError, SettingError, StorageError, SurgeryE
 from weightsurgery.formats import open_checkpoint
 from weightsurgery.formats.files import InputFile, open_member
 from weightsurgery.formats.layout import RECORD
-from weightsurgery.formats.output import record_name
+from weightsurgery.formats.place import record_name
 from weightsurgery.formats.recorded import Recorded, read_record
 from weightsurgery.formats.safetensors import file_order, open_safetensors
 from weightsurgery.proof.origin import Counts, Origin, count_origins, find_origin

@@ -97,6 +97,7 @@ class Watch:
                 f"after epoch {epoch}, held-out: {error.reason}",
                 file=self.model.path,
                 hint="lower the learning rate",
+                code=error.code,
             ) from None
         train_loss = sum(self._losses) / len(self._losses)
         self.history.append({"epoch": epoch, "train_loss": train_loss, **held_out})

@@ -1,0 +1,227 @@
+"""The code of every error, what it means and what to do: one list, from which the reference comes.
+
+A code names the rule that was broken. It stays the same while messages get better, so that scripts
+can go by it. An error that breaks no rule of its own has the code of its kind.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from weightsurgery.errors import (
+    BusyError,
+    ChangedError,
+    FormatError,
+    GateError,
+    MismatchError,
+    NonFiniteError,
+    PolicyError,
+    SettingError,
+    StorageError,
+    SurgeryError,
+)
+
+_Rows = Mapping[str, tuple[type[SurgeryError], str, str]]
+
+_AGAIN = "download the file again"
+_MADE_ANEW = "write the file anew with the safetensors library"
+_MERGE = "merge the adapter with the library that made it"
+_CONFIG = "fetch the adapter again; its configuration may be another's"
+_OWN_BASE = "give the model that it was trained on"
+_ELSEWHERE = "choose another output"
+
+
+@dataclass(frozen=True)
+class Code:
+    """What a code stands for.
+
+    Attributes:
+        kind: The exception that has it; None for what only the command line tells.
+        exit_code: What the command line exits with.
+        group: What the rule is about.
+        means: What is wrong.
+        remedy: What to do.
+    """
+
+    kind: type[SurgeryError] | None
+    exit_code: int
+    group: str
+    means: str
+    remedy: str
+
+
+_KINDS: _Rows = {
+    "E-SETTING": (
+        SettingError,
+        "a setting is out of range, unknown, or contradicts another",
+        "give another value; `--help` tells which there are",
+    ),
+    "E-FORMAT": (FormatError, "an input is malformed", "mend the line that the message names"),
+    "E-MISMATCH": (MismatchError, "the inputs do not fit each other", "give those that do"),
+    "E-NONFINITE": (
+        NonFiniteError,
+        "NaN or infinity where arithmetic is asked",
+        "`--allow-nonfinite` lets it pass, where a command has it",
+    ),
+    "E-POLICY": (PolicyError, "refused, though it could be done", "the message names the way"),
+    "E-STORAGE": (StorageError, "the disk or the system reports an error", "see the message"),
+    "E-CHANGED": (ChangedError, "an input changed, shrank or went while it was read", "run again"),
+    "E-BUSY": (BusyError, "another run is writing the same output", "wait for it"),
+    "E-GATE": (GateError, "the comparison was made, and its answer is no", "look into it"),
+}
+_HEADER: _Rows = {
+    "E-HEADER-SHORT": (FormatError, "the file has fewer than 8 bytes", _AGAIN),
+    "E-HEADER-LENGTH": (FormatError, "the header is longer than the file or the limit", _AGAIN),
+    "E-HEADER-START": (FormatError, "the header does not begin with `{`", _MADE_ANEW),
+    "E-HEADER-METADATA": (FormatError, "`__metadata__` is no map of texts to texts", _MADE_ANEW),
+    "E-HEADER-ENTRY": (FormatError, "a tensor's entry has other fields than its three", _MADE_ANEW),
+    "E-HEADER-DTYPE": (FormatError, "no such dtype", _MADE_ANEW),
+    "E-HEADER-INTEGER": (FormatError, "something else where integers belong", _MADE_ANEW),
+    "E-HEADER-RANK": (FormatError, "a tensor has more than 64 dimensions", _MADE_ANEW),
+    "E-HEADER-SHAPE": (FormatError, "a dimension is negative, or too large", _MADE_ANEW),
+    "E-HEADER-OFFSETS": (FormatError, "offsets are not two, in order", _MADE_ANEW),
+    "E-HEADER-SIZE": (FormatError, "shape times dtype is not the number of bytes", _MADE_ANEW),
+    "E-DATA-OVERLAP": (FormatError, "two tensors share bytes", _MADE_ANEW),
+    "E-DATA-HOLE": (FormatError, "bytes between tensors belong to none", _MADE_ANEW),
+    "E-DATA-CUT": (FormatError, "the file ends before its tensors do", _AGAIN),
+    "E-DATA-TRAILING": (FormatError, "bytes after the last tensor", _MADE_ANEW),
+}
+_JSON: _Rows = {
+    "E-JSON-UTF8": (FormatError, "the text is not UTF-8", "save the file as UTF-8"),
+    "E-JSON-SYNTAX": (FormatError, "the text is not JSON", "mend the file, or fetch it again"),
+    "E-JSON-TRAILING": (FormatError, "something follows the JSON value", "take it out"),
+    "E-JSON-DUPLICATE": (FormatError, "a key occurs twice in an object", "keep one of the two"),
+    "E-JSON-NUMBER": (FormatError, "NaN, infinity, or a number too large", "write a finite one"),
+    "E-JSON-NESTED": (FormatError, "more than 128 levels of nesting", "no model needs so many"),
+    "E-JSON-SURROGATE": (FormatError, "a text escapes half a surrogate pair", "write UTF-8"),
+    "E-JSON-OBJECT": (FormatError, "the outermost value is no object", "give the right file"),
+}
+_FILES: _Rows = {
+    "E-FILE-MISSING": (StorageError, "no such file or directory", "check the name"),
+    "E-FILE-OPEN": (StorageError, "the system does not open the file", "see the message"),
+    "E-FILE-READ": (StorageError, "the system does not read the file", "check the disk"),
+    "E-FILE-KIND": (
+        FormatError,
+        "a pipe, a device or a directory where a file belongs",
+        "give a regular file",
+    ),
+    "E-FILE-LFS": (FormatError, "a Git LFS pointer, not the file itself", "run `git lfs pull`"),
+    "E-FILE-HTML": (FormatError, "a web page, not the file itself", _AGAIN),
+    "E-FILE-OTHER": (FormatError, "no safetensors file: GGUF, JSON or text", "see the message"),
+    "E-FILE-LARGE": (FormatError, "a small file is larger than the limit", "is it the right file?"),
+    "E-LINK-DANGLING": (StorageError, "a symbolic link leads to nothing", "mend the link"),
+    "E-LINK-LOOP": (StorageError, "symbolic links lead in a circle", "mend the links"),
+    "E-LINK-OUT": (
+        PolicyError,
+        "a symbolic link leads out of the model directory",
+        "put the file itself there, or name the file on the command line",
+    ),
+    "E-PICKLE": (PolicyError, "a pickle, whose opening can run code", "convert it to safetensors"),
+    "E-REMOTE-CODE": (PolicyError, "the model needs code that comes with it", "see the message"),
+    "E-HUB": (StorageError, "neither on this disk nor on the hub", "check the name"),
+}
+_INDEX: _Rows = {
+    "E-INDEX-MAP": (FormatError, "the index has no weight_map", "fetch the index again"),
+    "E-INDEX-NAME": (
+        FormatError,
+        "the index names a shard by something else than a plain file name",
+        "do not trust this model; fetch the index again",
+    ),
+    "E-SHARD-MISSING": (FormatError, "a shard that the index lists is not there", "fetch it"),
+    "E-SHARD-LACKS": (FormatError, "a shard lacks a tensor that the index lists", _AGAIN),
+    "E-SHARD-HIDDEN": (FormatError, "a shard has a tensor that the index does not list", _AGAIN),
+    "E-SHARD-DUPLICATE": (FormatError, "a tensor is in two shards", _AGAIN),
+}
+_DIRECTORY: _Rows = {
+    "E-TWO-ANSWERS": (
+        PolicyError,
+        "two things in a directory claim to be its weights",
+        "choose one with `--weights FILE`",
+    ),
+    "E-NO-WEIGHTS": (FormatError, "a directory has no weights", "is it a model's?"),
+}
+_PAIR: _Rows = {
+    "E-PAIR-TYPE": (MismatchError, "the models have other types", "give TUNED's own base"),
+    "E-PAIR-SHAPE": (
+        MismatchError,
+        "a tensor has another shape in BASE",
+        "`--keep-mismatched` keeps TUNED's",
+    ),
+    "E-PAIR-DTYPE": (
+        MismatchError,
+        "numbers on one side, codes or other integers on the other",
+        "`--keep-mismatched` keeps TUNED's",
+    ),
+    "E-PAIR-NONE": (MismatchError, "no two tensors belong together", "`--strip-prefix`, `--map`"),
+    "E-OVERFLOW": (
+        NonFiniteError,
+        "BASE has a number that TUNED's dtype cannot hold",
+        "leave the tensor out with `--exclude`, or convert a model first",
+    ),
+    "E-QUANTISED-CONFIG": (
+        PolicyError,
+        "config.json says that the weights are quantised",
+        "dequantise the model first",
+    ),
+    "E-QUANTISED-TENSOR": (
+        PolicyError,
+        "a tensor holds codes, not numbers",
+        "dequantise the model first",
+    ),
+}
+_ADAPTER: _Rows = {
+    "E-ADAPTER-KIND": (PolicyError, "an adapter of another type than LORA", _MERGE),
+    "E-ADAPTER-CONFIG": (FormatError, "a value in its configuration is of a wrong kind", _CONFIG),
+    "E-ADAPTER-FIELD": (PolicyError, "a setting that is not supported here is set", _MERGE),
+    "E-ADAPTER-PATTERN": (PolicyError, "a regular expression", "write out the modules' names"),
+    "E-ADAPTER-RANK": (FormatError, "a rank below 1, or not that of the tensors", _CONFIG),
+    "E-ADAPTER-ALPHA": (FormatError, "alpha is missing, or no finite number", _CONFIG),
+    "E-ADAPTER-CONTRADICTION": (FormatError, "tensors deny what the configuration says", _CONFIG),
+    "E-ADAPTER-FACTOR": (FormatError, "lora_A without lora_B, or lora_B without lora_A", _AGAIN),
+    "E-ADAPTER-TENSOR": (FormatError, "a tensor that stands for nothing, or twice", _MERGE),
+    "E-ADAPTER-DTYPE": (PolicyError, "a tensor that is not floating", _MERGE),
+    "E-ADAPTER-EMPTY": (FormatError, "an adapter without tensors", _AGAIN),
+    "E-ADAPTER-TARGET": (MismatchError, "BASE lacks what it adapts", _OWN_BASE),
+    "E-ADAPTER-SHAPE": (MismatchError, "BASE has what it adapts in another shape", _OWN_BASE),
+    "E-ADAPTER-UNCLEAR": (PolicyError, "which tensor it adapts, nobody can tell", _MERGE),
+    "E-ADAPTER-BASE": (
+        PolicyError,
+        "it names another base than BASE",
+        "`--force-base`, if you know that they are one model",
+    ),
+}
+_OUTPUT: _Rows = {
+    "E-OUTPUT-EXISTS": (PolicyError, "the output exists", "`--overwrite` replaces it"),
+    "E-OUTPUT-FOREIGN": (PolicyError, "what is there is no model, and stays", _ELSEWHERE),
+    "E-OUTPUT-OVERLAP": (PolicyError, "the output is an input, holds one or is in one", _ELSEWHERE),
+    "E-OUTPUT-FOLDER": (StorageError, "the folder to write to is missing or closed", _ELSEWHERE),
+    "E-OUTPUT-SPACE": (StorageError, "the disk has no room for the output", "make room"),
+}
+_GROUPS: Mapping[str, _Rows] = {
+    "Of each kind, where no rule below was broken": _KINDS,
+    "safetensors headers": _HEADER,
+    "JSON: headers, indexes, configurations": _JSON,
+    "Files": _FILES,
+    "Sharded models": _INDEX,
+    "Model directories": _DIRECTORY,
+    "Models that do not fit each other, or hold codes": _PAIR,
+    "Adapters": _ADAPTER,
+    "Outputs": _OUTPUT,
+}
+_COMMAND_LINE = "The command line's own"
+
+CODES: Mapping[str, Code] = {
+    **{
+        code: Code(kind, kind.exit_code, group, means, remedy)
+        for group, rows in _GROUPS.items()
+        for code, (kind, means, remedy) in rows.items()
+    },
+    "E-USAGE": Code(None, 2, _COMMAND_LINE, "no such command, option or value", "`--help`"),
+    "E-INTERRUPTED": Code(None, 130, _COMMAND_LINE, "Ctrl-C; nothing was written", "run again"),
+    "E-TERMINATED": Code(None, 143, _COMMAND_LINE, "SIGTERM; nothing was written", "run again"),
+    "E-BUG": Code(None, 1, _COMMAND_LINE, "a bug of ours", "please report it, with the traceback"),
+}
+"""Every code there is."""
+GENERAL = frozenset(_KINDS)
+"""The codes of the kinds themselves."""
