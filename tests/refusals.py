@@ -193,6 +193,18 @@ def unknown_to_the_hub(place: Place) -> list[Any]:
     return ["inspect", "org/nowhere"]
 
 
+def archive(place: Place) -> list[Any]:
+    """What begins as torch.save's archives do, and ends otherwise."""
+    (place.folder / "pytorch_model.bin").write_bytes(b"PK\x03\x04" + bytes(99))
+    return ["inspect", "pytorch_model.bin", "--allow-pickle"]
+
+
+def no_record(place: Place) -> list[Any]:
+    """JSON that is no record."""
+    (place.folder / "wsurg-record.json").write_text('{"schema": "other/1"}')
+    return ["replay", "wsurg-record.json", "-o", "out"]
+
+
 def kernel(place: Place) -> list[Any]:
     """A model whose attention a repository is to compute."""
     config = {"architectures": ["BertForSequenceClassification"], "attn_implementation": "a/b"}
@@ -311,6 +323,8 @@ REFUSALS: dict[str, Case] = {
     "E-LINK-LOOP": at(lambda path: path.symlink_to(path.name)),
     "E-LINK-OUT": outside,
     "E-PICKLE": file(b"\x80\x02" + bytes(99)),
+    "E-PICKLE-ARCHIVE": archive,
+    "E-RECORD": no_record,
     "E-REMOTE-CODE": kernel,
     "E-HUB": unknown_to_the_hub,
     "E-INDEX-MAP": shards({INDEX: {"metadata": {}}}),

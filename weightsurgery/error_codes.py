@@ -29,6 +29,7 @@ _MADE_ANEW = "write the file anew with the safetensors library"
 _MERGE = "merge the adapter with the library that made it"
 _CONFIG = "fetch the adapter again; its configuration may be another's"
 _OWN_BASE = "give the model that it was trained on"
+_RECORD = "give the record that `wsurg` wrote beside the output"
 _ELSEWHERE = "choose another output"
 
 
@@ -118,6 +119,12 @@ _FILES: _Rows = {
         "put the file itself there, or name the file on the command line",
     ),
     "E-PICKLE": (PolicyError, "a pickle, whose opening can run code", "convert it to safetensors"),
+    "E-PICKLE-ARCHIVE": (
+        FormatError,
+        "a PyTorch archive that breaks a rule of its format",
+        "download it again, or do not trust it",
+    ),
+    "E-RECORD": (FormatError, "a record that wsurg did not write, or that was altered", _RECORD),
     "E-REMOTE-CODE": (PolicyError, "the model needs code that comes with it", "see the message"),
     "E-HUB": (StorageError, "neither on this disk nor on the hub", "check the name"),
 }

@@ -101,8 +101,11 @@ def prepare(root: Path, name: str) -> None:
     (root / "place").mkdir(parents=True)
     words = WRITERS[name].words
     for op in {n: OPERATORS[n] for n in ("mix", name) if n in OPERATORS}.values():
-        if any(word.startswith(f"{op.name}/") for word in words):
+        if any(f"{op.name}/" in word for word in words):
             folders_for(op, root / op.name, shards=2)
+    if name == "replay":
+        pair = (root / "mix/base", root / "mix/tuned")
+        assert cases.wsurg("mix", *pair, "-o", root / "mixed") == 0
     if "bert" in words:
         tiny_models.bert(root / "bert")
     if "llama" in words:

@@ -45,6 +45,7 @@ def refuse_half(
             f"{key} names '{shown(name)}', which BASE has, and the adapter holds nothing of it",
             file=adapter.label,
             hint="is the file complete?",
+            code="E-ADAPTER-CONTRADICTION",
         )
 
 

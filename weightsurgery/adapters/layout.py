@@ -102,6 +102,7 @@ def _add(
             "floating tensor",
             file=adapter.label,
             tensor=update.sources[0],
+            code="E-ADAPTER-TARGET",
         )
     updates = found.setdefault(name, [])
     for one in updates:
@@ -111,6 +112,7 @@ def _add(
                 "expected one of the two",
                 file=adapter.label,
                 tensor=update.sources[0],
+                code="E-ADAPTER-TENSOR",
             )
     updates.append(update)
 

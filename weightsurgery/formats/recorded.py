@@ -77,10 +77,12 @@ def read_record(path: str) -> Recorded:
     content = parse_object(data, file=path, what="record")
     if content.get("schema") != SCHEMA:
         found = shown(content.get("schema"))
-        raise FormatError(f"not a record: schema is {found}; expected {SCHEMA}", file=path)
+        raise FormatError(
+            f"not a record: schema is {found}; expected {SCHEMA}", file=path, code="E-RECORD"
+        )
     wrong = next(_faults(content), None)
     if wrong is not None:
-        raise FormatError(f"not a record: {wrong}", file=path)
+        raise FormatError(f"not a record: {wrong}", file=path, code="E-RECORD")
     intact = data == dump(content) and content == sealed(content)
     file.check_unchanged()
     return Recorded(path, content, intact)

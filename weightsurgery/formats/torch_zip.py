@@ -70,9 +70,10 @@ def check_archive(file: InputFile) -> None:
             "a pickle from before PyTorch 1.6, not a zip archive; it cannot be checked",
             file=file.path,
             hint=_ONLY_SAVED,
+            code="E-PICKLE",
         )
     if start != b"PK\x03\x04":
-        raise FormatError("not a PyTorch zip archive", file=file.path)
+        raise FormatError("not a PyTorch zip archive", file=file.path, code="E-PICKLE-ARCHIVE")
     begin, size, count = _read_end(file)
     records = _read_directory(file, begin, size, count)
     _check_names(file, records)
@@ -86,7 +87,10 @@ def _read_end(file: InputFile) -> tuple[int, int, int]:
 
     def bad(reason: str) -> FormatError:
         return FormatError(
-            f"zip archive: {reason}", file=file.path, hint="the download may be incomplete"
+            f"zip archive: {reason}",
+            file=file.path,
+            hint="the download may be incomplete",
+            code="E-PICKLE-ARCHIVE",
         )
 
     last = file.size - _END.size
@@ -123,12 +127,16 @@ def _read_directory(file: InputFile, begin: int, size: int, count: int) -> list[
     data, at, records = file.read_bytes(begin, size), 0, []
     for _ in range(count):
         if at + _CENTRAL.size > size or data[at : at + 4] != b"PK\x01\x02":
-            raise FormatError("zip archive: its central directory is cut", file=file.path)
+            raise FormatError(
+                "zip archive: its central directory is cut", file=file.path, code="E-PICKLE-ARCHIVE"
+            )
         entry = _CENTRAL.unpack_from(data, at)
         flags, method, crc, stored, plain, *lengths = (*entry[3:5], *entry[7:13])
         at += _CENTRAL.size
         if at + sum(lengths) > size:
-            raise FormatError("zip archive: its central directory is cut", file=file.path)
+            raise FormatError(
+                "zip archive: its central directory is cut", file=file.path, code="E-PICKLE-ARCHIVE"
+            )
         name = _name(file, data[at : at + lengths[0]])
         extra = data[at + lengths[0] : at + lengths[0] + lengths[1]]
         at += sum(lengths)
@@ -141,7 +149,9 @@ def _read_directory(file: InputFile, begin: int, size: int, count: int) -> list[
             raise _bad(file, name, f"{stored:,} bytes stored for {plain:,}; expected equal numbers")
         records.append(_Record(name, flags, crc, plain, offset))
     if at != size:
-        raise FormatError("zip archive: its central directory holds more", file=file.path)
+        raise FormatError(
+            "zip archive: its central directory holds more", file=file.path, code="E-PICKLE-ARCHIVE"
+        )
     return records
 
 
@@ -153,7 +163,8 @@ def _name(file: InputFile, data: bytes) -> str:
 
 
 def _bad(file: InputFile, name: str, reason: str) -> FormatError:
-    return FormatError(f"zip archive: record '{shown(name)}': {reason}", file=file.path)
+    told = f"zip archive: record '{shown(name)}': {reason}"
+    return FormatError(told, file=file.path, code="E-PICKLE-ARCHIVE")
 
 
 def _wide(file: InputFile, name: str, extra: bytes, given: list[int]) -> list[int]:
@@ -179,7 +190,8 @@ def _check_names(file: InputFile, records: list[_Record]) -> None:
     for record in records:
         root, _, rest = record.name.partition("/")
         if rest == "constants.pkl" or rest.startswith("code/"):
-            raise PolicyError("a program (TorchScript), not weights", file=file.path)
+            told = "a program (TorchScript), not weights"
+            raise PolicyError(told, file=file.path, code="E-PICKLE")
         # An allow-list, so that absolute, dotted, doubled and empty parts are out too.
         plain = root.isprintable() and root not in ("", ".", "..") and not set(root) & set("\\:")
         if not plain or not _RECORDS.fullmatch(rest):
@@ -196,7 +208,7 @@ def _check_names(file: InputFile, records: list[_Record]) -> None:
             file=file.path,
         )
     if not any(record.name.endswith("/data.pkl") for record in records):
-        raise FormatError("zip archive: no data.pkl in it", file=file.path)
+        raise FormatError("zip archive: no data.pkl in it", file=file.path, code="E-PICKLE-ARCHIVE")
 
 
 def _check_tiling(file: InputFile, records: list[_Record], begin: int) -> None:
@@ -207,7 +219,11 @@ def _check_tiling(file: InputFile, records: list[_Record], begin: int) -> None:
             raise _bad(file, record.name, f"at offset {record.offset:,}; expected {at:,}")
         at = _check_local(file, record, begin)
     if at != begin:
-        raise FormatError("zip archive: bytes before its central directory", file=file.path)
+        raise FormatError(
+            "zip archive: bytes before its central directory",
+            file=file.path,
+            code="E-PICKLE-ARCHIVE",
+        )
 
 
 def _check_local(file: InputFile, record: _Record, begin: int) -> int:
