@@ -206,6 +206,7 @@ def _check_names(file: InputFile, records: list[_Record]) -> None:
         raise FormatError(
             f"zip archive: several roots: {', '.join(map(shown, sorted(roots)[:2]))}",
             file=file.path,
+            code="E-PICKLE-ARCHIVE",
         )
     if not any(record.name.endswith("/data.pkl") for record in records):
         raise FormatError("zip archive: no data.pkl in it", file=file.path, code="E-PICKLE-ARCHIVE")
