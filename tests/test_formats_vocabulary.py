@@ -79,7 +79,7 @@ REFUSED: dict[str, tuple[str, bytes, str]] = {
     "tokenizer.json UTF-16": ("tokenizer.json", "{}".encode("utf-16"), "tokenizer is not UTF-8"),
     "token twice": ("vocab.json", b'{"a": 0, "a": 1}', "key 'a' occurs twice"),
     "vocab.json cut": ("vocab.json", b'{"a"', "vocabulary is not valid JSON"),
-    "vocab.json a pointer": ("vocab.json", b"version https://git-lfs", "vocabulary is not valid"),
+    "vocab.json a pointer": ("vocab.json", b"version https://git-lfs", "a Git LFS pointer"),
 }
 
 

@@ -416,7 +416,8 @@ def test_the_command(pair: Pair, capsys: pytest.CaptureFixture[str]) -> None:
     assert cases.wsurg("verify", pair.out, "--json") == 10
     printed = capsys.readouterr()
     assert json.loads(printed.out)["problems"][0]["file"] == "config.json"
-    assert re.fullmatch(r"error: .*: 1 thing is not as the record says: .*\n", printed.err)
+    expected = r"error\[E-GATE\]: .*: 1 thing is not as the record says: .*\n"
+    assert re.fullmatch(expected, printed.err)
 
 
 def test_a_signed_record_covers_every_file(pair: Pair) -> None:

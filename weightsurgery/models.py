@@ -151,10 +151,6 @@ def require_directory(checkpoint: Checkpoint) -> None:
         )
 
 
-def _folder(checkpoint: Checkpoint) -> str:
-    return os.path.dirname(checkpoint.files[0].path)
-
-
 def _refuse_kernels(value: Any, checkpoint: Checkpoint) -> None:
     """Refuse a configuration in which code from a repository is to compute, at any depth."""
     if isinstance(value, list):
@@ -192,7 +188,7 @@ def _load_module(checkpoint: Checkpoint, task: str) -> Any:
         CLASSIFICATION: transformers.AutoModelForSequenceClassification,
         CAUSAL: transformers.AutoModelForCausalLM,
     }
-    folder = _folder(checkpoint)
+    folder = os.path.dirname(checkpoint.files[0].path)
     try:
         config = transformers.AutoConfig.from_pretrained(
             folder, trust_remote_code=False, local_files_only=True
@@ -298,7 +294,10 @@ def _load_tokenizer(checkpoint: Checkpoint) -> Any:
         # Without one, transformers makes a tokenizer that knows no word.
         if any(fits(file.name, _VOCABULARIES) for file in checkpoint.side_files):
             return AutoTokenizer.from_pretrained(
-                _folder(checkpoint), trust_remote_code=False, local_files_only=True, use_fast=True
+                os.path.dirname(checkpoint.files[0].path),
+                trust_remote_code=False,
+                local_files_only=True,
+                use_fast=True,
             )
     except Exception as error:  # a malformed file gives errors of all kinds
         reason = " ".join(str(error).split())

@@ -6,7 +6,6 @@ parts as weights only, so nothing in them is run.
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 from collections.abc import Iterator, Mapping
@@ -14,10 +13,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from weightsurgery.errors import BusyError, PolicyError, StorageError, SurgeryError, shown
+from weightsurgery.errors import PolicyError, StorageError, SurgeryError, shown
 from weightsurgery.formats import disk
 from weightsurgery.formats.files import InputFile
 from weightsurgery.formats.output import write_file
+from weightsurgery.formats.place import lock
 
 IDENTITY = "wsurg-training.json"
 _SEAL = "wsurg-checkpoint.json"
@@ -50,16 +50,13 @@ class Resumable:
         """
         try:
             disk.make_directories(self.folder)
-            lock = os.open(self.folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         except OSError as error:
             raise StorageError(f"{error.strerror or error}", file=self.folder) from None
+        held = lock(self.folder, self.folder)
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             yield self._prepare()
-        except BlockingIOError:
-            raise BusyError("another run trains in this folder", file=self.folder) from None
         finally:
-            os.close(lock)
+            os.close(held)
 
     def _prepare(self) -> tuple[str, dict[str, Any]]:
         wanted = json.dumps(self.identity, sort_keys=True, indent=2) + "\n"
