@@ -432,11 +432,8 @@ def test_only_one_training_at_a_time_uses_a_folder_of_checkpoints(
     folder: Path, tmp_path: Path
 ) -> None:
     first = Resumable(str(tmp_path / "kept"), 5, {"model": "one"})
-    with (
-        first.prepared(),
-        pytest.raises(BusyError, match="another run is writing"),
-        first.prepared(),
-    ):
+    busy = pytest.raises(BusyError, match="another run is writing")
+    with first.prepared(), busy, first.prepared():
         pass
     with first.prepared():  # free again
         pass
