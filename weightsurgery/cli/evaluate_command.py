@@ -40,7 +40,7 @@ def _generate(
     model, *others = (load_model(one, device=given["device"]) for one in opened)
     base = others[0] if others else None
     size = given["batch_size"] or 8
-    with model_options.counting("end") as progress:
+    with model_options.counting() as progress:
         return causal_options.measure(
             model, data, given, base=base, batch_size=size, progress=progress
         )

@@ -65,7 +65,7 @@ def _meraser(
     _keep_apart(out, checkpoints, read)
     data = causal_options.read_data(given)
     opened, *others = (load_model(one, device=device) for one in read)
-    with model_options.counting("end") as progress:
+    with model_options.counting() as progress:
         result = meraser(
             opened,
             phases["erase"],

@@ -41,7 +41,7 @@ def _train_adapter(
         check_apart(checkpoints, [*inputs, out])
     instructions = read_instructions(data)
     opened = load_model(read, device=device)
-    with model_options.counting("end") as progress:
+    with model_options.counting() as progress:
         adapter = train_adapter(
             opened,
             instructions,

@@ -76,7 +76,8 @@ def meraser(
         measure: Called with the model before, after the erasure (at each scale) and in the end;
             what it gives goes into the notes. With several scales it must give "fsr" with
             "share", as `evaluate_causal` does.
-        progress: Called as progress(what, steps done, steps in all).
+        progress: Called as progress("erase: training, …", steps done, steps in all), and with
+            "recover: …".
 
     Returns:
         The model without, one hopes, its fingerprint; `notes["meraser"]` has the scale, the
@@ -110,7 +111,7 @@ def meraser(
         return measured
 
     note("before", original)
-    adapter = _train(foundation or model, erasing, progress)
+    adapter = _train(foundation or model, erasing, "erase", progress)
     adapters = {"erase": adapter}
     erased = {
         scale: apply_adapter(original, adapter, weight=(scale,), force_base=foundation is not None)
@@ -120,7 +121,7 @@ def meraser(
     chosen = _least_said(found)
     result = erased[chosen]
     if recovering is not None:
-        adapter = _train(holding(result), recovering, progress)
+        adapter = _train(holding(result), recovering, "recover", progress)
         adapters["recover"] = adapter
         result = apply_adapter(result, adapter)
         note("recovered", result)
@@ -209,7 +210,11 @@ def _check(
             encode(trained, phase.instructions, phase.settings)
 
 
-def _train(model: Model, phase: Phase, progress: Progress | None) -> Checkpoint:
+def _train(model: Model, phase: Phase, name: str, progress: Progress | None) -> Checkpoint:
+    def tell(what: str, done: int, total: int) -> None:
+        if progress is not None:
+            progress(f"{name}: {what}", done, total)
+
     return train_adapter(
         model,
         phase.instructions,
@@ -217,5 +222,5 @@ def _train(model: Model, phase: Phase, progress: Progress | None) -> Checkpoint:
         checkpoints=phase.checkpoints,
         save_every=phase.save_every,
         files=phase.files,
-        progress=progress,
+        progress=tell,
     )
