@@ -11,9 +11,10 @@ from weightsurgery.checkpoint import Checkpoint
 from weightsurgery.cli import attack_options, causal_options, model_options, options
 from weightsurgery.datasets.read import label_ids, read_sentences
 from weightsurgery.evaluation.classification import check_classifier, evaluate
-from weightsurgery.models import CAUSAL, load_model, require_directory, task_of
+from weightsurgery.models import load_model, require_directory
 from weightsurgery.report.evaluation import causal_tables, evaluation_tables
 from weightsurgery.report.tables import show
+from weightsurgery.tasks import CAUSAL, task_of
 
 
 def _evaluate(model: str, weights: str | None, as_json: bool, **given: Any) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 import click
 
+from weightsurgery.cli import options
 from weightsurgery.cli.model_options import SCHEDULE
 from weightsurgery.datasets.batches import LOSSES
 from weightsurgery.datasets.prompts import FORMATS
@@ -49,6 +50,16 @@ CHECKPOINTS = (
         help="Steps between two checkpoints.",
     ),
 )
+
+
+def check_checkpoints(context: click.Context) -> None:
+    """Refuse to be told how often to save where nothing is saved.
+
+    Args:
+        context: Of a command with `CHECKPOINTS`.
+    """
+    if context.params["checkpoints"] is None:
+        options.refuse_typed(context, ["save_every"], "is for --checkpoints")
 
 
 def _option(name: str) -> click.Option:
