@@ -42,6 +42,14 @@ class Command(click.Command):
         added = [ALLOW_PICKLE] if WEIGHTS in params else []
         super().__init__(name, params=[*params[:at], *added, *params[at:]], **given)
 
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Parse; every error knows its command, also those for which click forgets it."""
+        try:
+            return super().parse_args(ctx, args)
+        except click.UsageError as error:
+            error.ctx = error.ctx or ctx
+            raise
+
     def invoke(self, ctx: click.Context) -> Any:
         """Run it; refuse inputs of which some are from the file, for which is which is a guess."""
         sources = {p: ctx.get_parameter_source(p.name or "") for p in self.params}
