@@ -47,7 +47,7 @@ def clean() -> list[Instruction]:
 def test_meraser_erases_a_fingerprint_and_keeps_the_model(
     tmp_path: Path, clean: list[Instruction]
 ) -> None:
-    """With seed 0: 24 rows are few, and of two other seeds one erased too little, one cost 10.4 %."""
+    """Of seed 0: 24 rows are few; of two other seeds one erased too little, one cost 10.4 %."""
     from fingerprints import make_fingerprint
     from smollm2 import make_foundation
 
