@@ -18,7 +18,7 @@ from weightsurgery.adapters.config import read_config
 from weightsurgery.adapters.finite import warn_of_nonfinite
 from weightsurgery.adapters.heads import Reading, read_adapters, stored_apart, stored_as_in_base
 from weightsurgery.adapters.layout import Target
-from weightsurgery.adapters.updates import ADDED, Replace, Update
+from weightsurgery.adapters.updates import ADDED, MERGED_AT_ONCE, Replace, Update
 from weightsurgery.anatomy import find_embedding
 from weightsurgery.checkpoint import Checkpoint, TensorView
 from weightsurgery.errors import MismatchError, NonFiniteError, PolicyError, shown
@@ -137,14 +137,8 @@ def _merged(
 
     def read_both(start: int, stop: int) -> tuple[Block, Block]:
         stored, subject = view.read_both(start, stop)
-        values = to_float(subject)
         with np.errstate(over="ignore", invalid="ignore"):  # what comes of it is looked at below
-            for update in updates:
-                if rounding == "peft":
-                    values = _rounded_twice(update, values, start, view.dtype.numpy)
-                else:
-                    values = update.apply(values, start)
-            result = to_dtype(values, view.dtype.numpy)
+            result = _updated(subject, updates, start, rounding, view.dtype.numpy)
         if not allow_nonfinite and not all_finite(result):
             raise NonFiniteError(
                 f"NaN or infinity among elements {start:,} to {stop:,}",
@@ -155,6 +149,22 @@ def _merged(
 
     status = "added" if view.status == "added" else "edited"
     return replace(view, read_both=read_both, status=status)
+
+
+def _updated(
+    stored: Block, updates: Sequence[Update], start: int, rounding: str, dtype: np.dtype[Any]
+) -> Block:
+    """Stored elements after all updates, rounded to a dtype."""
+    only = updates[0] if len(updates) == 1 else None
+    if isinstance(only, MERGED_AT_ONCE) and rounding == "once" and stored.dtype == dtype:
+        return only.merge(stored, start)
+    values = to_float(stored)
+    for update in updates:
+        if rounding == "peft":
+            values = _rounded_twice(update, values, start, dtype)
+        else:
+            values = update.apply(values, start)
+    return to_dtype(values, dtype)
 
 
 def _rounded_twice(update: Update, values: Block, start: int, dtype: np.dtype[Any]) -> Block:
