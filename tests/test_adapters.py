@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import re
@@ -10,16 +11,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 import pytest
-import torch
 
 from tests import cases, reference
-from tests.peft_models import WARNINGS, Trained, bert, biased, conv, experts, gpt2, llama
 from weightsurgery import apply_adapter, from_arrays, open_checkpoint, save, verify_adapter
 from weightsurgery.adapters.config import read_config
+from weightsurgery.adapters.elements import compare
 from weightsurgery.adapters.proof import check_proof
+from weightsurgery.adapters.updates import Shift
 from weightsurgery.checkpoint import Checkpoint
 from weightsurgery.errors import (
     FormatError,
@@ -31,8 +31,6 @@ from weightsurgery.errors import (
     SurgeryError,
 )
 from weightsurgery.low_rank_kernel import add_low_rank, residual_sums, squared_lines
-
-pytestmark = WARNINGS
 
 # --- kernels ----------------------------------------------------------------------------------
 
@@ -90,107 +88,7 @@ def test_residuals(dtype: str, odd: float | None, place: int) -> None:
     assert found[6] == 32
 
 
-# --- PEFT is the oracle ------------------------------------------------------------------------
-
-
-LINEAR = ["q_proj", "v_proj", "down_proj"]
-FUSED = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
-VARIANTS: dict[str, tuple[Callable[[], Any], dict[str, Any]]] = {
-    "LoRA": (llama, {"target_modules": "all-linear", "lora_alpha": 7}),
-    "rsLoRA": (llama, {"target_modules": LINEAR, "use_rslora": True}),
-    "patterns": (
-        llama,
-        {
-            "target_modules": LINEAR,
-            "rank_pattern": {"q_proj": 2, "layers.1.self_attn.v_proj": 6},
-            "alpha_pattern": {"v_proj": 3, "^model.layers.0.mlp.down_proj": 5},
-        },
-    ),
-    "DoRA": (llama, {"target_modules": LINEAR, "use_dora": True}),
-    "DoRA of an embedding": (llama, {"target_modules": ["embed_tokens"], "use_dora": True}),
-    "embedding and head": (llama, {"target_modules": ["embed_tokens", "lm_head"]}),
-    "modules_to_save": (llama, {"target_modules": LINEAR, "modules_to_save": ["lm_head", "norm"]}),
-    "bias all": (biased, {"target_modules": ["q_proj"], "bias": "all"}),
-    "bias lora_only": (biased, {"target_modules": ["q_proj"], "bias": "lora_only"}),
-    "lora_bias": (biased, {"target_modules": ["q_proj", "v_proj"], "lora_bias": True}),
-    "tokens": (llama, {"target_modules": LINEAR, "trainable_token_indices": [5, 1, 31]}),
-    "tokens of a module": (
-        llama,
-        {"target_modules": LINEAR, "trainable_token_indices": {"embed_tokens": [7, 2]}},
-    ),
-    "BERT": (bert, {"target_modules": "all-linear", "task_type": "SEQ_CLS"}),
-    "Conv1D": (gpt2, {"target_modules": ["c_attn", "c_fc"], "fan_in_fan_out": True}),
-    "DoRA of Conv1D": (
-        gpt2,
-        {"target_modules": ["c_attn", "c_fc"], "fan_in_fan_out": True, "use_dora": True},
-    ),
-    "convolutions": (conv, {"target_modules": ["one", "two", "pixel"]}),
-    "DoRA of convolutions": (conv, {"target_modules": ["one", "two", "pixel"], "use_dora": True}),
-    "fused experts": (experts, {"target_modules": [], "target_parameters": FUSED}),
-}
-EVERY = pytest.mark.parametrize("variant", VARIANTS)
-
-
-def trained_with(folder: Path, variant: str, dtype: Any) -> Trained:
-    make, settings = VARIANTS[variant]
-    return Trained(folder, make, settings, dtype)
-
-
-@EVERY
-def test_merges_equal_pefts(variant: str, tmp_path: Path) -> None:
-    trained = trained_with(tmp_path, variant, torch.float32)
-    ours = cases.read(trained.merge())
-    theirs = trained.model.merge_and_unload().state_dict()
-    assert set(ours) <= set(theirs)
-    before = cases.read(open_checkpoint(trained.base))
-    assert any(not np.array_equal(before[name], ours[name]) for name in ours)
-    for name, array in ours.items():
-        expected = theirs[name].numpy()
-        np.testing.assert_allclose(array, expected, rtol=0, atol=1e-6 * np.abs(expected).max())
-
-
-@EVERY
-@pytest.mark.parametrize("safe", [False, True], ids=["once", "peft"])
-def test_merges_equal_pefts_in_bf16(variant: str, safe: bool, tmp_path: Path) -> None:
-    trained = trained_with(tmp_path, variant, torch.bfloat16)
-    # What PEFT has in bfloat16 itself (embeddings, parameters) it rounds twice in any case.
-    allowed = [cases.read(trained.merge(rounding=how)) for how in ("peft", "once")[: 2 - safe]]
-    theirs = trained.model.merge_and_unload(safe_merge=safe).state_dict()
-    for name in allowed[0]:
-        expected = theirs[name].float().numpy()
-        step = np.spacing(np.abs(expected).astype(ml_dtypes.bfloat16)).astype("f4")
-        off = [np.abs(ours[name].astype("f4") - expected) for ours in allowed]
-        assert any((one <= step).all() for one in off), name
-
-
-LOADED = [n for n, (make, _) in VARIANTS.items() if make in (llama, biased, bert, gpt2)]
-
-
-@pytest.mark.parametrize("variant", LOADED)
-def test_the_written_model_computes_what_the_adapted_one_does(variant: str, tmp_path: Path) -> None:
-    trained = trained_with(tmp_path, variant, torch.float32)
-    save(trained.merge(), tmp_path / "merged")
-    kind = type(trained.model.get_base_model())
-    tokens = torch.arange(12).reshape(2, 6)
-    with torch.no_grad():
-        expected = trained.model.eval()(input_ids=tokens).logits
-        found = kind.from_pretrained(tmp_path / "merged").eval()(input_ids=tokens).logits
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
-
-
-@EVERY
-def test_every_merge_of_ours_and_of_pefts_is_proved(variant: str, tmp_path: Path) -> None:
-    trained = trained_with(tmp_path, variant, torch.bfloat16)
-    base, adapter = open_checkpoint(trained.base), open_checkpoint(trained.adapter)
-    theirs = trained.model.merge_and_unload(safe_merge=True).state_dict()
-    as_stored = {
-        n: theirs[n].view(torch.uint16).numpy().view(cases.BF16) for n in base if n in theirs
-    }
-    merged = from_arrays(as_stored, config=base.config)
-    for one in (trained.merge(), merged):
-        report = verify_adapter(base, [adapter], one)
-        assert report["proved"], report["tensors"]
-        assert report["tensors"]
+# --- several adapters, other names; what PEFT merges is in test_adapter_matrix.py -------------
 
 
 def test_several_adapters_add_up_and_a_negative_weight_takes_back() -> None:
@@ -615,6 +513,66 @@ def test_what_rounding_explains_one_by_one_is_not_explained_together() -> None:
     assert verify_adapter(given[0], [given[1]], from_arrays(merged))["proved"]
     report = verify_adapter(given[0], [given[1]], from_arrays(base))
     assert [one["verdict"] for one in report["tensors"]] == ["unchanged"]
+
+
+def test_adapters_that_cancel_each_other_are_proved_wherever_they_were_rounded() -> None:
+    """What is rounded on the way is larger than the result."""
+    base = cases.model("llama")  # bfloat16
+    given = pair_of(base, cases.adapter(base, "llama"), family="llama")
+    twice, weight = [given[1], given[1]], [8.0, -8.0]
+    once = apply_adapter(given[0], *twice, weight=weight)
+    peft = apply_adapter(given[0], *twice, weight=weight, rounding="peft")
+    between = apply_adapter(given[0], given[1], weight=weight[:1])
+    steps = apply_adapter(between, given[1], weight=weight[1:])
+    found = [cases.read(one) for one in (peft, steps)]
+    assert all(any((one[n] != base[n]).any() for n in base) for one in found)
+    for merged in (once, peft, steps):
+        report = verify_adapter(given[0], twice, merged, weight=weight)
+        assert report["proved"], report["tensors"]
+        assert 0 <= max(one["worst"] for one in report["tensors"]) <= 1
+    for wrong in (between, apply_adapter(given[0], given[1], weight=[0.5])):
+        assert not verify_adapter(given[0], twice, wrong, weight=weight)["proved"]
+
+
+@pytest.mark.parametrize("odd", [None, np.nan])
+def test_the_room_of_several_updates_is_that_of_each(odd: float | None) -> None:
+    rng = np.random.default_rng(0)
+    before, *by = (rng.normal(size=40).astype("f4") for _ in range(4))
+    sums = np.cumsum([before, *by], axis=0, dtype="f4")
+    after = (sums[-1] + 0.3 * rng.normal(size=40)).astype(cases.BF16)
+    if odd is not None:
+        after[7] = odd
+    views = from_arrays({str(i): one for i, one in enumerate(by)})
+    updates = [Shift(view, 1.0) for view in views.values()]
+    found = compare(before.astype(cases.BF16), before.astype(cases.BF16), 0, [])
+    assert not found.any()
+    found = compare(before, after, 0, updates)
+    room = sum(
+        reference.room(one, other, 2.0**-8, 2.0**-134) for one, other in itertools.pairwise(sums)
+    )
+    left = np.abs(after.astype("f8") - sums[-1])
+    np.testing.assert_allclose(found[5], np.max(left / room), rtol=1e-4)
+
+
+COUNTER = "norm.num_batches_tracked"
+
+
+@pytest.mark.parametrize("kind", ["i8", "?"])
+def test_integers_of_a_saved_module_are_copied_and_proved(kind: str) -> None:
+    """Batch normalisation counts batches."""
+    base = {**cases.model("bert"), COUNTER: np.zeros(3, kind)}
+    counter = np.array([1, 0, 1], kind)
+    arrays = {**cases.adapter(base), FRONT + COUNTER: counter}
+    given = pair_of(base, arrays, modules_to_save=["norm"])
+    merged = cases.read(apply_adapter(*given))
+    assert cases.stored({COUNTER: merged[COUNTER]}) == cases.stored({COUNTER: counter})
+    assert verify_adapter(given[0], [given[1]], from_arrays(merged))["proved"]
+    report = verify_adapter(given[0], [given[1]], from_arrays({**merged, COUNTER: base[COUNTER]}))
+    wrong = [one for one in report["tensors"] if one["verdict"] != "proved"]
+    assert [(one["tensor"], one["verdict"]) for one in wrong] == [(COUNTER, "wrong")]
+    given = pair_of({**base, COUNTER: np.zeros(3, "i4")}, arrays, modules_to_save=["norm"])
+    with pytest.raises(PolicyError, match="weights in an adapter; expected floating ones"):
+        apply_adapter(*given)
 
 
 @pytest.mark.parametrize("name", ["l.mixer.A_log", "l.experts.gate_up_proj", "l.rotary.inv_freq"])

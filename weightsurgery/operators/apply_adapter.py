@@ -18,7 +18,7 @@ from weightsurgery.adapters.config import read_config
 from weightsurgery.adapters.finite import warn_of_nonfinite
 from weightsurgery.adapters.heads import Reading, read_adapters, stored_apart, stored_as_in_base
 from weightsurgery.adapters.layout import Target
-from weightsurgery.adapters.updates import ADDED, MERGED_AT_ONCE, Replace, Update
+from weightsurgery.adapters.updates import MERGED_AT_ONCE, Replace, Update
 from weightsurgery.anatomy import find_embedding
 from weightsurgery.checkpoint import Checkpoint, TensorView
 from weightsurgery.errors import MismatchError, NonFiniteError, PolicyError, shown
@@ -134,9 +134,13 @@ def _merged(
     view: TensorView, updates: Sequence[Update], rounding: str, allow_nonfinite: bool
 ) -> TensorView:
     """The tensor after all updates, rounded to its own dtype."""
+    last = updates[-1]
+    copied = last.by if isinstance(last, Replace) and not view.dtype.arithmetic else None
 
     def read_both(start: int, stop: int) -> tuple[Block, Block]:
         stored, subject = view.read_both(start, stop)
+        if copied:  # a counter, such as batch normalisation's
+            return stored, copied.read(start, stop)
         with np.errstate(over="ignore", invalid="ignore"):  # what comes of it is looked at below
             result = _updated(subject, updates, start, rounding, view.dtype.numpy)
         if not allow_nonfinite and not all_finite(result):
@@ -168,8 +172,11 @@ def _updated(
 
 
 def _rounded_twice(update: Update, values: Block, start: int, dtype: np.dtype[Any]) -> Block:
-    """The values after an update, what it adds and the sum both rounded to the stored dtype."""
-    if isinstance(update, ADDED):
+    """The values after an update, a product and the sum both rounded to the stored dtype.
+
+    PEFT rounds what it adds to a bias with the sum alone.
+    """
+    if isinstance(update, MERGED_AT_ONCE):
         change = to_float(to_dtype(update.apply(np.zeros_like(values), start), dtype))
         return to_float(to_dtype(values + change, dtype))
     return to_float(to_dtype(update.apply(values, start), dtype))
