@@ -15,7 +15,7 @@ from weightsurgery.adapters.finite import finite
 from weightsurgery.adapters.layout import Target, read_adapter
 from weightsurgery.adapters.updates import ReplaceRows, Update
 from weightsurgery.checkpoint import Checkpoint
-from weightsurgery.errors import MismatchError, PolicyError, SettingError, shown
+from weightsurgery.errors import MismatchError, PolicyError, SettingError, counted, shown
 from weightsurgery.formats.config import with_config
 from weightsurgery.ties import Tie, find_tie, find_unclear_tie, is_output_head
 
@@ -79,7 +79,9 @@ def read_adapters(
     if not adapters:
         raise SettingError("no adapter is given")
     if weight and len(weight) != len(adapters):
-        raise SettingError(f"{len(weight)} weights for {len(adapters)} adapters")
+        raise SettingError(
+            f"{counted(len(weight), 'weight')} for {counted(len(adapters), 'adapter')}"
+        )
     if not all(map(math.isfinite, weight)):
         raise SettingError(f"weight is {list(weight)}; expected finite numbers")
     tie = find_tie(base)
