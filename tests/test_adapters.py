@@ -155,6 +155,7 @@ def with_nan(arrays: cases.Arrays) -> cases.Arrays:
 
 
 FRONT = "base_model.model."
+NORM = "embeddings.LayerNorm.weight"
 REFUSED: dict[str, tuple[dict[str, Any], Callable[..., cases.Arrays], type[SurgeryError], str]] = {
     "another tuner": ({"peft_type": "LOHA"}, same, PolicyError, "type LOHA; only LORA"),
     "no tuner": ({"peft_type": 3}, same, FormatError, "no peft_type"),
@@ -274,7 +275,7 @@ def test_a_bad_adapter_is_refused_and_nothing_written(
 
 def test_weights_must_be_as_many_as_adapters() -> None:
     base, adapter = pair_of(cases.model("bert"), cases.adapter(cases.model("bert")))
-    with pytest.raises(SettingError, match="2 weights for 1 adapters"):
+    with pytest.raises(SettingError, match=r"2 weights for 1 adapter$"):
         apply_adapter(base, adapter, weight=[1, 2])
     with pytest.raises(SettingError, match="no adapter"):
         apply_adapter(base)
@@ -346,6 +347,80 @@ def test_what_may_not_be_meant_is_told() -> None:
     }
     warnings = apply_adapter(*pair_of(base, embedding, family="llama")).warnings
     assert any("stores no output head" in told for told in warnings)
+
+
+MODULES = [f"encoder.layer.{layer}.attention.self.query" for layer in (0, 1)]
+
+
+def emptied(arrays: cases.Arrays, *endings: str) -> cases.Arrays:
+    """The arrays with minus zeros in those whose names end so."""
+    return {n: -0.0 * np.abs(a) if n.endswith(endings) else a for n, a in arrays.items()}
+
+
+def zeros_told(adapter: cases.Arrays, **settings: Any) -> list[str]:
+    given = pair_of(cases.model("bert"), adapter, **settings)
+    return [told for told in apply_adapter(*given).warnings if "was it trained?" in told]
+
+
+def test_an_adapter_that_adds_nothing_is_told() -> None:
+    """As from a training that never moved: every second factor begins as zero."""
+    full = cases.adapter(cases.model("bert"))
+    assert zeros_told(full) == []
+    ends = [f"{module}.lora_B.weight" for module in MODULES]
+    what = f"is exactly zero, first '{MODULES[0]}'; was it trained?"
+    assert zeros_told(emptied(full, *ends)) == [f"adapter: what it adds to 2 of 6 modules {what}"]
+    assert zeros_told(emptied(full, ends[0], f"{MODULES[1]}.lora_A.weight"))  # either factor
+    one = {n: a for n, a in full.items() if MODULES[0] in n}
+    whole = "adapter: the whole adapter changes nothing: what it adds to 1 of 1 module"
+    assert zeros_told(emptied(one, *ends)) == [f"{whole} {what}"]
+    # What replaces may change something, and what a scale of 0 takes away is told already.
+    saved = {**one, f"{FRONT}embeddings.LayerNorm.weight": np.ones(6, "f4")}
+    found = zeros_told(emptied(saved, *ends), modules_to_save=["LayerNorm"])
+    assert found == [f"adapter: what it adds to 1 of 1 module {what}"]
+    assert zeros_told(emptied(one, *ends), lora_alpha=0) == []
+    # A module's bias is its own.
+    biased = {**emptied(one, *ends), f"{FRONT}{MODULES[0]}.lora_B.bias": np.ones(6, "f4")}
+    assert zeros_told(biased, lora_bias=True) == []
+    assert zeros_told(emptied(biased, "bias"), lora_bias=True) == [f"{whole} {what}"]
+
+
+def test_an_embeddings_factors_may_be_zero_too() -> None:
+    base = cases.model("bert")
+    rows, width = base["embeddings.word_embeddings.weight"].shape
+    front = f"{FRONT}embeddings.word_embeddings.lora_embedding_"
+    arrays = {f"{front}A": np.zeros((2, rows), cases.BF16), f"{front}B": np.ones((width, 2), "f4")}
+    (told,) = zeros_told(arrays)
+    assert "the whole adapter changes nothing" in told
+    arrays[f"{front}A"][1, rows - 1] = 1
+    assert zeros_told(arrays) == []
+
+
+def test_zeros_of_stored_experts_are_one_modules() -> None:
+    base = {f"mlp.experts.{i}.down_proj.weight": np.ones((4, 6), "f4") for i in range(3)}
+    front = f"{FRONT}mlp.experts.lora_"
+    arrays = {f"{front}A.weight": np.ones((6, 6), "f4"), f"{front}B.weight": np.zeros((4, 6), "f4")}
+    given = pair_of(base, arrays, target_parameters=["mlp.experts.down_proj"])
+    told = apply_adapter(*given).warnings
+    assert any("changes nothing: what it adds to 1 of 1 module" in one for one in told)
+    told = apply_adapter(*given, weight=[0.0]).warnings
+    assert any("its scale is 0, so 3 tensors stay as they are" in one for one in told)
+    assert not any("changes nothing" in one for one in told)
+
+
+def test_what_tells_zeros_reads_no_large_tensor(tmp_path: Path) -> None:
+    base = cases.model("bert")
+    given, adapter = pair_of(base, emptied(cases.adapter(base), "lora_B.weight"))
+    counted, reads = cases.counted(given)
+    assert any("changes nothing" in told for told in apply_adapter(counted, adapter).warnings)
+    assert reads == []
+    cases.write_directory(tmp_path / "base", base)
+    config = cases.adapter_config(base_model_name_or_path="base")
+    arrays = emptied(cases.adapter(base), "lora_B.weight")
+    cases.write_adapter(tmp_path / "adapter", arrays, config)
+    paths = (tmp_path / "base", tmp_path / "adapter")
+    assert cases.wsurg("apply-adapter", *paths, "-o", tmp_path / "out") == 0
+    record = json.loads((tmp_path / "out" / "wsurg-record.json").read_text())
+    assert any("the whole adapter changes nothing" in told for told in record["warnings"])
 
 
 def test_what_is_replaced_has_no_weight() -> None:
@@ -455,6 +530,14 @@ def test_a_pickled_adapter_is_refused(tmp_path: Path) -> None:
         open_checkpoint(tmp_path)
 
 
+@pytest.mark.parametrize("kept", ["adapter_model.safetensors", "adapter_model.bin"])
+def test_an_adapter_without_its_configuration_is_told(kept: str, tmp_path: Path) -> None:
+    (tmp_path / kept).write_bytes(b"")
+    told = rf"^{re.escape(str(tmp_path))}: {re.escape(kept)} without adapter_config\.json; take it"
+    with pytest.raises(FormatError, match=told):
+        open_checkpoint(tmp_path)
+
+
 @pytest.mark.parametrize("key", ["r", "lora_alpha"])
 def test_what_the_scale_is_made_of_is_not_guessed(key: str) -> None:
     base = cases.model("bert")
@@ -499,6 +582,41 @@ def test_a_wrong_merge_is_described() -> None:
     assert not report["proved"]
     with pytest.raises(GateError, match="5 tensors are not what"):
         check_proof(report)
+
+
+def test_messages_say_merged_and_how_many_more(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = cases.model("bert", layers=9)
+    config = cases.adapter_config()
+    bert, other = cases.CONFIGS["bert"], cases.CONFIGS["gpt2"]
+    cases.write_directory(tmp_path / "base", base, config=bert)
+    cases.write_adapter(tmp_path / "adapter", cases.adapter(base), config)
+    cases.write_directory(tmp_path / "other", base, config=other)
+    cases.write_directory(tmp_path / "odd", {**base, NORM: base[NORM][:-1]}, config=bert)
+    given = ["verify-adapter", tmp_path / "base", tmp_path / "adapter"]
+
+    assert cases.wsurg(*given, tmp_path / "base") == 10  # where nothing was added
+    told = capsys.readouterr()
+    assert "27 tensors are not what BASE and the adapters give: " in told.err
+    assert told.err.rstrip().endswith("(unchanged) and 24 more")
+    assert told.out.count("unchanged") == 20
+    assert "and 7 more; --all shows them" in told.out
+    assert cases.wsurg(*given, tmp_path / "base", "--all") == 10
+    told = capsys.readouterr()
+    assert told.out.count("unchanged") == 27
+    assert "more" not in told.out
+    assert cases.wsurg(*given, tmp_path / "base", "--json") == 10
+    assert len(json.loads(capsys.readouterr().out)["tensors"]) == 27
+
+    for folder, reason in (
+        ("other", "bert in BASE and gpt2 in MERGED; give the model that MERGED was made from"),
+        ("odd", "[6] in BASE, [5] in MERGED (1 tensor like this)"),
+    ):
+        assert cases.wsurg(*given, tmp_path / folder) == MismatchError.exit_code
+        (line,) = capsys.readouterr().err.splitlines()
+        assert reason in line
+        assert "TUNED" not in line
 
 
 def test_what_rounding_explains_one_by_one_is_not_explained_together() -> None:

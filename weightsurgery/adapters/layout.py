@@ -163,6 +163,17 @@ def _refuse_integers(view: TensorView, adapter: Checkpoint) -> None:
         )
 
 
+def module_of(name: str) -> str:
+    """The module that a tensor of an adapter belongs to, as the adapter names it.
+
+    Args:
+        name: The tensor's, a factor's or a vector's.
+    """
+    bare = name.removeprefix(_FRONT)
+    ending = next((ending for ending in _ROLES if bare.endswith(ending)), "")
+    return bare.removesuffix(ending)
+
+
 def _put(found: dict[str, TensorView], role: str, view: TensorView, adapter: Checkpoint) -> None:
     if role in found:
         raise FormatError(
