@@ -38,6 +38,16 @@ def shown(text: object) -> str:
     return escaped if len(escaped) <= _LONGEST_NAME else escaped[: _LONGEST_NAME - 1] + "…"
 
 
+def counted(count: int, one: str, many: str = "") -> str:
+    """A number and what there are so many of; the plural is `one` with an s unless it is given.
+
+    Example:
+        >>> counted(1, "tensor"), counted(2000, "matrix", "matrices")
+        ('1 tensor', '2,000 matrices')
+    """
+    return f"{count:,} {one if count == 1 else many or f'{one}s'}"
+
+
 class SurgeryError(Exception):
     """Base class: one line that says what, where, and what to do.
 

@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from weightsurgery.errors import FormatError, MismatchError, shown
+from weightsurgery.errors import FormatError, MismatchError, counted, shown
 from weightsurgery.formats.files import InputFile
 
 MAX_BYTES = 1 << 30  # of a data file
@@ -245,7 +245,7 @@ def _tsv(name: str, text: str) -> Iterator[tuple[int, dict[str, Any]]]:
         if not line.strip(" "):
             raise _blank(name, number)
         if len(fields) != len(header):
-            reason = f"{len(fields)} fields; the header has {len(header)}"
+            reason = f"{counted(len(fields), 'field')}; the header has {len(header)}"
             raise _bad(name, number, reason, "a text with a tab in it needs .csv or .jsonl")
         yield number, dict(zip(header, fields, strict=True))
 
@@ -258,7 +258,7 @@ def _csv(name: str, text: str) -> Iterator[tuple[int, dict[str, Any]]]:
             if not "".join(fields).strip(" ") and len(fields) < 2:
                 raise _blank(name, reader.line_num)
             if len(fields) != len(header):
-                reason = f"{len(fields)} fields; the header has {len(header)}"
+                reason = f"{counted(len(fields), 'field')}; the header has {len(header)}"
                 hint = "put quotes around a text with a comma in it"
                 raise _bad(name, reader.line_num, reason, hint)
             yield reader.line_num, dict(zip(header, fields, strict=True))

@@ -11,6 +11,7 @@ from weightsurgery.errors import FormatError, PolicyError, SettingError, Storage
 from weightsurgery.formats.adapter import is_adapter, open_adapter
 from weightsurgery.formats.files import InputFile, open_member
 from weightsurgery.formats.layout import (
+    ADAPTER_CONFIG,
     CARD,
     INDEX,
     PICKLE_ENDINGS,
@@ -126,9 +127,16 @@ def _choose(directory: str, entries: list[str], config: dict[str, Any], allow_pi
     if PICKLED in answers or PICKLED_INDEX in answers:
         pickles = []  # that is their answer
     # An adapter_config.json is enough: transformers then loads the base model that it names.
-    adapters = [n for n in entries if n.startswith("adapter_model.") or n == "adapter_config.json"]
+    adapters = [n for n in entries if n.startswith("adapter_model.") or n == ADAPTER_CONFIG]
     others = [n for n in entries if n.endswith(".safetensors") and n not in (SINGLE, *adapters)]
     if not answers:
+        if adapters and ADAPTER_CONFIG not in entries and not others:
+            raise FormatError(
+                f"{shown(adapters[0])} without {ADAPTER_CONFIG}",
+                file=directory,
+                hint="take it from where the adapter is from: it tells the factors' scale",
+                code="E-NO-WEIGHTS",
+            )
         if pickles and not allow_pickle:
             raise refuse_pickle(os.path.join(directory, pickles[0]))
         seen = [*adapters, *others, *pickles]

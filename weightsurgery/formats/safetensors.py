@@ -15,7 +15,7 @@ import numpy as np
 from weightsurgery.buffers import empty
 from weightsurgery.checkpoint import Checkpoint, TensorView
 from weightsurgery.dtypes import DTYPES, DType
-from weightsurgery.errors import FormatError, PolicyError, shown
+from weightsurgery.errors import FormatError, PolicyError, counted, shown
 from weightsurgery.formats.files import InputFile
 from weightsurgery.formats.placeholders import refuse_placeholder
 from weightsurgery.formats.strict_json import parse_object
@@ -91,7 +91,7 @@ def _read_header(file: InputFile) -> tuple[dict[str, Any], int]:
         _refuse_other_kinds(file, start)
     if file.size < 8:
         raise FormatError(
-            f"{file.size} bytes; a safetensors file has at least 8",
+            f"{counted(file.size, 'byte')}; a safetensors file has at least 8",
             file=file.path,
             hint="the download may be incomplete",
             code="E-HEADER-SHORT",
@@ -204,7 +204,8 @@ def _check_layout(file: InputFile, spans: list[tuple[str, int, int]], size: int)
     if position != size:
         what = "the download may be incomplete" if position > size else "trailing bytes"
         raise FormatError(
-            f"the header describes {position:,} bytes of data, the file has {size:,} ({what})",
+            f"the header describes {counted(position, 'byte')} of data, the file has {size:,} "
+            f"({what})",
             file=file.path,
             code="E-DATA-CUT" if position > size else "E-DATA-TRAILING",
         )

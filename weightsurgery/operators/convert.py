@@ -10,7 +10,7 @@ import numpy as np
 from weightsurgery.alignment import Pair
 from weightsurgery.checkpoint import Checkpoint, TensorView
 from weightsurgery.dtypes import DTYPES, DType
-from weightsurgery.errors import NonFiniteError, shown
+from weightsurgery.errors import NonFiniteError, counted, shown
 from weightsurgery.formats.config import with_config
 from weightsurgery.kernels import Block, to_dtype, to_float
 from weightsurgery.quantised import require_unquantised
@@ -118,7 +118,7 @@ def _described(overflow: dict[str, int], views: dict[str, TensorView], target: D
     several = [
         f"'{shown(name)}' ({count:,} of {views[name].size:,})" for name, count in overflow.items()
     ]
-    more = f" and {len(several) - _TOLD:,} more tensors" if len(several) > _TOLD else ""
+    more = f" and {counted(len(several) - _TOLD, 'more tensor')}" if len(several) > _TOLD else ""
     total = sum(overflow.values())
     return (
         f"{total:,} finite numbers are too large for {target.name} and become infinite: "

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from weightsurgery.checkpoint import Checkpoint, TensorView
-from weightsurgery.errors import GateError, SettingError, StorageError, SurgeryError, shown
+from weightsurgery.errors import GateError, SettingError, StorageError, SurgeryError, counted, shown
 from weightsurgery.formats import open_checkpoint
 from weightsurgery.formats.files import InputFile, open_member
 from weightsurgery.formats.layout import RECORD
@@ -240,7 +240,8 @@ def _check_origins(found: _Found, origin: Origin, counts: Mapping[str, Counts]) 
             detail = f"{count.neither:,} of {view.size:,} elements"
             found.wrong(file, name, "neither BASE's nor TUNED's", detail)
         elif count.changed != entry["changed"]:
-            detail = f"{count.changed:,} elements are not TUNED's; recorded {entry['changed']:,}"
+            those = counted(count.changed, "element is", "elements are")
+            detail = f"{those} not TUNED's; recorded {entry['changed']:,}"
             found.wrong(file, name, "other dimensions", detail)
         elif count.unlike_mask:
             detail = f"{count.unlike_mask:,} of {view.size:,} elements"
