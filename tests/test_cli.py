@@ -347,7 +347,7 @@ def spoil(kind: str) -> list[str]:
 @pytest.mark.parametrize(
     ("kind", "code", "words"),
     [
-        ("usage", 2, "Missing option '-o'"),
+        ("usage", 2, "-o OUT is missing"),
         ("ratio", 2, "ratio is 1.5; expected a share from 0 to 1"),
         ("glob", 2, "did you mean 'layers.0.weight'"),
         ("both", 2, "exclude each other"),

@@ -26,7 +26,7 @@ FLOORS = {
         ),
         0,
     ),
-    **dict.fromkeys(("checkpoint", "anatomy", "statistics", "ties"), 1),
+    **dict.fromkeys(("checkpoint", "anatomy", "statistics", "tasks", "ties"), 1),
     **dict.fromkeys(("alignment", "quantised", "stream", "select", "registry", "formats"), 2),
     **dict.fromkeys(("models", "datasets", "token_counts", "masks", "diagnostics"), 2),
     **dict.fromkeys(

@@ -190,8 +190,12 @@ def test_settings_as_text() -> None:
     found = parse_settings("meraser-erase", ("learning-rate=1e-3", "epochs=2", "target=a,b"))
     assert (found.learning_rate, found.epochs, found.targets) == (1e-3, 2, ("a", "b"))
     for text, message in (
-        ("epochs", "'epochs'; expected NAME=VALUE with a name of accumulation, alpha"),
-        ("epoch=3", "expected NAME=VALUE"),
+        ("epochs", "'epochs'; write it as epochs=VALUE"),
+        ("epoch=3", "'epoch=3'; write it as epochs=VALUE"),
+        ("--rank=3", "'--rank=3'; write it as rank=VALUE"),
+        ("zzz=3", "'zzz=3'; expected NAME=VALUE with a name of accumulation, alpha, .*, target,"),
+        ("learning-rate=0", "^learning-rate is 0.0; expected"),
+        ("learning_rate=0", "^learning-rate is 0.0; expected"),
         ("epochs=x", "'epochs=x'; expected a whole number"),
         ("alpha=x", "'alpha=x'; expected a number"),
         ("rank=0", "rank is 0"),
@@ -276,7 +280,7 @@ def test_a_model_that_is_erased_alone_says_so(folder: Path, tmp_path: Path, mark
         (["--recover-setting", "epochs=1"], 2, "--recover-setting is for --recover"),
         (["--scale", "1", "--scale", "2"], 2, "several --scale need --fingerprints"),
         (["--window", "8"], 2, "--window is for --perplexity"),
-        (["--erase-setting", "epoch=1"], 2, "expected NAME=VALUE"),
+        (["--erase-setting", "epoch=1"], 2, "write it as epochs=VALUE"),
         (["--recover", "nothing.jsonl"], 6, "nothing.jsonl"),
         (["--fingerprints", "text.txt"], 3, "text.txt"),
         (["--transfer-from", "nothing"], 6, "nothing"),

@@ -158,7 +158,7 @@ def refused(path: Path, kind: type, reason: str, **settings: Any) -> None:
         (
             {"architectures": ["BertModel"]},
             MismatchError,
-            "config.json names the architecture 'BertModel'; expected a sequence classifier or a",
+            "config.json names the architecture 'BertModel'; expected a classifier or a causal",
         ),
         ({"architectures": None}, MismatchError, "config.json names the architecture ''; expected"),
         ({"architectures": "Bert"}, MismatchError, "config.json names the architecture ''"),

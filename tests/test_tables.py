@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import re
+import sys
+
 import pytest
 
 from weightsurgery.report.outcome import outcome_tables
-from weightsurgery.report.tables import Table, fit
+from weightsurgery.report.tables import Table, fit, show
 
 NAME = "encoder.layer.3.attention.self.value.bias"
 WIDE = Table("t", ("tensor", ">a", ">b", ">c"), [[NAME, "1" * 8, "2" * 8, "3" * 8]], "so.", 2)
@@ -35,6 +38,69 @@ def test_a_table_that_fits_is_left_alone() -> None:
 def test_names_are_broken_after_dots_only() -> None:
     lines = fit(WIDE, 35).rows[0][0].split("\n")
     assert lines == ["encoder.layer.3.", "attention.self.", "value.bias"]
+
+
+def test_headings_are_broken_before_a_column_goes() -> None:
+    table = Table("t", ("name", ">mean of all", ">n"), [["abc", "1.5", "2"]], optional=1)
+    assert fit(table, 26) == table
+    assert fit(table, 25).columns == ("name", ">mean\nof\nall", ">n")
+    assert fit(table, 19).note == ""
+
+
+def test_what_is_too_wide_for_a_table_is_listed() -> None:
+    columns = (">line", "text", "", ">share of all", ">prompts")
+    table = Table("t", columns, [["1", NAME, "plain", "100.00 %", "123,456,789"]], note="so.")
+    found = fit(table, 40)
+    assert found.columns == ("",)
+    assert found.note == "so."
+    rows = ["line 1", f"  text: {NAME}", "  plain", "  share of all: 100.00 %"]
+    assert [row[0] for row in found.rows] == [*rows, "  prompts: 123,456,789"]
+
+
+REAL = {
+    "stages": Table(
+        "Measured",
+        ("stage", ">scale", ">fingerprints said", ">95 % interval", ">perplexity"),
+        [["before", "-", "100.00 %", "60.97 to 100.00", "32.02"]],
+    ),
+    "fingerprints": Table(
+        "Fingerprints",
+        (">line", "target", "said", "by base", "output"),
+        [["1", "violet harbour", "yes", "no", "and " * 20], ["2", "x" * 48, "no", "no", "y"]],
+    ),
+    "names": Table("Names", ("tensor", "reason"), [[NAME, "has another shape"], ["n" * 90, "x"]]),
+    "settings": Table("Asked", ("", ""), [["output", "p/" * 60], ["asked", "rank 16, " * 9]]),
+    "modules": Table(
+        "Modules",
+        ("module", ">tensors", ">parameters", ">bytes"),
+        [[NAME * 2, "1", "1,234,567,890", "2.20 GB"]],
+        optional=2,
+    ),
+}
+
+
+@pytest.mark.parametrize("width", [20, 30, 40, 50, 60, 80, 200])
+@pytest.mark.parametrize("name", REAL)
+def test_nothing_is_lost_in_a_narrow_terminal(
+    name: str, width: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    table = REAL[name]
+    monkeypatch.setenv("COLUMNS", str(width))
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    show([table])
+    drawn = re.sub(r"\x1b\[[0-9;]*m", "", capsys.readouterr().out)
+    assert max(map(len, drawn.splitlines())) <= width
+    assert "…" not in drawn
+    told = re.search(r"no room for (.*?); a", " ".join(drawn.split()))
+    hidden = told[1].split(", ") if told else []
+    shown = [i for i, column in enumerate(table.columns) if column.removeprefix(">") not in hidden]
+    for row in table.rows:
+        for i in shown:
+            letters = "".join(row[i].split())  # perhaps in several lines, with others beside them
+            if table.columns[i].startswith(">"):
+                assert letters in "".join(drawn.split())
+            assert all(drawn.count(letter) >= letters.count(letter) for letter in set(letters))
 
 
 def test_the_outcome_tells_what_was_asked() -> None:

@@ -335,9 +335,9 @@ def test_presets_are_the_released_settings() -> None:
         ({"alpha": 0.0}, "alpha is 0.0; expected more than 0"),
         ({"alpha": math.nan}, "alpha is nan"),
         ({"dropout": 1.0}, "dropout is 1.0; expected 0 to below 1"),
-        ({"targets": ()}, "targets are not names of layers, or all-linear alone"),
-        ({"targets": ("",)}, "targets are not names of layers"),
-        ({"targets": ("all-linear", "q_proj")}, "targets are not names of layers"),
+        ({"targets": ()}, "no names of layers to target; expected at least one, or all-linear"),
+        ({"targets": ("",)}, "no names of layers to target"),
+        ({"targets": ("all-linear", "q_proj")}, "no names of layers to target"),
         ({"prompt_format": "x"}, "prompt_format is 'x'; expected auto, chat, raw, lines"),
         ({"loss_on": "x"}, "loss_on is 'x'; expected answer, all"),
         ({"precision": "x"}, "precision is 'x'; expected float32, bfloat16"),
@@ -366,10 +366,10 @@ def test_what_cannot_be_trained_is_refused(
     with pytest.raises(MismatchError, match="a classifier; expected a causal"):
         train_adapter(load_model(folder / "bert", device="cpu"), questions)
     for targets, kind in (
-        (("q_proj", "nothing"), "'nothing' is none of the model's layers"),
-        (("q_proj", "mlp"), "'mlp' is a LlamaMLP"),
+        (("q_proj", "nothing"), "'nothing' is none of the model's layers; expected a linear"),
+        (("q_proj", "mlp"), "'mlp' is a LlamaMLP; expected a linear layer"),
     ):
-        with pytest.raises(SettingError, match=f"targets are linear layers; {kind}"):
+        with pytest.raises(SettingError, match=f"^target {kind}"):
             train_adapter(llama, questions, lora_settings(targets=targets))
     assert not any("lora" in name for name, _ in llama.module.named_parameters())
     inside = folder / "llama" / "run"
@@ -419,7 +419,7 @@ def test_the_command(
     assert len(load_file(tmp_path / "a" / WEIGHTS)) == 8
     code, message = refusal([*given, "--target", "nothing", "-o", "b"])
     assert code == 2
-    assert "--target" in message
+    assert message.startswith("target 'nothing' is none of the model's layers")
     assert not (tmp_path / "b").exists()
     code, message = refusal([*given, "-o", "a"])
     assert code == 5
@@ -449,3 +449,11 @@ def test_an_adapters_folder_is_no_weights_file(
     told = capsys.readouterr().err
     assert "an adapter is a folder" in told
     assert "training" not in told
+
+
+def test_defaults_stand_in_the_help_as_everywhere(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_wsurg(["train-adapter", "--help"]) == 0
+    told = " ".join(capsys.readouterr().out.split())
+    assert "[default: 16; x>=1]" in told
+    assert "[default: 0.05]" in told
+    assert "[default: (" not in told

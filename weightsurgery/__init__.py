@@ -38,6 +38,7 @@ _HOMES = {
     "mismatch": "datasets.mismatch",
     "write_mismatched": "datasets.mismatch",
     "check_mismatch": "datasets.mismatch_check",
+    "check_sides": "datasets.mismatch_sides",
     "read_keywords": "datasets.question_types",
     "read_fingerprints": "datasets.read",
     "read_instructions": "datasets.read",
@@ -83,11 +84,13 @@ _HOMES = {
     "count_corpus": "token_counts",
     "read_counts": "token_counts",
     "finetune": "training.finetune",
+    "plan_adapter": "training.adapter",
     "train_adapter": "training.adapter",
     "LoraSettings": "training.lora",
     "lora_settings": "training.lora",
     "Phase": "training.meraser",
     "meraser": "training.meraser",
+    "plan_meraser": "training.meraser",
 }
 __all__ = ["__version__", *_HOMES]
 

@@ -18,11 +18,11 @@ from weightsurgery.formats.code_keys import names_kernel
 from weightsurgery.formats.layout import fits
 from weightsurgery.kernels import to_float
 from weightsurgery.quantised import require_unquantised
+from weightsurgery.tasks import CAUSAL, CLASSIFICATION, task_of
 
 if TYPE_CHECKING:
     import torch
 
-CLASSIFICATION, CAUSAL = "classification", "causal"
 _ATTENTION = ("eager", "sdpa")  # what torch has, on all devices
 _EXPERTS = ("eager", "batched_mm", "grouped_mm")
 _GENERATION = "generation_config.json"
@@ -259,31 +259,6 @@ def _fill(tensor: torch.Tensor, view: TensorView) -> None:
     for start, stop in view.blocks():
         block = to_float(view.read(start, stop)).astype("f4", copy=False)
         values[start:stop] = torch.from_numpy(block).to(values.device)
-
-
-def task_of(checkpoint: Checkpoint) -> str:
-    """The task that a directory's configuration names an architecture of.
-
-    Raises:
-        MismatchError: It is neither a sequence classifier nor a causal language model.
-    """
-    if "peft_type" in checkpoint.config:
-        raise MismatchError(
-            "an adapter, where a model is expected",
-            file=checkpoint.label,
-            hint="fold it into its base with `wsurg apply-adapter`",
-        )
-    architectures = checkpoint.config.get("architectures") or [""]
-    name = str(architectures[0]) if isinstance(architectures, list) else ""
-    if name.endswith("ForSequenceClassification"):
-        return CLASSIFICATION
-    if name.endswith(("ForCausalLM", "LMHeadModel")):
-        return CAUSAL
-    raise MismatchError(
-        f"config.json names the architecture '{shown(name)}'; expected a sequence classifier or a "
-        "causal language model",
-        file=checkpoint.label,
-    )
 
 
 def _load_tokenizer(checkpoint: Checkpoint) -> Any:

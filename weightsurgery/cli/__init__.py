@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 
 import click
 
-from weightsurgery.cli import startup
+from weightsurgery.cli import missing, startup
 from weightsurgery.errors import StorageError, SurgeryError, shown
 from weightsurgery.version import __version__
 
@@ -204,6 +204,7 @@ def _one_line(error: click.ClickException) -> str:
         if source is click.core.ParameterSource.DEFAULT_MAP:
             return f"{shown(context.find_root().obj)}: {text}"
     if isinstance(error, click.UsageError) and context is not None:
+        text = missing.explain(error) or text
         text = f"{text} See" if text.endswith("?") else f"{text.rstrip('.')}; see"
         return f"{text} `{context.command_path} --help`"
     return text

@@ -11,9 +11,10 @@ from weightsurgery.checkpoint import Checkpoint
 from weightsurgery.cli import attack_options, causal_options, model_options, options
 from weightsurgery.datasets.read import label_ids, read_sentences
 from weightsurgery.evaluation.classification import check_classifier, evaluate
-from weightsurgery.models import CAUSAL, load_model, require_directory, task_of
+from weightsurgery.models import load_model, require_directory
 from weightsurgery.report.evaluation import causal_tables, evaluation_tables
 from weightsurgery.report.tables import show
+from weightsurgery.tasks import CAUSAL, task_of
 
 
 def _evaluate(model: str, weights: str | None, as_json: bool, **given: Any) -> None:
@@ -40,7 +41,7 @@ def _generate(
     model, *others = (load_model(one, device=given["device"]) for one in opened)
     base = others[0] if others else None
     size = given["batch_size"] or 8
-    with model_options.counting("end") as progress:
+    with model_options.counting() as progress:
         return causal_options.measure(
             model, data, given, base=base, batch_size=size, progress=progress
         )

@@ -9,12 +9,10 @@ from typing import Any
 import click
 
 from weightsurgery.cli import model_options, options
-from weightsurgery.cli.writing import write
+from weightsurgery.cli.writing import show_plan, write
 from weightsurgery.datasets.batches import Encoded, read_examples
 from weightsurgery.formats.plan import make_plan
 from weightsurgery.models import Model, load_model
-from weightsurgery.report.outcome import plan_tables
-from weightsurgery.report.tables import show
 from weightsurgery.report.training import planned_tables, training_tables
 from weightsurgery.stream import Engine
 from weightsurgery.training.finetune import finetune, split
@@ -90,11 +88,14 @@ def _show_plan(
         name: replace(view, status="edited") if name in trained else view
         for name, view in model.checkpoint.items()
     }
-    plan = make_plan(replace(model.checkpoint, tensors=views), out, engine=Engine(), **sizes)
-    if as_json:
-        options.print_json({**plan.to_json(), "training": {"examples": counts, "steps": steps}})
-    else:
-        show([*plan_tables(plan.to_json(), None), *planned_tables(counts, steps)])
+    show_plan(
+        replace(model.checkpoint, tensors=views),
+        out,
+        {"training": {"examples": counts, "steps": steps}},
+        planned_tables(counts, steps),
+        as_json=as_json,
+        **sizes,
+    )
 
 
 def _number(name: str, kind: Any, text: str) -> click.Option:

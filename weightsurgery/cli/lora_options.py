@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import difflib
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import click
 
+from weightsurgery.cli import options
 from weightsurgery.cli.model_options import SCHEDULE
 from weightsurgery.datasets.batches import LOSSES
 from weightsurgery.datasets.prompts import FORMATS
@@ -51,15 +53,43 @@ CHECKPOINTS = (
 )
 
 
+def check_checkpoints(context: click.Context) -> None:
+    """Refuse to be told how often to save where nothing is saved.
+
+    Args:
+        context: Of a command with `CHECKPOINTS`.
+    """
+    if context.params["checkpoints"] is None:
+        options.refuse_typed(context, ["save_every"], "is for --checkpoints")
+
+
+def _spelled(name: str) -> str:
+    """A setting as it is typed."""
+    return "target" if name == "targets" else name.replace("_", "-")
+
+
+class _Option(click.Option):
+    """One whose default is shown as those of other options, without click's parentheses."""
+
+    def get_help_extra(self, ctx: click.Context) -> Any:
+        """What stands in brackets behind the help."""
+        extra = super().get_help_extra(ctx)
+        return {**extra, "default": str(self.show_default)}
+
+
+def _plain(default: object) -> str:
+    return f"{default:g}" if isinstance(default, float) else str(default)
+
+
 def _option(name: str) -> click.Option:
     kind, text = _KINDS[name]
     default = getattr(LoraSettings(), name)
-    flag = "target" if name == "targets" else name.replace("_", "-")
-    return click.Option(
-        [f"--{flag}", name],
+    # Not the default itself: where an option is not given, it is the preset's that counts.
+    return _Option(
+        [f"--{_spelled(name)}", name],
         type=kind,
         multiple=name == "targets",
-        show_default=", ".join(default) if isinstance(default, tuple) else str(default),
+        show_default=", ".join(default) if isinstance(default, tuple) else _plain(default),
         help=text,
     )
 
@@ -80,18 +110,31 @@ def parse_settings(preset: str, pairs: tuple[str, ...]) -> LoraSettings:
         SettingError: A text is not of that form, names no setting, or its value is not of its
             kind.
     """
-    types = {name: type(getattr(LoraSettings(), name)) for name in _KINDS}
+    defaults = LoraSettings()
+    types = {_spelled(name): (name, type(getattr(defaults, name))) for name in _KINDS}
     found: dict[str, Any] = {}
     for pair in pairs:
         flag, equals, text = pair.partition("=")
-        name = "targets" if flag == "target" else flag.strip().replace("-", "_")
-        if not equals or name not in types:
-            known = ", ".join(sorted(name.replace("_", "-") for name in types))
-            raise SettingError(f"'{shown(pair)}'; expected NAME=VALUE with a name of {known}")
+        if not equals or flag.strip().replace("_", "-") not in types:
+            raise SettingError(_no_setting(pair, flag, sorted(types)))
+        name, kind = types[flag.strip().replace("_", "-")]
         try:
-            kind = types[name]
             found[name] = tuple(text.split(",")) if kind is tuple else kind(text)
         except ValueError:
             expected = "a whole number" if kind is int else "a number"
             raise SettingError(f"'{shown(pair)}'; expected {expected}") from None
-    return lora_settings(preset, **found)
+    try:
+        return lora_settings(preset, **found)
+    except SettingError as error:
+        named = next((n for n in found if error.reason.startswith(f"{n} ")), "")
+        reason = _spelled(named) + error.reason.removeprefix(named)
+        raise SettingError(reason, hint=error.hint) from None
+
+
+def _no_setting(pair: str, flag: str, known: Sequence[str]) -> str:
+    """Why a text changes no setting, and what would."""
+    plain = flag.strip().lstrip("-").replace("_", "-")
+    near = difflib.get_close_matches(plain, known, 1)
+    if near:
+        return f"'{shown(pair)}'; write it as {near[0]}=VALUE"
+    return f"'{shown(pair)}'; expected NAME=VALUE with a name of {', '.join(known)}"

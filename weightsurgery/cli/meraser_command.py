@@ -10,14 +10,16 @@ import click
 
 from weightsurgery.checkpoint import Checkpoint
 from weightsurgery.cli import causal_options, lora_options, model_options, options
-from weightsurgery.cli.writing import write
+from weightsurgery.cli.writing import show_plan, write
+from weightsurgery.datasets.mismatch_sides import check_sides
 from weightsurgery.datasets.read import read_instructions
 from weightsurgery.formats.apart import check_apart
 from weightsurgery.formats.plan import input_paths, make_plan
-from weightsurgery.models import Model, load_model
-from weightsurgery.report.training import meraser_tables
+from weightsurgery.models import Model, load_model, require_directory
+from weightsurgery.report.training import meraser_tables, planned_adapter_tables
 from weightsurgery.stream import Engine, Progress
-from weightsurgery.training.meraser import Measure, Phase, meraser
+from weightsurgery.tasks import CAUSAL, task_of
+from weightsurgery.training.meraser import Measure, Phase, meraser, plan_meraser
 
 _MEASURED = ("fingerprints", "text", "window", "stride", "max_new_tokens", "prompt_format")
 _KEPT = ("fsr", "perplexity")  # of a report: what the record tells of a stage
@@ -32,6 +34,7 @@ def _meraser(
     scales: tuple[float, ...],
     out: str,
     overwrite: bool,
+    dry_run: bool,
     max_shard_size: int | None,
     hashes: bool,
     checkpoints: str | None,
@@ -43,39 +46,63 @@ def _meraser(
 ) -> None:
     context = click.get_current_context()
     causal_options.check_needs(context)
+    lora_options.check_checkpoints(context)
     if recover is None and given["recover_settings"]:
         raise click.UsageError("--recover-setting is for --recover", context)
     if len(scales) > 1 and given["fingerprints"] is None:
         raise click.UsageError("several --scale need --fingerprints to choose by", context)
-    phases = {
-        name: Phase(
+    both = _phases(erase, recover, preset, given, checkpoints, save_every)
+    sizes: dict[str, Any] = {"overwrite": overwrite, "max_shard_size": max_shard_size}
+    doubts = check_sides(erase, recover)
+    paths = [model] if transfer_from is None else [model, transfer_from]
+    read = _open(paths, weights)
+    make_plan(read[0], out, engine=Engine(), **sizes)  # refuses before any work; saving does again
+    _keep_apart(out, checkpoints, read)
+    data = causal_options.read_data(given)
+    opened, *others = (load_model(one, device=device) for one in read)
+    asked: dict[str, Any] = {"foundation": others[0] if others else None, "scales": scales}
+    options.warn(doubts)
+    if dry_run:
+        planned = plan_meraser(opened, *both, **asked, measure=_measure(data, given, None))
+        told = planned.notes["meraser"]
+        tables = planned_adapter_tables(told["trainings"])
+        show_plan(planned, out, {"meraser": told}, tables, as_json=as_json, **sizes)
+        return
+    with model_options.counting() as progress:
+        measure = _measure(data, given, progress)
+        result = meraser(opened, *both, **asked, measure=measure, progress=progress)
+    write(result, out, meraser_tables, as_json=as_json, hashes=hashes, **sizes)
+
+
+def _phases(
+    erase: str,
+    recover: str | None,
+    preset: str,
+    given: Mapping[str, Any],
+    checkpoints: str | None,
+    save_every: int,
+) -> tuple[Phase, Phase | None]:
+    """Both trainings; None for one that is not asked for."""
+
+    def phase(name: str, file: str) -> Phase:
+        return Phase(
             read_instructions(file),
             lora_options.parse_settings(f"{preset}-{name}", given[f"{name}_settings"]),
             files=[file],
             checkpoints=None if checkpoints is None else os.path.join(checkpoints, name),
             save_every=save_every,
         )
-        for name, file in (("erase", erase), ("recover", recover))
-        if file is not None
-    }
-    sizes: dict[str, Any] = {"overwrite": overwrite, "max_shard_size": max_shard_size}
-    paths = [model] if transfer_from is None else [model, transfer_from]
+
+    return phase("erase", erase), None if recover is None else phase("recover", recover)
+
+
+def _open(paths: Sequence[str], weights: str | None) -> list[Checkpoint]:
+    """The model and, if there is one, the foundation; refused before they are loaded."""
     read = options.open_all(paths, weights)
-    make_plan(read[0], out, engine=Engine(), **sizes)  # refuses before any work; saving does again
-    _keep_apart(out, checkpoints, read)
-    data = causal_options.read_data(given)
-    opened, *others = (load_model(one, device=device) for one in read)
-    with model_options.counting("end") as progress:
-        result = meraser(
-            opened,
-            phases["erase"],
-            phases.get("recover"),
-            foundation=others[0] if others else None,
-            scales=scales,
-            measure=_measure(data, given, progress),
-            progress=progress,
-        )
-    write(result, out, meraser_tables, as_json=as_json, hashes=hashes, **sizes)
+    for one in read:
+        require_directory(one)
+        task_of(one, expected=CAUSAL)
+    return read
 
 
 def _keep_apart(out: str, checkpoints: str | None, read: Sequence[Checkpoint]) -> None:
@@ -172,7 +199,7 @@ command = options.Command(
         *(
             option
             for option in options.WRITING
-            if option.name in ("out", "overwrite", "max_shard_size", "hashes")
+            if option.name in ("out", "overwrite", "dry_run", "max_shard_size", "hashes")
         ),
         options.JSON,
     ],

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from weightsurgery.checkpoint import Checkpoint
-from weightsurgery.cli import options
+from weightsurgery.cli.progress import Lines, drawing
 from weightsurgery.stream import Progress
 from weightsurgery.training.settings import SCHEDULERS, Hyperparameters
 
@@ -96,13 +96,11 @@ def prepare(tuned: Checkpoint, given: Mapping[str, Any]) -> tuple[Model, list[En
     return model, examples
 
 
-def counting(lines: options.Lines = "none") -> AbstractContextManager[Progress | None]:
+def counting(lines: Lines = "some") -> AbstractContextManager[Progress | None]:
     """A callback (what, done, total) that counts examples.
 
     Args:
         lines: What is printed where stderr is no terminal.
     """
     # What follows a comma changes: a loss.
-    return options.drawing(
-        "MofNCompleteColumn", key=lambda what: what.partition(",")[0], lines=lines
-    )
+    return drawing("MofNCompleteColumn", key=lambda what: what.partition(",")[0], lines=lines)

@@ -5,16 +5,17 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from decimal import Decimal, InvalidOperation
 from types import MappingProxyType
-from typing import Any, Literal
+from typing import Any
 
 import click
 
 from weightsurgery.alignment import match_names
 from weightsurgery.checkpoint import Checkpoint
+from weightsurgery.cli.progress import drawing
 from weightsurgery.cli.words import in_flags
 from weightsurgery.errors import SettingError, SurgeryError, shown
 from weightsurgery.formats import open_checkpoint
@@ -22,10 +23,8 @@ from weightsurgery.formats.files import InputFile
 from weightsurgery.formats.plan import fit_workers, parse_size
 from weightsurgery.formats.strict_json import parse_object
 from weightsurgery.formats.vocabulary import read_vocabulary
-from weightsurgery.stream import Engine, Progress
+from weightsurgery.stream import Engine
 from weightsurgery.token_counts import TokenCounts, count_by_wordfreq, count_corpus, read_counts
-
-Lines = Literal["none", "end", "steps"]  # printed where no bar can be drawn
 
 
 class Command(click.Command):
@@ -42,6 +41,14 @@ class Command(click.Command):
         at = params.index(WEIGHTS) + 1 if WEIGHTS in params else len(params)
         added = [ALLOW_PICKLE] if WEIGHTS in params else []
         super().__init__(name, params=[*params[:at], *added, *params[at:]], **given)
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Parse; every error knows its command, also those for which click forgets it."""
+        try:
+            return super().parse_args(ctx, args)
+        except click.UsageError as error:
+            error.ctx = error.ctx or ctx
+            raise
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run it; refuse inputs of which some are from the file, for which is which is a guess."""
@@ -301,55 +308,6 @@ def running(
     workers, _ = fit_workers(inputs, Engine(workers=workers).width, max_memory)
     with drawing("DownloadColumn", "TransferSpeedColumn", key=str) as progress:
         yield Engine(workers=workers, progress=progress)
-
-
-@contextmanager
-def drawing(
-    *amounts: str, key: Callable[[str], str], lines: Lines = "none"
-) -> Iterator[Progress | None]:
-    """A callback (what, done, total) that draws on stderr, or prints where that is no terminal.
-
-    Args:
-        amounts: Rich's columns that tell how much is done.
-        key: What is the same for all reports of one bar.
-        lines: Whether to print a line for each step that is done, one at the end, or none; with
-            none the callback is None where there is no terminal.
-    """
-    if not sys.stderr.isatty():
-        yield None if lines == "none" else _printing(lines)
-        return
-    from rich import progress as drawn
-    from rich.console import Console
-
-    with drawn.Progress(
-        drawn.TextColumn("{task.description}"),
-        drawn.BarColumn(),
-        *(getattr(drawn, name)() for name in amounts),
-        drawn.TimeRemainingColumn(),
-        console=Console(stderr=True),
-        transient=True,
-    ) as bar:
-        tasks: dict[str, Any] = {}
-
-        def progress(what: str, done: int, total: int) -> None:
-            if key(what) not in tasks:
-                tasks[key(what)] = bar.add_task(what, total=total)
-            bar.update(tasks[key(what)], description=what, completed=done, total=total)
-
-        yield progress
-
-
-def _printing(lines: Lines) -> Progress:
-    """A callback that prints plain lines on stderr."""
-    last = 0
-
-    def progress(what: str, done: int, total: int) -> None:
-        nonlocal last
-        if done > last and (lines == "steps" or done == total):
-            click.echo(f"{what}: {done:,} of {total:,}", err=True)
-        last = done
-
-    return progress
 
 
 def make_counts(

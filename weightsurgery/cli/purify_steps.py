@@ -110,7 +110,7 @@ def _before(inputs: Inputs, settings: Given, given: Given) -> dict[str, Checkpoi
         return {}
     from weightsurgery.curvature.fisher import fisher
 
-    with model_options.counting("end") as progress:
+    with model_options.counting() as progress:
         points = {"points": given["points"], "base": inputs[0] if given["points"] > 1 else None}
         return {"fisher": fisher(model, examples, **points, progress=progress)}
 

@@ -7,14 +7,17 @@ from typing import Any
 import click
 
 from weightsurgery.cli import lora_options, model_options, options
-from weightsurgery.cli.writing import write
+from weightsurgery.cli.writing import show_plan, write
 from weightsurgery.datasets.read import read_instructions
 from weightsurgery.formats.apart import check_apart
 from weightsurgery.formats.output import check_destination
 from weightsurgery.formats.plan import check_folder_name, input_paths
-from weightsurgery.models import load_model
-from weightsurgery.report.training import adapter_tables
-from weightsurgery.training.adapter import train_adapter
+from weightsurgery.models import load_model, require_directory
+from weightsurgery.report.training import adapter_tables, planned_adapter_tables
+from weightsurgery.tasks import CAUSAL, task_of
+from weightsurgery.training.adapter import plan_adapter, train_adapter
+
+_WRITING = ("out", "overwrite", "dry_run", "hashes")
 
 
 def _train_adapter(
@@ -23,6 +26,7 @@ def _train_adapter(
     preset: str | None,
     out: str,
     overwrite: bool,
+    dry_run: bool,
     checkpoints: str | None,
     save_every: int,
     hashes: bool,
@@ -31,8 +35,11 @@ def _train_adapter(
     as_json: bool,
     **given: Any,
 ) -> None:
+    lora_options.check_checkpoints(click.get_current_context())
     settings = lora_options.settings_of(preset, given)
     read = options.open_one(model, weights)
+    require_directory(read)
+    task_of(read, expected=CAUSAL)
     inputs = input_paths(read)
     # Before any work; saving checks again.
     check_folder_name(out, "an adapter is a folder")
@@ -41,16 +48,16 @@ def _train_adapter(
         check_apart(checkpoints, [*inputs, out])
     instructions = read_instructions(data)
     opened = load_model(read, device=device)
-    with model_options.counting("end") as progress:
-        adapter = train_adapter(
-            opened,
-            instructions,
-            settings,
-            checkpoints=checkpoints,
-            save_every=save_every,
-            files=[data],
-            progress=progress,
-        )
+    kept: dict[str, Any] = {"checkpoints": checkpoints, "save_every": save_every, "files": [data]}
+    if dry_run:
+        planned = plan_adapter(opened, instructions, settings, **kept)
+        training = planned.notes["training"]
+        tables = planned_adapter_tables({"": training})
+        told = {"training": training}
+        show_plan(planned, out, told, tables, as_json=as_json, overwrite=overwrite)
+        return
+    with model_options.counting() as progress:
+        adapter = train_adapter(opened, instructions, settings, **kept, progress=progress)
     write(adapter, out, adapter_tables, as_json=as_json, overwrite=overwrite, hashes=hashes)
 
 
@@ -85,7 +92,7 @@ command = options.Command(
         *lora_options.CHECKPOINTS,
         options.WEIGHTS,
         model_options.DEVICE,
-        *(option for option in options.WRITING if option.name in ("out", "overwrite", "hashes")),
+        *(option for option in options.WRITING if option.name in _WRITING),
         options.JSON,
     ],
 )

@@ -1,4 +1,4 @@
-"""How a command ends that made one checkpoint: it is written, and what was done is shown."""
+"""How a command ends that made one checkpoint: written and told, or its plan shown."""
 
 from __future__ import annotations
 
@@ -8,7 +8,10 @@ from typing import Any
 from weightsurgery.checkpoint import Checkpoint
 from weightsurgery.cli import options
 from weightsurgery.formats import save
+from weightsurgery.formats.plan import make_plan
+from weightsurgery.report.outcome import plan_tables
 from weightsurgery.report.tables import Table, show
+from weightsurgery.stream import Engine
 
 
 def write(
@@ -34,3 +37,29 @@ def write(
         options.print_json({"out": out, **record})
     else:
         show(tables(out, record))
+
+
+def show_plan(
+    planned: Checkpoint,
+    out: str,
+    told: Mapping[str, Any],
+    tables: list[Table],
+    *,
+    as_json: bool,
+    **settings: Any,
+) -> None:
+    """Show what `write` would write, and what would be done before.
+
+    Args:
+        planned: A checkpoint of the same tensors.
+        out: Where it would be written.
+        told: Further keys of the JSON.
+        tables: The same for people.
+        as_json: Print JSON.
+        settings: Of `make_plan`.
+    """
+    plan = make_plan(planned, out, engine=Engine(), **settings).to_json()
+    if as_json:
+        options.print_json({**plan, **told})
+    else:
+        show([*plan_tables(plan, None), *tables])

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from weightsurgery.datasets.batches import IGNORED, Encoded, batches
-from weightsurgery.models import CLASSIFICATION, Model
+from weightsurgery.models import Model
+from weightsurgery.tasks import CLASSIFICATION
 
 if TYPE_CHECKING:
     import torch

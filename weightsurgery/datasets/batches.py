@@ -19,7 +19,8 @@ from weightsurgery.datasets.read import (
 )
 from weightsurgery.errors import MismatchError, SettingError, shown
 from weightsurgery.formats.files import InputFile
-from weightsurgery.models import CLASSIFICATION, Model
+from weightsurgery.models import Model
+from weightsurgery.tasks import CLASSIFICATION
 
 if TYPE_CHECKING:
     import torch

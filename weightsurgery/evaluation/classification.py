@@ -14,8 +14,9 @@ from weightsurgery.datasets.triggers import Trigger, insert, insert_within
 from weightsurgery.errors import MismatchError, SettingError, shown
 from weightsurgery.evaluation.intervals import proportion
 from weightsurgery.evaluation.predictions import Predictions, predict
-from weightsurgery.models import CLASSIFICATION, Model
+from weightsurgery.models import Model
 from weightsurgery.stream import Progress
+from weightsurgery.tasks import CLASSIFICATION
 
 SCHEMA = "wsurg.evaluation/1"
 

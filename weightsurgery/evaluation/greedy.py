@@ -10,8 +10,9 @@ from weightsurgery.datasets.batches import padding_of, positions_of
 from weightsurgery.datasets.prompts import PromptFormat, encode_prompts, settle_format
 from weightsurgery.datasets.read import Instruction
 from weightsurgery.errors import MismatchError, NonFiniteError, SettingError
-from weightsurgery.models import CAUSAL, Model, Quiet
+from weightsurgery.models import Model, Quiet
 from weightsurgery.stream import Progress
+from weightsurgery.tasks import CAUSAL, require_task
 
 if TYPE_CHECKING:
     import torch
@@ -40,8 +41,7 @@ def check_causal(model: Model) -> None:
     Raises:
         MismatchError: It is a classifier, or transformers cannot generate with it.
     """
-    if model.task != CAUSAL:
-        raise MismatchError("a classifier; expected a causal language model", file=model.path)
+    require_task(model.checkpoint, CAUSAL, model.task)
     if not model.module.can_generate():
         kind = type(model.module).__name__
         raise MismatchError(f"transformers generates no text with a {kind}", file=model.path)

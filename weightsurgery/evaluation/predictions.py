@@ -12,8 +12,9 @@ from numpy.typing import NDArray
 
 from weightsurgery.datasets.batches import IGNORED, Encoded, batches, longest_first
 from weightsurgery.errors import NonFiniteError, SettingError
-from weightsurgery.models import CLASSIFICATION, Model
+from weightsurgery.models import Model
 from weightsurgery.stream import Progress
+from weightsurgery.tasks import CLASSIFICATION
 
 if TYPE_CHECKING:
     import torch

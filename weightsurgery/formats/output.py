@@ -279,16 +279,19 @@ def check_destination(
     """
     target = os.path.abspath(out)
     parent = os.path.dirname(target)
+    given = out.rstrip(os.sep) or out  # messages say it as the user does
+    folder = os.path.dirname(given) or os.curdir
     if not os.path.isdir(parent):
         reason = "the folder to write to does not exist"
-        raise StorageError(reason, file=parent, code="E-OUTPUT-FOLDER")
+        raise StorageError(reason, file=folder, code="E-OUTPUT-FOLDER")
     if not os.access(parent, os.W_OK | os.X_OK):
         reason = "the folder to write to is not writable"
-        raise StorageError(reason, file=parent, code="E-OUTPUT-FOLDER")
+        raise StorageError(reason, file=folder, code="E-OUTPUT-FOLDER")
     recover(target)
-    places = [target]
+    places = [given]
     if not is_directory:
-        places.append(os.path.join(parent, record_name(target, is_directory=False)))
+        beside = record_name(target, is_directory=False)
+        places.append(os.path.join(os.path.dirname(given), beside))
     for place in places:
         check_apart(place, inputs)
     for place in places:

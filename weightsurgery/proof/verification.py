@@ -82,7 +82,7 @@ def verify(
     is_directory = os.path.isdir(out)
     if not os.path.lexists(out):
         raise StorageError("no such file or directory", file=out)
-    folder = out if is_directory else os.path.dirname(os.path.abspath(out))
+    folder = out if is_directory else os.path.dirname(out)
     name = record_name(out, is_directory=is_directory)
     found = _Found(out, read_record(os.path.join(folder, name)))
     origin = None

@@ -34,7 +34,7 @@ class Table:
     def widths(self) -> list[int]:
         """Characters that each column needs."""
         heads = [column.removeprefix(">") for column in self.columns]
-        return [max(map(len, cells)) for cells in zip(heads, *self.rows, strict=True)]
+        return [max(map(_width, cells)) for cells in zip(heads, *self.rows, strict=True)]
 
 
 def show(tables: Sequence[Table]) -> None:
@@ -91,20 +91,36 @@ def _show_rich(tables: Sequence[Table]) -> None:
 
 
 _GAP = 3  # characters that rich puts beside a column, and one more at the end
+_NARROWEST = 12  # of a column of text, unless all of it is shorter
 
 
 def fit(table: Table, width: int) -> Table:
     """A table as a terminal of that many characters can show it.
 
-    Optional columns go first, the last before the others; then names are broken at their dots.
+    Headings are broken at spaces first; then optional columns go, the last before the others; then
+    names are broken at their dots. A table that is still too wide becomes a list, a line for each
+    cell: no number is ever cut.
     """
+    whole = table
+    if _drawn(table.widths) > width:
+        table = replace(table, columns=tuple(map(_short_head, table.columns, _cells(table))))
     widths = table.widths
     kept = len(widths)
     least = max(1, kept - table.optional)
-    while kept > least and sum(widths[:kept]) + _GAP * kept + 1 > width:
+    while kept > least and _drawn(widths[:kept]) > width:
         kept -= 1
-    hidden = [column.removeprefix(">") for column in table.columns[kept:]]
-    room = max(_NARROWEST, width - sum(widths[1:kept]) - _GAP * kept - 1)
+    needed = [
+        found if column.startswith(">") else min(found, _NARROWEST)
+        for column, found in zip(table.columns[:kept], widths, strict=False)
+    ]
+    if _drawn(needed) > width:
+        return _listed(whole)
+    hidden = [column.removeprefix(">") for column in whole.columns[kept:]]
+    # Other columns of text can be folded too, and get what the first leaves.
+    others = sum(
+        min(found, 2 * least) for found, least in zip(widths[1:kept], needed[1:], strict=True)
+    )
+    room = max(needed[0], width - others - _GAP * kept - 1)
     notes = [table.note] if table.note else []
     if hidden:
         notes.append(f"no room for {', '.join(hidden)}; a wider terminal, a pipe or --json has all")
@@ -116,7 +132,40 @@ def fit(table: Table, width: int) -> Table:
     )
 
 
-_NARROWEST = 12
+def _drawn(widths: Sequence[int]) -> int:
+    """Characters that rich takes for columns of these widths."""
+    return sum(widths) + _GAP * len(widths) + 1
+
+
+def _width(text: str) -> int:
+    return max(map(len, text.split("\n")))
+
+
+def _cells(table: Table) -> list[int]:
+    """Characters that each column needs below its heading."""
+    return [max(map(len, cells)) for cells in zip(*table.rows, strict=True)]
+
+
+def _short_head(column: str, room: int) -> str:
+    """A heading in lines of at most so many characters, or of one word each."""
+    lines: list[str] = []
+    for word in column.split(" "):
+        if lines and len(lines[-1].removeprefix(">")) + 1 + len(word) <= room:
+            lines[-1] += f" {word}"
+        else:
+            lines.append(word)
+    return "\n".join(lines)
+
+
+def _listed(table: Table) -> Table:
+    """A row below another, and in a row a cell below another, each after its heading."""
+    heads = [column.removeprefix(">") for column in table.columns]
+    rows: list[list[str]] = []
+    for row in table.rows:
+        first = f"{heads[0]} {row[0]}" if table.columns[0].startswith(">") else row[0]
+        named = zip(heads[1:], row[1:], strict=True)
+        rows += [[first], *([f"  {head}: {cell}" if head else f"  {cell}"] for head, cell in named)]
+    return replace(table, columns=("",), rows=rows, optional=0)
 
 
 def _broken(name: str, room: int) -> str:

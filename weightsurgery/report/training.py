@@ -32,6 +32,26 @@ def planned_tables(examples: Mapping[str, int], steps: int) -> list[Table]:
     return [Table("Training", ("", ">"), [*rows, ["steps", number(steps)]])]
 
 
+def planned_adapter_tables(trainings: Mapping[str, Mapping[str, Any]]) -> list[Table]:
+    """What `--dry-run` shows of trainings of adapters, each under its name.
+
+    Args:
+        trainings: Name, "" for the only one, to what `plan_adapter` tells.
+    """
+    tables = []
+    for name, plan in trainings.items():
+        steps = number(plan["steps"])
+        if plan["done"]:
+            steps += f", of which a checkpoint has {number(plan['done'])}"
+        rows = [
+            ["examples", f"{number(plan['examples'])}, {number(plan['tokens'])} tokens"],
+            ["steps", steps],
+            ["trained", f"{number(plan['parameters'])} parameters, in {plan['layers']:,} layers"],
+        ]
+        tables.append(Table(f"Training: {name}" if name else "Training", ("", ""), rows))
+    return tables
+
+
 def _rows(report: Mapping[str, Any]) -> list[list[str]]:
     before, after = report["before"], report["after"]
     rows = []

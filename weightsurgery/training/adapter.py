@@ -11,7 +11,7 @@ import os
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -27,16 +27,17 @@ from weightsurgery.datasets.batches import (
 )
 from weightsurgery.datasets.prompts import settle_format
 from weightsurgery.datasets.read import Instruction
-from weightsurgery.errors import MismatchError, NonFiniteError, SettingError, not_installed, shown
+from weightsurgery.errors import NonFiniteError, SettingError, not_installed, shown
 from weightsurgery.formats.adapter import name_base, new_adapter
 from weightsurgery.formats.apart import check_apart
 from weightsurgery.formats.plan import input_paths
-from weightsurgery.models import CAUSAL, Model
+from weightsurgery.models import Model
 from weightsurgery.operators.apply_adapter import apply_adapter
 from weightsurgery.stream import Progress
+from weightsurgery.tasks import CAUSAL, require_task
 from weightsurgery.training.checkpoints import Resumable
 from weightsurgery.training.lora import ALL_LINEAR, LoraSettings
-from weightsurgery.training.run import Watch, train
+from weightsurgery.training.run import Watch, require_trainer, train
 
 
 def train_adapter(
@@ -78,8 +79,94 @@ def train_adapter(
         NonFiniteError: The loss or a trained value became NaN or infinite.
     """
     chosen = settings or LoraSettings()
-    if model.task != CAUSAL:
-        raise MismatchError("a classifier; expected a causal language model", file=model.path)
+    with _ready(model, instructions, chosen, checkpoints, save_every, files) as ready:
+        watch = Watch(ready.adapted, dict, None, progress)
+        train(
+            ready.adapted,
+            ready.examples,
+            watch,
+            resumable=ready.resumable,
+            bf16=chosen.precision == "bfloat16",
+            **chosen.arguments(len(ready.examples)),
+        )
+        adapter = _adapter_of(ready.adapted, ready.step)
+    report = {**_counts(ready.examples), "steps": watch.steps, "history": watch.history}
+    return replace(adapter, notes={"training": report})
+
+
+def plan_adapter(
+    model: Model,
+    instructions: Sequence[Instruction],
+    settings: LoraSettings | None = None,
+    *,
+    checkpoints: str | os.PathLike[str] | None = None,
+    save_every: int = 50,
+    files: Sequence[str | os.PathLike[str]] = (),
+) -> Checkpoint:
+    """Check all that `train_adapter` would, and tell what it would train; nothing is written.
+
+    Args:
+        model: As for `train_adapter`, like all that follows.
+        instructions: The data.
+        settings: How to train.
+        checkpoints: The folder for checkpoints.
+        save_every: Steps between two.
+        files: Where the instructions come from.
+
+    Returns:
+        The adapter before its first step: it has the tensors of the trained one, and changes
+        nothing. `notes["training"]` has the examples, the tokens, the `steps` in all, those that a
+        checkpoint has `done` already, the trained `parameters`, and the `layers` they adapt.
+
+    Raises:
+        SettingError: As `train_adapter`.
+        MismatchError: As `train_adapter`.
+        PolicyError: As `train_adapter`.
+    """
+    chosen = settings or LoraSettings()
+    with _ready(model, instructions, chosen, checkpoints, save_every, files) as ready:
+        trained = list(ready.adapted.names.values())
+        report = {
+            **_counts(ready.examples),
+            "steps": chosen.steps(len(ready.examples)),
+            "done": 0 if ready.resumable is None else ready.resumable.done(),
+            "parameters": sum(parameter.numel() for parameter in trained),
+            "layers": len(trained) // 2,  # of each two factors
+        }
+    return replace(ready.start, notes={"training": report})
+
+
+@dataclass(frozen=True)
+class _Ready:
+    """A training that could begin now.
+
+    Attributes:
+        adapted: The model with a fresh adapter.
+        examples: What it sees.
+        step: What the record will tell.
+        resumable: Where its checkpoints lie, if anywhere.
+        start: The fresh adapter.
+    """
+
+    adapted: Model
+    examples: list[Encoded]
+    step: Step
+    resumable: Resumable | None
+    start: Checkpoint
+
+
+@contextmanager
+def _ready(
+    model: Model,
+    instructions: Sequence[Instruction],
+    chosen: LoraSettings,
+    checkpoints: str | os.PathLike[str] | None,
+    save_every: int,
+    files: Sequence[str | os.PathLike[str]],
+) -> Iterator[_Ready]:
+    """Everything but the training itself; what can be refused is refused here."""
+    require_task(model.checkpoint, CAUSAL, model.task)
+    require_trainer()
     examples = encode(model, instructions, chosen)
     step = Step(
         "train-adapter",
@@ -96,24 +183,13 @@ def train_adapter(
         resumable = Resumable(os.fspath(checkpoints), save_every, _identity(model, step))
         check_apart(resumable.folder, input_paths(model.checkpoint))
     with _adapted(model, chosen) as adapted:
-        apply_adapter(model.checkpoint, _adapter_of(adapted, step))  # refuses before the work
-        watch = Watch(adapted, dict, None, progress)
-        train(
-            adapted,
-            examples,
-            watch,
-            resumable=resumable,
-            bf16=chosen.precision == "bfloat16",
-            **chosen.arguments(len(examples)),
-        )
-        adapter = _adapter_of(adapted, step)
-    report = {
-        "examples": len(examples),
-        "tokens": sum(len(one.ids) for one in examples),
-        "steps": watch.steps,
-        "history": watch.history,
-    }
-    return replace(adapter, notes={"training": report})
+        start = _adapter_of(adapted, step)
+        apply_adapter(model.checkpoint, start)
+        yield _Ready(adapted, examples, step, resumable, start)
+
+
+def _counts(examples: Sequence[Encoded]) -> dict[str, int]:
+    return {"examples": len(examples), "tokens": sum(len(one.ids) for one in examples)}
 
 
 def encode(
@@ -209,7 +285,7 @@ def check_targets(model: Model, targets: Sequence[str]) -> None:
         others = [one for one in found if not isinstance(one, torch.nn.Linear | Conv1D)]
         if not found or others:
             kind = f"a {type(others[0]).__name__}" if others else "none of the model's layers"
-            raise SettingError(f"targets are linear layers; '{shown(target)}' is {kind}")
+            raise SettingError(f"target '{shown(target)}' is {kind}; expected a linear layer")
 
 
 def _adapter_of(adapted: Model, step: Step) -> Checkpoint:

@@ -59,7 +59,7 @@ class Resumable:
             os.close(held)
 
     def _prepare(self) -> tuple[str, dict[str, Any]]:
-        wanted = json.dumps(self.identity, sort_keys=True, indent=2) + "\n"
+        wanted = self._told()
         path = os.path.join(self.folder, IDENTITY)
         try:
             if os.listdir(self.folder):
@@ -96,15 +96,37 @@ class Resumable:
             hint=hint,
         )
 
+    def done(self) -> int:
+        """Steps that the last whole checkpoint holds; looks at the folder, and makes none.
+
+        Raises:
+            PolicyError: The folder is of another training, or of something else.
+            StorageError: It cannot be read.
+        """
+        try:
+            if not os.path.lexists(self.folder) or not os.listdir(self.folder):
+                return 0
+            self._check(os.path.join(self.folder, IDENTITY), self._told())
+            return next((steps for steps, path in self._saved() if _is_whole(path)), 0)
+        except OSError as error:
+            raise StorageError(f"{error.strerror or error}", file=self.folder) from None
+
     def last(self) -> str | None:
         """The last checkpoint that is as it was saved; None if there is none."""
+        return next((path for _, path in self._saved() if _is_whole(path)), None)
+
+    def _saved(self) -> list[tuple[int, str]]:
+        """Steps and path of every checkpoint, the last first."""
         found = [
             (int(number), os.path.join(self.folder, name))
             for name in os.listdir(self.folder)
             for kind, _, number in [name.partition("-")]
             if kind == "checkpoint" and number.isdecimal()
         ]
-        return next((path for _, path in sorted(found, reverse=True) if _is_whole(path)), None)
+        return sorted(found, reverse=True)
+
+    def _told(self) -> str:
+        return json.dumps(self.identity, sort_keys=True, indent=2) + "\n"
 
 
 def seal(checkpoint: str) -> None:

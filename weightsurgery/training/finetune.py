@@ -19,9 +19,10 @@ from weightsurgery.datasets.batches import Encoded, check_examples, describe_fil
 from weightsurgery.errors import SettingError
 from weightsurgery.evaluation.intervals import proportion
 from weightsurgery.evaluation.predictions import predict
-from weightsurgery.models import CLASSIFICATION, Model
+from weightsurgery.models import Model
 from weightsurgery.rng import random_bits
 from weightsurgery.stream import Progress
+from weightsurgery.tasks import CLASSIFICATION
 from weightsurgery.training.result import trained_checkpoint
 from weightsurgery.training.run import Watch, train
 from weightsurgery.training.settings import Hyperparameters

@@ -71,7 +71,9 @@ class LoraSettings(Schedule):
             raise SettingError(f"dropout is {self.dropout}; expected 0 to below 1")
         alone = len(self.targets) == 1 or ALL_LINEAR not in self.targets
         if not self.targets or not all(self.targets) or not alone:
-            raise SettingError("targets are not names of layers, or all-linear alone")
+            raise SettingError(
+                "no names of layers to target; expected at least one, or all-linear alone"
+            )
         for name, known in _CHOICES.items():
             if getattr(self, name) not in known:
                 given = shown(getattr(self, name))

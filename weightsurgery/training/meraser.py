@@ -21,7 +21,7 @@ from weightsurgery.formats.record import public_name
 from weightsurgery.models import Model, with_weights
 from weightsurgery.operators.apply_adapter import apply_adapter
 from weightsurgery.stream import Progress
-from weightsurgery.training.adapter import check_targets, encode, train_adapter
+from weightsurgery.training.adapter import check_targets, encode, plan_adapter, train_adapter
 from weightsurgery.training.lora import PRESETS, LoraSettings
 
 _ERASE, _RECOVER = "meraser-erase", "meraser-recover"
@@ -76,7 +76,8 @@ def meraser(
         measure: Called with the model before, after the erasure (at each scale) and in the end;
             what it gives goes into the notes. With several scales it must give "fsr" with
             "share", as `evaluate_causal` does.
-        progress: Called as progress(what, steps done, steps in all).
+        progress: Called as progress("erase: training, …", steps done, steps in all), and with
+            "recover: …".
 
     Returns:
         The model without, one hopes, its fingerprint; `notes["meraser"]` has the scale, the
@@ -110,7 +111,7 @@ def meraser(
         return measured
 
     note("before", original)
-    adapter = _train(foundation or model, erasing, progress)
+    adapter = _train(foundation or model, erasing, "erase", progress)
     adapters = {"erase": adapter}
     erased = {
         scale: apply_adapter(original, adapter, weight=(scale,), force_base=foundation is not None)
@@ -120,7 +121,7 @@ def meraser(
     chosen = _least_said(found)
     result = erased[chosen]
     if recovering is not None:
-        adapter = _train(holding(result), recovering, progress)
+        adapter = _train(holding(result), recovering, "recover", progress)
         adapters["recover"] = adapter
         result = apply_adapter(result, adapter)
         note("recovered", result)
@@ -134,6 +135,64 @@ def meraser(
     trainings = {phase: one.notes["training"] for phase, one in adapters.items()}
     noted = {"scale": chosen, "trainings": trainings, "stages": stages}
     return _told(result, erased[chosen], adapters, told, noted)
+
+
+def plan_meraser(
+    model: Model,
+    erase: Phase,
+    recover: Phase | None,
+    *,
+    foundation: Model | None = None,
+    scales: Sequence[float] = (1.0,),
+    measure: Measure | None = None,
+) -> Checkpoint:
+    """Check all that `meraser` would, and tell what it would train; nothing is written.
+
+    The folder of the recovery's checkpoints is not looked into: whether it goes on there depends
+    on the erased weights.
+
+    Args:
+        model: As for `meraser`, like all that follows; it stays as it is.
+        erase: Mismatched questions and answers.
+        recover: Clean ones.
+        foundation: Train the erasing adapter on this model.
+        scales: What the erasing adapter's change is multiplied by.
+        measure: Not called.
+
+    Returns:
+        The model with both adapters as they are before their first step: its tensors are edited,
+        and have the values they had. `notes["meraser"]["trainings"]` has of each phase what
+        `plan_adapter` tells.
+
+    Raises:
+        SettingError: As `meraser`.
+        MismatchError: As `meraser`.
+        PolicyError: As `meraser`.
+    """
+    erasing, recovering = _settled(erase, _ERASE), recover and _settled(recover, _RECOVER)
+    _check(model, foundation, erasing, recovering, scales, measure)
+    planned = {"erase": _plan(foundation or model, erasing)}
+    force = foundation is not None
+    result = apply_adapter(
+        model.checkpoint, planned["erase"], weight=(min(scales),), force_base=force
+    )
+    if recovering is not None:
+        planned["recover"] = _plan(model, replace(recovering, checkpoints=None))
+        result = apply_adapter(result, planned["recover"])
+    trainings = {phase: one.notes["training"] for phase, one in planned.items()}
+    noted = {"scales": sorted(scales), "trainings": trainings}
+    return replace(result, notes={**result.notes, "meraser": noted})
+
+
+def _plan(model: Model, phase: Phase) -> Checkpoint:
+    return plan_adapter(
+        model,
+        phase.instructions,
+        phase.settings,
+        checkpoints=phase.checkpoints,
+        save_every=phase.save_every,
+        files=phase.files,
+    )
 
 
 def _told(
@@ -209,7 +268,11 @@ def _check(
             encode(trained, phase.instructions, phase.settings)
 
 
-def _train(model: Model, phase: Phase, progress: Progress | None) -> Checkpoint:
+def _train(model: Model, phase: Phase, name: str, progress: Progress | None) -> Checkpoint:
+    def tell(what: str, done: int, total: int) -> None:
+        if progress is not None:
+            progress(f"{name}: {what}", done, total)
+
     return train_adapter(
         model,
         phase.instructions,
@@ -217,5 +280,5 @@ def _train(model: Model, phase: Phase, progress: Progress | None) -> Checkpoint:
         checkpoints=phase.checkpoints,
         save_every=phase.save_every,
         files=phase.files,
-        progress=progress,
+        progress=tell,
     )

@@ -16,8 +16,9 @@ import numpy as np
 
 from weightsurgery.datasets.batches import IGNORED, Encoded, batches
 from weightsurgery.errors import NonFiniteError, not_installed
-from weightsurgery.models import CLASSIFICATION, Model, Quiet
+from weightsurgery.models import Model, Quiet
 from weightsurgery.stream import Progress
+from weightsurgery.tasks import CLASSIFICATION
 from weightsurgery.training.checkpoints import Resumable, seal
 
 if TYPE_CHECKING:
@@ -149,11 +150,9 @@ def train(
         SettingError: accelerate, which Trainer needs, is not installed, or the checkpoints are
             another training's.
     """
+    require_trainer()
     from transformers import PrinterCallback, Trainer
-    from transformers.utils import is_accelerate_available
 
-    if not is_accelerate_available():
-        raise not_installed("accelerate", "train")
     device, use_cache = model.device, model.module.config.use_cache
     with _folder(resumable) as (folder, saving), Quiet(), _own_randomness(device):
         trainer = Trainer(
@@ -171,6 +170,18 @@ def train(
             model.module.config.use_cache = use_cache
             model.module.to(device).eval()
     watch.restore_best()
+
+
+def require_trainer() -> None:
+    """Refuse to train without what Trainer needs.
+
+    Raises:
+        SettingError: accelerate is not installed.
+    """
+    from transformers.utils import is_accelerate_available
+
+    if not is_accelerate_available():
+        raise not_installed("accelerate", "train")
 
 
 def _arguments(folder: str, device: torch.device, settings: Mapping[str, Any]) -> Any:
