@@ -31,6 +31,7 @@ from weightsurgery import (
     save,
     verify,
 )
+from weightsurgery.formats.files import InputFile
 from weightsurgery.formats.strict_json import dump
 from weightsurgery.proof.verification import check_verification
 from weightsurgery.stream import Engine
@@ -444,3 +445,28 @@ def test_tuned_is_read_once(tmp_path: Path) -> None:
     watched, reads = cases.counted(source)
     assert verify(tmp_path / "out", base=source, tuned=watched)["proved"]
     assert sorted(name for name, _, _ in reads) == sorted(wide)
+
+
+@pytest.mark.parametrize("workers", [1, 2, 3])
+def test_every_byte_is_read_once(pair: Pair, workers: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The files' hashes too are taken of these reads; headers alone are read for themselves."""
+    cases.shrink_blocks(monkeypatch, 8)
+    pair.save()
+    read: list[tuple[str, int]] = []
+    fill = InputFile._fill
+
+    def counted(file: InputFile, buffer: Any, offset: int) -> None:
+        read.append((file.path, memoryview(buffer).nbytes))
+        fill(file, buffer, offset)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(InputFile, "_fill", counted)
+        assert verify(pair.out, engine=Engine(workers=workers))["proved"]
+    shards = sorted(pair.out.glob("*.safetensors"))
+    assert len(shards) == 2
+    for shard in shards:
+        kind, length = 32, 8  # bytes looked at to tell what the file is, and how long its header
+        header = int.from_bytes(shard.read_bytes()[:length], "little")
+        count = sum(count for path, count in read if path == str(shard))
+        # The strict reader comes twice: for each file, and for the directory as a whole.
+        assert count == shard.stat().st_size + 2 * (kind + length + header)

@@ -75,6 +75,12 @@ class Counts:
     neither: int = 0
     unlike_mask: int = 0
 
+    def add(self, other: Counts) -> None:
+        """Add what was counted in another part of the tensor."""
+        self.changed += other.changed
+        self.neither += other.neither
+        self.unlike_mask += other.unlike_mask
+
 
 def find_origin(
     recorded: Recorded, base: Checkpoint, tuned: Checkpoint, mask: Checkpoint | None
