@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, closing
 from dataclasses import replace
@@ -71,6 +71,47 @@ def save(
             or for what was trained or made in this process and is in no file.
         NonFiniteError: A computed value is NaN or infinite.
     """
+    return save_checked(
+        checkpoint,
+        out,
+        overwrite=overwrite,
+        max_shard_size=max_shard_size,
+        max_memory=max_memory,
+        hashes=hashes,
+        resume=resume,
+        engine=engine,
+    )
+
+
+def save_checked(
+    checkpoint: Checkpoint,
+    out: str | os.PathLike[str],
+    *,
+    overwrite: bool = False,
+    max_shard_size: int | str | None = None,
+    max_memory: int | str | None = None,
+    hashes: bool = True,
+    resume: bool = False,
+    engine: Engine | None = None,
+    check_inputs: Callable[[dict[str, str]], None] = lambda _: None,
+) -> dict[str, Any]:
+    """`save`, for those who know what the inputs should be.
+
+    Args:
+        checkpoint: As for `save`, and so all others.
+        out: Destination.
+        overwrite: Replace what is there.
+        max_shard_size: Bytes of tensors in a file at most.
+        max_memory: Bytes of memory at most.
+        hashes: Take the SHA-256 of everything.
+        resume: Go on with what an interrupted run left.
+        engine: Workers and progress.
+        check_inputs: Given the path and SHA-256 of every input file, taken of the very reads that
+            the work was done with; what it raises keeps the output from appearing.
+
+    Returns:
+        The record.
+    """
     require_checkpoints(checkpoint)
     out, engine = os.fspath(out), engine or Engine()
     if resume:
@@ -97,6 +138,7 @@ def save(
         journal = Journal(output, checkpoint, plan, engine, hashes=hashes, resume=resume)
         tensors, outputs = _write_shards(output, plan, engine, hashes, journal)
         taken = _input_hashes(checkpoint) if hashes else None
+        check_inputs(taken or {})
         record = _write_rest(output, checkpoint, plan, tensors, outputs, taken)
         checkpoint.check_unchanged()
         output.commit()
