@@ -44,11 +44,12 @@ CONFIG = cases.CONFIGS["bert"]
 class Pair:
     """Two models in two folders, and what is made of them."""
 
-    def __init__(self, root: Path) -> None:
-        base, tuned = cases.pair()
+    def __init__(self, root: Path, family: str = "bert", shards: int = 2) -> None:
+        base, tuned = cases.pair(family)
         self.root, self.out = root, root / "out"
-        cases.write_directory(root / "base", base, config=CONFIG)
-        cases.write_directory(root / "tuned", tuned, config=CONFIG, shards=2)
+        config = cases.CONFIGS[family]
+        cases.write_directory(root / "base", base, config=config)
+        cases.write_directory(root / "tuned", tuned, config=config, shards=shards)
         self.base, self.tuned = (open_checkpoint(root / n) for n in ("base", "tuned"))
 
     def save(self, made: Checkpoint | None = None, **settings: Any) -> dict[str, Any]:
