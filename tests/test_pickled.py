@@ -405,6 +405,7 @@ def test_code_is_refused_and_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.chdir(tmp_path)
     error = opened(tmp_path, SYSTEM)
     assert type(error) is PolicyError
+    assert error.code == "E-PICKLE-REFUSED"
     assert "posix.system" in str(error)
     assert "weights_only" not in str(error)  # torch's own advice is to run it
     assert list(tmp_path.rglob("code-ran")) == []
@@ -415,6 +416,7 @@ def test_a_hang_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     began = time.monotonic()
     error = opened(tmp_path, hashed_for_ever())
     assert type(error) is PolicyError
+    assert error.code == "E-PICKLE-LIMIT"
     assert "took longer than 1 seconds, and was stopped" in str(error)
     assert time.monotonic() - began < 60
 
@@ -423,6 +425,7 @@ def test_a_memory_bomb_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(pickled, "_MEMORY", 64 << 20)
     error = opened(tmp_path, b"\x80\x02" + b"]" * 3_000_000 + b".")
     assert type(error) is PolicyError
+    assert error.code == "E-PICKLE-LIMIT"
     assert "bytes of memory" in str(error)
 
 
@@ -470,6 +473,7 @@ def test_what_is_no_state_dict_is_refused(
 def test_a_cut_pickle_is_malformed(tmp_path: Path) -> None:
     error = opened(tmp_path, b"\x80\x02}")
     assert type(error) is FormatError
+    assert error.code == "E-PICKLE-LOAD"
     assert "torch cannot load it: EOFError" in str(error)
 
 

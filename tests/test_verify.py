@@ -418,7 +418,7 @@ def test_the_command(pair: Pair, capsys: pytest.CaptureFixture[str]) -> None:
     assert cases.wsurg("verify", pair.out, "--json") == 10
     printed = capsys.readouterr()
     assert json.loads(printed.out)["problems"][0]["file"] == "config.json"
-    expected = r"error\[E-GATE\]: .*: 1 thing is not as the record says: .*\n"
+    expected = r"error\[E-VERIFY\]: .*: 1 thing is not as the record says: .*\n"
     assert re.fullmatch(expected, printed.err)
 
 

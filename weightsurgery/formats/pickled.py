@@ -80,6 +80,7 @@ def _open_product(made: str, file: InputFile) -> tuple[dict[str, TensorView], di
         raise FormatError(
             f"the process that loaded it wrote no valid safetensors file: {error.reason}",
             file=file.path,
+            code="E-PICKLE-PRODUCT",
         ) from error
 
 
@@ -92,6 +93,7 @@ def _require_room(private: str, file: InputFile) -> None:
             f"{free:,} are free",
             file=file.path,
             hint="set TMPDIR to a directory with more room",
+            code="E-PICKLE-ROOM",
         )
 
 
@@ -170,16 +172,20 @@ def _explain(code: int | None, reason: str, path: str, seconds: int) -> SurgeryE
     """The error for a child that ended with this code; None if it did not end."""
     slow = f"loading it took longer than {seconds} seconds, and was stopped"
     if code is None or -code in (signal.SIGXCPU, signal.SIGALRM):
-        return PolicyError(slow, file=path, hint="it may be made to hang; do not trust it")
+        hint = "it may be made to hang; do not trust it"
+        return PolicyError(slow, file=path, hint=hint, code="E-PICKLE-LIMIT")
     if -code in _KILLERS or code == confined.TOO_MUCH:
         reason = shown(reason) or "loading it was killed, perhaps for its memory"
-        return PolicyError(reason, file=path, hint="it may be made to exhaust memory or disk")
+        hint = "it may be made to exhaust memory or disk"
+        return PolicyError(reason, file=path, hint=hint, code="E-PICKLE-LIMIT")
     if code == confined.REFUSED:
-        return PolicyError(shown(reason), file=path, hint="do not load it in any other way")
+        hint = "do not load it in any other way"
+        return PolicyError(shown(reason), file=path, hint=hint, code="E-PICKLE-REFUSED")
     if code == confined.UNABLE and reason:
-        return SettingError(shown(reason), file=path)
+        return SettingError(shown(reason), file=path, code="E-PICKLE-UNABLE")
     if code == confined.NO_ROOM:
-        return StorageError(shown(reason), file=path, hint="set TMPDIR to a directory with room")
-    if code == confined.MALFORMED and reason:
-        return FormatError(shown(reason), file=path)
-    return FormatError(f"the process that loaded it ended with code {code}", file=path)
+        hint = "set TMPDIR to a directory with room"
+        return StorageError(shown(reason), file=path, hint=hint, code="E-PICKLE-ROOM")
+    told = code == confined.MALFORMED and reason
+    reason = shown(reason) if told else f"the process that loaded it ended with code {code}"
+    return FormatError(reason, file=path, code="E-PICKLE-LOAD")

@@ -68,7 +68,10 @@ def convert(
     told = _described(overflow, changed, target)
     if overflow and not allow_nonfinite:
         raise NonFiniteError(
-            told, file=checkpoint.label, hint="choose a wider dtype, or pass --allow-nonfinite"
+            told,
+            file=checkpoint.label,
+            hint="choose a wider dtype, or pass --allow-nonfinite",
+            code="E-OVERFLOW-DTYPE",
         )
     converted = {n: _rounded(v, target) if n in changed else v for n, v in checkpoint.items()}
     result = replace(

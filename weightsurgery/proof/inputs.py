@@ -40,7 +40,8 @@ def find_inputs(recorded: Recorded, given: Paths) -> tuple[list[str], dict[str, 
             continue
         number = _number(recorded, name)
         if number in paths:
-            raise SettingError(f"input {number} is given twice, as '{shown(name)}' too")
+            reason = f"input {number} is given twice, as '{shown(name)}' too"
+            raise SettingError(reason, file=recorded.path, code="E-REPLAY-INPUT")
         paths[number] = os.fspath(path)
     for number, entry in enumerate(entries):
         if number not in paths:
@@ -67,7 +68,10 @@ def _number(recorded: Recorded, name: str) -> int:
     listed = ", ".join(f"{i}: {shown(known)}" for i, known in enumerate(names))
     what = "fits several inputs" if found else "is no input"
     raise SettingError(
-        f"'{shown(name)}' {what} of this record; they are {listed}", hint="give one by its number"
+        f"'{shown(name)}' {what} of this record; they are {listed}",
+        file=recorded.path,
+        hint="give one by its number",
+        code="E-REPLAY-INPUT",
     )
 
 
@@ -107,6 +111,7 @@ def _beside(recorded: Recorded, name: str, key: str) -> str:
         f"the input '{shown(name)}' is not beside the record",
         file=recorded.path,
         hint=f"say where it is: --input {shown(key)}=PATH",
+        code="E-REPLAY-NOWHERE",
     )
 
 
@@ -176,6 +181,7 @@ def _refuse_others(
             f"not the recorded inputs: {'; '.join(wrong[:3])}{more}",
             file=recorded.path,
             hint="give those that the output was made from",
+            code="E-REPLAY-OTHER",
         )
 
 
@@ -237,11 +243,13 @@ def find_counts(path: str | None, told: Any, tuned: Checkpoint) -> TokenCounts:
         found = count_by_wordfreq(read_vocabulary(tuned))
         if found.to_json() == told:
             return found
-        raise MismatchError("the counts of the installed wordfreq are not the recorded ones")
+        reason = "the counts of the installed wordfreq are not the recorded ones"
+        raise MismatchError(reason, code="E-REPLAY-COUNTS")
     try:
         found = read_counts(path)
     except FormatError:  # a text, whose tokens were counted
         found = count_corpus(path, tuned)
     if {**found.to_json(), "source": told["source"]} == told:
         return replace(found, source=told["source"])
-    raise MismatchError("not the token counts, or not the corpus, of the record", file=path)
+    reason = "not the token counts, or not the corpus, of the record"
+    raise MismatchError(reason, file=path, code="E-REPLAY-COUNTS")

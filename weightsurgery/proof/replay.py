@@ -116,7 +116,7 @@ def replay(
 
 def _counts(further: Mapping[str, str], told: Any, tuned: Checkpoint) -> TokenCounts:
     if not isinstance(told, dict) or not isinstance(told.get("source"), str):
-        raise FormatError(f"the record's token counts are {shown(told)}")
+        raise FormatError(f"the record's token counts are {shown(told)}", code="E-RECORD")
     return find_counts(further.get(told["source"]), told, tuned)
 
 
@@ -159,4 +159,5 @@ def check_replay(report: Mapping[str, Any]) -> None:
         f"other bytes than recorded in {len(report['differs'])} of the files: {names}",
         file=report["out"],
         hint="other versions of numpy or of the processor's libraries may round otherwise",
+        code="E-REPLAY",
     )

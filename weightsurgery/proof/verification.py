@@ -83,7 +83,7 @@ def verify(
         raise SettingError("base and tuned go together, and mask with them")
     is_directory = os.path.isdir(out)
     if not os.path.lexists(out):
-        raise StorageError("no such file or directory", file=out)
+        raise StorageError("no such file or directory", file=out, code="E-FILE-MISSING")
     folder = out if is_directory else os.path.dirname(os.path.abspath(out))
     name = record_name(out, is_directory=is_directory)
     found = _Found(out, read_record(os.path.join(folder, name)))
@@ -113,7 +113,8 @@ def _present(out: str, *, is_directory: bool) -> list[str]:
     try:
         return sorted(name for name in os.listdir(out) if name != RECORD)
     except OSError as error:
-        raise StorageError(f"cannot list: {error.strerror}", file=out) from error
+        reason = f"cannot list: {error.strerror}"
+        raise StorageError(reason, file=out, code="E-FILE-OPEN") from error
 
 
 def _open_files(found: _Found, folder: str, present: list[str]) -> None:
@@ -316,7 +317,8 @@ def check_verification(report: Mapping[str, Any]) -> None:
     problems = report["problems"]
     first = ", ".join(list(dict.fromkeys(map(_named, problems)))[:3])
     what = "thing is" if len(problems) == 1 else "things are"
-    raise GateError(f"{len(problems)} {what} not as the record says: {first}", file=report["out"])
+    reason = f"{len(problems)} {what} not as the record says: {first}"
+    raise GateError(reason, file=report["out"], code="E-VERIFY")
 
 
 def _named(problem: Mapping[str, Any]) -> str:
