@@ -11,6 +11,7 @@ import pytest
 
 from tests import hostile
 from tests.hostile import weights
+from weightsurgery.errors import FormatError
 from weightsurgery.formats import open_checkpoint, save
 from weightsurgery.formats.directory import MAX_SIDE_FILE
 
@@ -61,6 +62,29 @@ def test_only_listed_side_files_travel(tmp_path: Path) -> None:
     for name in TRAVEL:
         assert (tmp_path / "out" / name).read_bytes() == (model / name).read_bytes()
     assert b"spam" not in (tmp_path / "out" / "README.md").read_bytes()
+
+
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 499723\n"
+PAGE = b"\n <!DOCTYPE html><html>404</html>"
+
+
+@pytest.mark.parametrize("name", [n for n in TRAVEL if not n.startswith(("LICENSE", "NOTICE"))])
+@pytest.mark.parametrize(("content", "code"), [(POINTER, "E-FILE-LFS"), (PAGE, "E-FILE-HTML")])
+def test_what_only_stands_for_a_side_file_is_refused(
+    name: str, content: bytes, code: str, tmp_path: Path
+) -> None:
+    """As it is for weights: the output would be a model that nothing can load."""
+    model = hostile.folder(tmp_path / "model", {**ONE, name: content})
+    with hostile.deadline(), pytest.raises(FormatError, match=r"found an? (Git|HTML)") as told:
+        open_checkpoint(model)
+    assert told.value.code == code
+    hostile.check_told(told.value, file=model / name)
+
+
+def test_a_licence_may_be_a_page(tmp_path: Path) -> None:
+    model = hostile.folder(tmp_path / "model", {**ONE, "LICENSE.html": PAGE})
+    save(open_checkpoint(model), str(tmp_path / "out"))
+    assert (tmp_path / "out" / "LICENSE.html").read_bytes() == PAGE
 
 
 CONFIGS: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {

@@ -21,10 +21,12 @@ from weightsurgery.formats.layout import (
     RECORD,
     SIDE_FILES,
     SINGLE,
+    TEXTS,
     fits,
     unpickled,
 )
 from weightsurgery.formats.pickled import open_pickled
+from weightsurgery.formats.placeholders import LONGEST_LOOK, refuse_placeholder
 from weightsurgery.formats.safetensors import open_safetensors, refuse_pickle
 from weightsurgery.formats.strict_json import parse_object
 
@@ -247,8 +249,20 @@ def _side_files(
             if file.size > MAX_SIDE_FILE:
                 left_out.append((name, f"{file.size:,} bytes; the limit is {MAX_SIDE_FILE:,}"))
             else:
+                _refuse_placeholder(file, name)
                 kept.append(file.ref())
     return tuple(kept), tuple(left_out)
+
+
+def _refuse_placeholder(file: InputFile, name: str) -> None:
+    """Refuse a side file without which the output would be no model.
+
+    Raises:
+        FormatError: It is a Git LFS pointer, or a web page.
+    """
+    if not fits(name, TEXTS):  # which may well be pages, and serve as they are
+        start = file.read_bytes(0, min(file.size, LONGEST_LOOK))
+        refuse_placeholder(start, file=file.path, expected="a file that travels with the weights")
 
 
 def _leads_to_regular(path: str) -> bool:

@@ -72,7 +72,8 @@ def read_record(path: str) -> Recorded:
         file = InputFile(path)
     except StorageError as error:
         hint = "every output of wsurg has one; give such an output"
-        raise StorageError(f"no record: {error.reason}", file=path, hint=hint) from error
+        reason = f"no record: {error.reason}"
+        raise StorageError(reason, file=path, hint=hint, code="E-RECORD-MISSING") from error
     data = file.read_all(MAX_RECORD)
     content = parse_object(data, file=path, what="record")
     if content.get("schema") != SCHEMA:
