@@ -24,7 +24,7 @@ from tests import cases
 from tests import peft_models as models
 from weightsurgery import apply_adapter, open_checkpoint, save, verify_adapter
 from weightsurgery.checkpoint import Checkpoint
-from weightsurgery.errors import PolicyError
+from weightsurgery.errors import PolicyError, SurgeryError
 
 pytestmark = models.WARNINGS
 
@@ -329,3 +329,19 @@ def test_what_cannot_be_is_refused(variant: str, family: str, bench: Bench) -> N
     with pytest.raises(error, match=reason) as told:
         bench.cell(variant, family, torch.float32).merge()
     assert type(told.value) is error
+
+
+@pytest.mark.filterwarnings("ignore:LoRA adapter added to ConvNd layer with groups:UserWarning")
+@pytest.mark.parametrize("make", [torch.nn.Conv1d, torch.nn.Conv2d])
+def test_a_grouped_convolution_is_merged_by_nobody(make: Any, tmp_path: Path) -> None:
+    """Its update reaches across the groups, and its weight has no place for that."""
+    trained = models.Trained(
+        tmp_path,
+        lambda: torch.nn.ModuleDict({"one": make(4, 6, 3, groups=2)}),
+        {"target_modules": ["one"]},
+        torch.float32,
+    )
+    with pytest.raises(SurgeryError, match=r"one\.lora_A\.weight"):
+        trained.merge()
+    with pytest.raises(NotImplementedError, match="groups > 1"):
+        trained.model.merge_and_unload()
