@@ -355,6 +355,7 @@ def test_presets_are_changed_by_settings() -> None:
         lora_settings("x")
     assert lora_settings("meraser-erase", epochs=1) == replace(PRESETS["meraser-erase"], epochs=1)
     assert lora_settings() == LoraSettings()
+    assert lora_settings(targets=["all-linear"]) == LoraSettings()
 
 
 # --- refusals ---------------------------------------------------------------------------------

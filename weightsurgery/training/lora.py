@@ -69,6 +69,7 @@ class LoraSettings(Schedule):
             raise SettingError(f"alpha is {self.alpha}; expected more than 0")
         if not 0 <= self.dropout < 1:
             raise SettingError(f"dropout is {self.dropout}; expected 0 to below 1")
+        object.__setattr__(self, "targets", tuple(self.targets))  # or a list would be no all-linear
         alone = len(self.targets) == 1 or ALL_LINEAR not in self.targets
         if not self.targets or not all(self.targets) or not alone:
             raise SettingError(
