@@ -39,6 +39,7 @@ def save(
     hashes: bool = True,
     resume: bool = False,
     engine: Engine | None = None,
+    check_inputs: Callable[[dict[str, str]], None] | None = None,
 ) -> dict[str, Any]:
     """Write a checkpoint: a directory where it came from one, else a file. All of it, or nothing.
 
@@ -59,6 +60,9 @@ def save(
             or versions is not used. If this run is cut off in its turn, by a full disk, Ctrl-C
             or SIGTERM, its finished files stay for the next.
         engine: Workers and progress.
+        check_inputs: Given the path and SHA-256 of every input file, taken of the very reads that
+            the work was done with (none without `hashes`), before the output appears; what it
+            raises keeps it from appearing.
 
     Returns:
         The record, as written to wsurg-record.json.
@@ -70,47 +74,6 @@ def save(
         SettingError: A size or the kind of `out` does not fit; `resume` is asked without hashes,
             or for what was trained or made in this process and is in no file.
         NonFiniteError: A computed value is NaN or infinite.
-    """
-    return save_checked(
-        checkpoint,
-        out,
-        overwrite=overwrite,
-        max_shard_size=max_shard_size,
-        max_memory=max_memory,
-        hashes=hashes,
-        resume=resume,
-        engine=engine,
-    )
-
-
-def save_checked(
-    checkpoint: Checkpoint,
-    out: str | os.PathLike[str],
-    *,
-    overwrite: bool = False,
-    max_shard_size: int | str | None = None,
-    max_memory: int | str | None = None,
-    hashes: bool = True,
-    resume: bool = False,
-    engine: Engine | None = None,
-    check_inputs: Callable[[dict[str, str]], None] = lambda _: None,
-) -> dict[str, Any]:
-    """`save`, for those who know what the inputs should be.
-
-    Args:
-        checkpoint: As for `save`, and so all others.
-        out: Destination.
-        overwrite: Replace what is there.
-        max_shard_size: Bytes of tensors in a file at most.
-        max_memory: Bytes of memory at most.
-        hashes: Take the SHA-256 of everything.
-        resume: Go on with what an interrupted run left.
-        engine: Workers and progress.
-        check_inputs: Given the path and SHA-256 of every input file, taken of the very reads that
-            the work was done with; what it raises keeps the output from appearing.
-
-    Returns:
-        The record.
     """
     require_checkpoints(checkpoint)
     out, engine = os.fspath(out), engine or Engine()
@@ -138,7 +101,8 @@ def save_checked(
         journal = Journal(output, checkpoint, plan, engine, hashes=hashes, resume=resume)
         tensors, outputs = _write_shards(output, plan, engine, hashes, journal)
         taken = _input_hashes(checkpoint) if hashes else None
-        check_inputs(taken or {})
+        if check_inputs is not None:
+            check_inputs(taken or {})
         record = _write_rest(output, checkpoint, plan, tensors, outputs, taken)
         checkpoint.check_unchanged()
         output.commit()

@@ -20,7 +20,7 @@ from weightsurgery.errors import (
 from weightsurgery.formats.layout import RECORD, is_adapter_layout
 from weightsurgery.formats.output import check_destination
 from weightsurgery.formats.recorded import Recorded, read_record
-from weightsurgery.formats.save import save_checked
+from weightsurgery.formats.save import save
 from weightsurgery.proof.inputs import Paths, check_inputs, find_counts, find_inputs, open_inputs
 from weightsurgery.proof.rebuild import check_replayable, rebuild
 from weightsurgery.stream import Engine
@@ -88,7 +88,7 @@ def replay(
             find_counts=partial(_counts, further),
             engine=engine,
         )
-        written = save_checked(
+        written = save(
             _cut(made, recorded),
             out,
             overwrite=overwrite,
