@@ -161,7 +161,7 @@ SENTENCE_ERRORS = [
     (
         "a.tsv",
         "sentence\tlabel\nx\t1\ny\n",
-        "line 3: 1 fields; the header has 2; a text with a tab in it needs .csv or .jsonl",
+        "line 3: 1 field; the header has 2; a text with a tab in it needs .csv or .jsonl",
     ),
     ("a.tsv", "sentence\tlabel\nx\ty\t1\n", "line 2: 3 fields; the header has 2"),
     (

@@ -159,7 +159,7 @@ NO_ANSWER = {
     ),
     "adapter's weights only": (
         {"adapter_model.safetensors": weights("x")},
-        "it holds adapter_model.safetensors; choose",
+        r"adapter_model\.safetensors without adapter_config\.json; take it from",
     ),
     "hostile name": ({"\x1b[31m.safetensors": b""}, r"it holds \\x1b\[31m.safetensors"),
 }
