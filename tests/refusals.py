@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 
 from tests import cases, hostile
+from tests.bombs import packed
 from tests.hostile import INDEX, SHARDS, entry, index, raw, weights
 from weightsurgery.cli import _TerminatedError
 from weightsurgery.formats import pickled
@@ -403,6 +404,7 @@ REFUSALS: dict[str, Case] = {
     "E-JSON-DUPLICATE": text(f'{{"w":{ONE_ENTRY},"\\u0077":{ONE_ENTRY}}}'),
     "E-JSON-NUMBER": header(shape=[float("nan")]),
     "E-JSON-NESTED": text('{"w":' + "[" * 10**5),
+    "E-JSON-COST": file(raw(packed("[],", 6_000_000))),
     "E-JSON-SURROGATE": text(f'{{"\\ud800":{ONE_ENTRY}}}'),
     "E-JSON-OBJECT": shards({INDEX: []}),
     "E-FILE-MISSING": lambda place: ["inspect", place.folder / "x.safetensors"],

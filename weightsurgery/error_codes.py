@@ -95,6 +95,11 @@ _JSON: _Rows = {
     "E-JSON-DUPLICATE": (FormatError, "a key occurs twice in an object", "keep one of the two"),
     "E-JSON-NUMBER": (FormatError, "NaN, infinity, or a number too large", "write a finite one"),
     "E-JSON-NESTED": (FormatError, "more than 128 levels of nesting", "no model needs so many"),
+    "E-JSON-COST": (
+        FormatError,
+        "so many values that parsing them would exhaust memory",
+        "do not trust this file; no model needs so many",
+    ),
     "E-JSON-SURROGATE": (FormatError, "a text escapes half a surrogate pair", "write UTF-8"),
     "E-JSON-OBJECT": (FormatError, "the outermost value is no object", "give the right file"),
 }

@@ -31,9 +31,10 @@ def shown(text: object) -> str:
         >>> shown("a\nb\x1b[31m")
         'a\\nb\\x1b[31m'
     """
+    start = str(text)[: _LONGEST_NAME + 1]  # no more of a hundred megabytes
     escaped = "".join(
         c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode("ascii")
-        for c in str(text)
+        for c in start
     )
     return escaped if len(escaped) <= _LONGEST_NAME else escaped[: _LONGEST_NAME - 1] + "…"
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import stat
+from collections import Counter
 from typing import Any
 
 from weightsurgery.checkpoint import Checkpoint, FileRef, TensorView
@@ -69,15 +70,17 @@ def open_directory(
     files: list[FileRef] = []
     warnings: list[str] = []
     listed, total = None, None
+    in_shard: Counter[str] = Counter()
     if chosen.endswith(".index.json"):
         index, listed, total = _read_index(directory, chosen)
         files.append(index)
-    for shard in sorted(set(listed.values())) if listed is not None else [chosen]:
+        in_shard.update(listed.values())
+    for shard in sorted(in_shard) if listed is not None else [chosen]:
         file = _open_shard(directory, shard, chosen)
         found, shard_metadata, told = _open_weights(file, shard, allow_pickle)
         warnings += told
         if listed is not None:
-            _check_shard(file, found, listed, shard)
+            _check_shard(file, found, listed, shard, in_shard[shard])
         tensors |= found
         layout |= dict.fromkeys(found, unpickled(shard))
         warnings += _conflicts(shard, shard_metadata, metadata)
@@ -214,8 +217,10 @@ def _is_plain_name(name: Any, ending: str) -> bool:
 
 
 def _check_shard(
-    file: InputFile, found: dict[str, TensorView], listed: dict[str, str], shard: str
+    file: InputFile, found: dict[str, TensorView], listed: dict[str, str], shard: str, count: int
 ) -> None:
+    """Refuse a shard that has other tensors than the `count` that the index lists for it."""
+
     def bad(code: str, name: str, reason: str) -> FormatError:
         return FormatError(reason, file=file.path, tensor=name, code=code)
 
@@ -225,9 +230,11 @@ def _check_shard(
         if listed[name] != shard:
             reason = f"the index places it in {shown(listed[name])}"
             raise bad("E-SHARD-DUPLICATE", name, reason)
-    for name, place in listed.items():
-        if place == shard and name not in found:
-            raise bad("E-SHARD-LACKS", name, "listed in the index but not in the shard")
+    # All that was found is listed here, so that fewer is what can still be wrong. No search where
+    # nothing is: there may be thousands of shards, and this would read the index for each.
+    lacking = (n for n, place in listed.items() if place == shard and n not in found)
+    if len(found) < count:
+        raise bad("E-SHARD-LACKS", next(lacking), "listed in the index but not in the shard")
 
 
 def _side_files(
