@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests import cases, reference
+from tests import cases, hostile, reference
 from weightsurgery import apply_adapter, from_arrays, open_checkpoint, save, verify_adapter
 from weightsurgery.adapters.config import read_config
 from weightsurgery.adapters.elements import compare
@@ -555,6 +555,18 @@ def test_first_match_of_a_pattern_counts_and_dots_are_dots() -> None:
     assert ranks == [1, 2, 2, 2, 2, 2]
     assert read.scale_of("a.b.c") == 4.0
     assert read.scale_of("other") == 1.5
+
+
+def test_patterns_are_looked_up_not_gone_through() -> None:
+    several = {"rank_pattern": {"x": 1, **{f"m{i}.x": 2 + i for i in range(100_000)}}}
+    config = read_config(from_arrays({}, config=cases.adapter_config(**several)))
+    with hostile.deadline(60):
+        assert {config.rank_of(f"a.m{i}.x") for i in range(100_000)} == {1}
+    long = ".".join("a" * 1000)
+    keys = {long[-500:]: 3, long[-499:]: 4}
+    config = read_config(from_arrays({}, config=cases.adapter_config(rank_pattern=keys)))
+    assert config.rank_of(long) == 4  # the other begins with a dot, and so within a name
+    assert config.rank_of(long[-498:]) == 2
 
 
 # --- proof -------------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ from weightsurgery.errors import PolicyError, StorageError
 
 PACKAGE = Path(__file__).parent.parent / "weightsurgery"
 QUICK = {"mix": list(FAULTS), "mismatch": list(FAULTS)}  # the others fail once for want of room
-EXHAUSTIVE = (pytest.mark.slow, pytest.mark.exhaustive)
+LONG = (pytest.mark.slow, pytest.mark.long)
 Contents = dict[str, "bytes | str | None"]
 
 
@@ -40,9 +40,9 @@ def test_what_reads_has_nothing_to_write_to(name: str) -> None:
 
 
 def selection() -> list[object]:
-    """(command, fault): a few at once, all of them with `-m exhaustive`."""
+    """(command, fault): a few at once, all of them with `-m long`."""
     return [
-        pytest.param(name, fault, marks=[] if fault in quick else EXHAUSTIVE)
+        pytest.param(name, fault, marks=[] if fault in quick else LONG)
         for name in WRITERS
         for quick in [QUICK.get(name, ["no room"])]
         for fault in FAULTS
@@ -241,7 +241,7 @@ def test_kills_and_races_break_nothing() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.exhaustive
+@pytest.mark.long
 def test_many_kills_and_races_break_nothing() -> None:
     said = run_faults()
     assert "killed at random: 200 of" in said

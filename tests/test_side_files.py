@@ -99,6 +99,12 @@ CONFIGS: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
         {},
         "attn_implementation",
     ),
+    "attention in a list": ({"attn_implementation": ["evil/kernel"]}, {}, "attn_implementation"),
+    "attention of no known kind": (
+        {"attn_implementation": {"a": {"b": "evil/kernel"}}},
+        {},
+        "attn_implementation",
+    ),
     "deep": (
         {"x": [{"y": {"auto_map": {}, "z": 1}}, [{"trust_remote_code": True}]]},
         {"x": [{"y": {"z": 1}}, [{}]]},
@@ -142,6 +148,14 @@ def test_config_loses_other_weights(tmp_path: Path) -> None:
     record = save(open_checkpoint(model, weights="model.safetensors"), str(tmp_path / "out"))
     assert json.loads((tmp_path / "out" / "config.json").read_bytes()) == {"model_type": "bert"}
     assert record["warnings"] == ["config.json: removed transformers_weights"]
+
+
+def test_a_deep_config_is_gone_through_once(tmp_path: Path) -> None:
+    deep = '{"x":' * 120 + "[" + "1," * 2_000_000 + "1]" + "}" * 120
+    model = hostile.folder(tmp_path / "model", {**ONE, "config.json": deep.encode()})
+    with hostile.deadline(60):
+        save(open_checkpoint(model), tmp_path / "out")
+    assert (tmp_path / "out" / "config.json").read_text() == deep
 
 
 @pytest.mark.parametrize(

@@ -17,8 +17,10 @@ from typing import Any
 
 from weightsurgery.errors import FormatError, MismatchError, counted, shown
 from weightsurgery.formats.files import InputFile
+from weightsurgery.formats.json_cost import MEMORY, parsing_cost
 
 MAX_BYTES = 1 << 30  # of a data file
+_LONG_LINE = 1 << 20  # characters; what is shorter can cost little
 _LINES = (".jsonl", ".json")  # an object a line
 _TABLES = (".tsv", ".csv", *_LINES)
 _SENTENCES = (("sentence",), ("sentence1", "sentence2"))
@@ -281,6 +283,8 @@ def _jsonl(name: str, text: str) -> Iterator[tuple[int, dict[str, Any]]]:
     for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
             continue
+        if len(line) > _LONG_LINE and parsing_cost(line.encode()) > MEMORY:
+            raise _bad(name, number, "so many values that parsing them would exhaust memory")
         try:
             row = json.loads(line)
         except (ValueError, RecursionError) as error:
