@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import peft
@@ -25,46 +26,62 @@ WARNINGS = [  # what PEFT warns of when it adapts and saves is not ours
 ]
 
 
+SIZES = {"vocab_size": 32, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+MOE = {**SIZES, "num_key_value_heads": 1, "num_experts_per_tok": 2}
+TOKENS = torch.arange(12).reshape(2, 6)
+
+
 def llama(**options: Any) -> Any:
-    settings = {"vocab_size": 32, "hidden_size": 16, "intermediate_size": 24}
-    settings |= {"num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1}
-    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**settings, **options))
+    sizes = {**SIZES, "intermediate_size": 24, "num_key_value_heads": 1}
+    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**{**sizes, **options}))
 
 
-def biased() -> Any:
-    return llama(attention_bias=True)
-
-
-def bert() -> Any:
-    settings = {"vocab_size": 32, "hidden_size": 16, "intermediate_size": 24}
-    settings |= {"num_hidden_layers": 2, "num_attention_heads": 2}
-    config = transformers.BertConfig(**settings)
+def bert(**options: Any) -> Any:
+    config = transformers.BertConfig(**{**SIZES, "intermediate_size": 24, **options})
     return transformers.BertForSequenceClassification(config)
 
 
-def gpt2() -> Any:
+def bert_with_head(**options: Any) -> Any:
+    config = transformers.BertConfig(**{**SIZES, "intermediate_size": 24, **options})
+    return transformers.BertForMaskedLM(config)
+
+
+def gpt2(**options: Any) -> Any:
     settings = {"vocab_size": 32, "n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 16}
-    tokens = {"bos_token_id": 0, "eos_token_id": 0}
-    return transformers.GPT2LMHeadModel(transformers.GPT2Config(**settings, **tokens))
+    settings |= {"bos_token_id": 0, "eos_token_id": 0, **options}
+    return transformers.GPT2LMHeadModel(transformers.GPT2Config(**settings))
 
 
-def conv() -> Any:
-    layers = {
-        "one": torch.nn.Conv1d(4, 6, 3),
-        "two": torch.nn.Conv2d(4, 6, (3, 2)),
-        "pixel": torch.nn.Conv2d(4, 6, 1),
-    }
-    return torch.nn.ModuleDict(layers)
+def qwen2_moe(**options: Any) -> Any:
+    """Experts that are fused in memory and stored one by one, and biases."""
+    sizes = {**MOE, "moe_intermediate_size": 20, "num_experts": 3, "intermediate_size": 24}
+    sizes |= {"shared_expert_intermediate_size": 12, **options}
+    return transformers.Qwen2MoeForCausalLM(transformers.Qwen2MoeConfig(**sizes))
 
 
-def experts() -> Any:
-    class Experts(torch.nn.Module):  # type: ignore[misc, name-defined]  # torch is Any here
-        def __init__(self) -> None:
-            super().__init__()
-            self.gate_up_proj = torch.nn.Parameter(torch.randn(3, 12, 8))
-            self.down_proj = torch.nn.Parameter(torch.randn(3, 8, 6))
+def gpt_oss(**options: Any) -> Any:
+    """Experts that are stored fused, inputs by outputs, and biases."""
+    sizes = {**MOE, "intermediate_size": 20, "num_local_experts": 3, "head_dim": 8}
+    sizes |= {"pad_token_id": 0, **options}
+    return transformers.GptOssForCausalLM(transformers.GptOssConfig(**sizes))
 
-    return torch.nn.ModuleDict({"mlp": torch.nn.ModuleDict({"experts": Experts()})})
+
+class Convolutions(torch.nn.Module):  # type: ignore[misc, name-defined]  # torch is Any here
+    """Convolutions along one and two dimensions between an embedding and a linear head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words = torch.nn.Embedding(32, 4)
+        self.one = torch.nn.Conv1d(4, 6, 3)
+        self.norm = torch.nn.BatchNorm1d(6)
+        self.two = torch.nn.Conv2d(1, 5, (3, 2))
+        self.pixel = torch.nn.Conv2d(5, 4, 1)
+        self.head = torch.nn.Linear(4, 3)
+
+    def forward(self, input_ids: Any) -> Any:
+        rows = self.norm(self.one(self.words(input_ids).transpose(1, 2)))
+        plane = self.pixel(torch.tanh(self.two(rows[:, None])))
+        return SimpleNamespace(logits=self.head(plane.mean((2, 3))))
 
 
 class Trained:

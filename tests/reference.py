@@ -265,12 +265,20 @@ def residuals(before: Array, expected: Array, after: Array, half: float, least: 
     """Sums over one tensor of a merge: `low_rank_kernel.residual_sums`."""
     b, e, a = (block.astype(np.float64) for block in (before, expected, after))
     change, actual, left = e - b, a - b, np.abs(a - e)
-    order = 2.0**-22 if before.dtype == np.float32 else 2.0**-51
-    floor = least + 2.0**-20 * np.abs(change).max()
-    allowed = half * (np.abs(e) + np.abs(change)) + order * (np.abs(b) + np.abs(e)) + floor
+    allowed = room(before, expected, half, least)
     sums = [np.sum(x) for x in (change**2, actual**2, change * actual, left**2, allowed**2)]
     worst = np.max(left / allowed) if np.isfinite(sums).all() else np.nan
     return np.array([*sums, worst, np.sum(a != b)])
+
+
+def room(before: Array, after: Array, half: float, least: float) -> Array:
+    """What rounding may leave of each element: the sum's, the change's, and another order's."""
+    b, a = before.astype(np.float64), after.astype(np.float64)
+    change = np.abs(a - b)
+    order = 2.0**-22 if before.dtype == np.float32 else 2.0**-51
+    floor = least + 2.0**-20 * change.max()
+    found: Array = half * (np.abs(a) + change) + order * (np.abs(b) + np.abs(a)) + floor
+    return found
 
 
 def greedy(module: Any, ids: list[int], *, new: int, ends: set[int]) -> list[int]:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 import socket
+import zipfile
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -14,9 +17,13 @@ import numpy as np
 import pytest
 
 from tests import cases, hostile
+from tests.bombs import packed
 from tests.hostile import INDEX, SHARDS, entry, index, raw, weights
 from weightsurgery.cli import _TerminatedError
+from weightsurgery.formats import pickled
 from weightsurgery.formats.output import Output
+from weightsurgery.formats.record import sealed
+from weightsurgery.formats.strict_json import dump
 
 ONE = {"model.safetensors": weights("a"), "config.json": {"model_type": "bert"}}
 FRONT = "base_model.model."
@@ -205,6 +212,91 @@ def no_record(place: Place) -> list[Any]:
     return ["replay", "wsurg-record.json", "-o", "out"]
 
 
+def confined(program: str) -> Case:
+    """A good archive, and something else than the confined child to load it."""
+
+    def build(place: Place) -> list[Any]:
+        with zipfile.ZipFile(place.folder / "m.bin", "w") as made:
+            made.writestr(zipfile.ZipInfo("m/data.pkl"), b"\x80\x02}.")
+        (place.folder / "child.py").write_text(f"import sys, os, signal\n{program}")
+        place.patch.setattr(pickled.confined, "__file__", str(place.folder / "child.py"))
+        return ["inspect", "m.bin", "--allow-pickle"]
+
+    return build
+
+
+def ends(code: int, reason: str) -> Case:
+    """A child that says this and ends with this code."""
+    return confined(f"sys.stderr.write({json.dumps(json.dumps(reason))}); sys.exit({code})")
+
+
+def no_room(place: Place) -> list[Any]:
+    """A pickle, and no room to convert it."""
+    room = type("Room", (), {"f_bavail": 0, "f_frsize": 1})
+    place.patch.setattr(os, "statvfs", lambda _: room)
+    return confined("")(place)
+
+
+def overflowing(place: Place) -> list[Any]:
+    """Numbers that F16 cannot hold."""
+    path = cases.write_file(place.folder / "x.safetensors", {"w": F4 * 1e30})
+    return ["convert", path, "--dtype", "f16", "-o", "out.safetensors"]
+
+
+def made(change: Callable[[dict[str, Any]], Any] | None, *then: Any, command: str = "mix") -> Case:
+    """What a command does with a mix, or an interpolation, whose record is changed and sealed."""
+
+    def build(place: Place) -> list[Any]:
+        before = place.pair(cases.model("bert", seed=5), cases.model("bert"), command=command)
+        assert cases.wsurg(*before) == 0
+        path = place.folder / "out.safetensors.wsurg-record.json"
+        record = json.loads(path.read_text())
+        if change:
+            change(record)
+        path.write_bytes(dump(sealed(record)))
+        return list(then)
+
+    return build
+
+
+def other_bytes(place: Place) -> list[Any]:
+    """A record with another seed than the output was made with, which replay then replaces."""
+    made(lambda r: r["recipe"]["settings"].update(seed=1))(place)
+    shutil.copy(place.folder / "out.safetensors.wsurg-record.json", place.folder / "kept.json")
+    return ["replay", "kept.json", "-o", "out.safetensors", "--overwrite"]
+
+
+def not_its_mask(place: Place) -> list[Any]:
+    """A model where a mask should be."""
+    return made(None, *VERIFY, *BOTH, "--mask", "base.safetensors")(place)
+
+
+def other_counts(place: Place) -> list[Any]:
+    """Token counts that were changed since."""
+    for name in ("base", "tuned"):
+        folder = cases.write_directory(place.folder / name, cases.model("bert"))
+        (folder / "vocab.txt").write_text("".join(f"{word}\n" for word in cases.WORDS))
+    (place.folder / "counts.json").write_text('{"the": 50}')
+    given = ("--counts", "counts.json", "--top", "1", "-o", "out")
+    assert cases.wsurg("epur", "base", "tuned", *given) == 0
+    (place.folder / "counts.json").write_text('{"the": 51}')
+    return ["replay", "out", "-o", "again"]
+
+
+def another_input(place: Place) -> list[Any]:
+    """An input that is longer than it was."""
+    arguments = made(None, *REPLAY)(place)
+    cases.write_file(place.folder / "base.safetensors", {**cases.model("bert"), "more": F4})
+    return arguments
+
+
+def nowhere(place: Place) -> list[Any]:
+    """An input that is gone."""
+    arguments = made(None, *REPLAY)(place)
+    (place.folder / "base.safetensors").unlink()
+    return arguments
+
+
 def kernel(place: Place) -> list[Any]:
     """A model whose attention a repository is to compute."""
     config = {"architectures": ["BertForSequenceClassification"], "attn_implementation": "a/b"}
@@ -270,6 +362,9 @@ def gate(place: Place) -> list[Any]:
     return ["diff", *place.mix()[1:3], "--fail-if", "max_abs >= 0"]
 
 
+VERIFY = ("verify", "out.safetensors")
+BOTH = ("--base", "base.safetensors", "--tuned", "tuned.safetensors")
+REPLAY = ("replay", "out.safetensors.wsurg-record.json", "-o", "again.safetensors")
 F4 = np.ones((2, 3), "f4")
 NAN = np.full((2, 3), np.nan, "f4")
 ONE_ENTRY = '{"dtype":"F32","shape":[1],"data_offsets":[0,4]}'
@@ -309,6 +404,7 @@ REFUSALS: dict[str, Case] = {
     "E-JSON-DUPLICATE": text(f'{{"w":{ONE_ENTRY},"\\u0077":{ONE_ENTRY}}}'),
     "E-JSON-NUMBER": header(shape=[float("nan")]),
     "E-JSON-NESTED": text('{"w":' + "[" * 10**5),
+    "E-JSON-COST": file(raw(packed("[],", 6_000_000))),
     "E-JSON-SURROGATE": text(f'{{"\\ud800":{ONE_ENTRY}}}'),
     "E-JSON-OBJECT": shards({INDEX: []}),
     "E-FILE-MISSING": lambda place: ["inspect", place.folder / "x.safetensors"],
@@ -325,6 +421,27 @@ REFUSALS: dict[str, Case] = {
     "E-PICKLE": file(b"\x80\x02" + bytes(99)),
     "E-PICKLE-ARCHIVE": archive,
     "E-RECORD": no_record,
+    "E-PICKLE-REFUSED": ends(5, "it asks for posix.system"),
+    "E-PICKLE-LIMIT": confined("os.kill(os.getpid(), signal.SIGXCPU)"),
+    "E-PICKLE-LOAD": ends(3, "no dictionary of tensors"),
+    "E-PICKLE-PRODUCT": confined("open(sys.argv[2], 'wb').write(b'PK' * 9)"),
+    "E-PICKLE-UNABLE": ends(2, "no torch"),
+    "E-PICKLE-ROOM": no_room,
+    "E-OVERFLOW-DTYPE": overflowing,
+    "E-RECORD-MISSING": lambda place: ["verify", place.merge()[1]],
+    "E-VERIFY": made(lambda r: r["outputs"]["out.safetensors"].update(sha256="0" * 64), *VERIFY),
+    "E-VERIFY-KIND": made(None, *VERIFY, *BOTH, command="interpolate"),
+    "E-VERIFY-MASK": not_its_mask,
+    "E-REPLAY": other_bytes,
+    "E-REPLAY-STEP": made(lambda r: r["recipe"].update(operator="finetune"), *REPLAY),
+    "E-REPLAY-VERSION": made(lambda r: r["tool"].update(version="0.0.1"), *REPLAY),
+    "E-REPLAY-NO-HASH": made(
+        lambda r: r["outputs"]["out.safetensors"].update(sha256=None), *REPLAY
+    ),
+    "E-REPLAY-INPUT": made(None, *REPLAY, "--input", "another=x"),
+    "E-REPLAY-NOWHERE": nowhere,
+    "E-REPLAY-OTHER": another_input,
+    "E-REPLAY-COUNTS": other_counts,
     "E-REMOTE-CODE": kernel,
     "E-HUB": unknown_to_the_hub,
     "E-INDEX-MAP": shards({INDEX: {"metadata": {}}}),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import re
@@ -10,16 +11,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 import pytest
-import torch
 
-from tests import cases, reference
-from tests.peft_models import WARNINGS, Trained, bert, biased, conv, experts, gpt2, llama
+from tests import cases, hostile, reference
 from weightsurgery import apply_adapter, from_arrays, open_checkpoint, save, verify_adapter
 from weightsurgery.adapters.config import read_config
+from weightsurgery.adapters.elements import compare
 from weightsurgery.adapters.proof import check_proof
+from weightsurgery.adapters.updates import Shift
 from weightsurgery.checkpoint import Checkpoint
 from weightsurgery.errors import (
     FormatError,
@@ -31,8 +31,6 @@ from weightsurgery.errors import (
     SurgeryError,
 )
 from weightsurgery.low_rank_kernel import add_low_rank, residual_sums, squared_lines
-
-pytestmark = WARNINGS
 
 # --- kernels ----------------------------------------------------------------------------------
 
@@ -90,107 +88,7 @@ def test_residuals(dtype: str, odd: float | None, place: int) -> None:
     assert found[6] == 32
 
 
-# --- PEFT is the oracle ------------------------------------------------------------------------
-
-
-LINEAR = ["q_proj", "v_proj", "down_proj"]
-FUSED = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
-VARIANTS: dict[str, tuple[Callable[[], Any], dict[str, Any]]] = {
-    "LoRA": (llama, {"target_modules": "all-linear", "lora_alpha": 7}),
-    "rsLoRA": (llama, {"target_modules": LINEAR, "use_rslora": True}),
-    "patterns": (
-        llama,
-        {
-            "target_modules": LINEAR,
-            "rank_pattern": {"q_proj": 2, "layers.1.self_attn.v_proj": 6},
-            "alpha_pattern": {"v_proj": 3, "^model.layers.0.mlp.down_proj": 5},
-        },
-    ),
-    "DoRA": (llama, {"target_modules": LINEAR, "use_dora": True}),
-    "DoRA of an embedding": (llama, {"target_modules": ["embed_tokens"], "use_dora": True}),
-    "embedding and head": (llama, {"target_modules": ["embed_tokens", "lm_head"]}),
-    "modules_to_save": (llama, {"target_modules": LINEAR, "modules_to_save": ["lm_head", "norm"]}),
-    "bias all": (biased, {"target_modules": ["q_proj"], "bias": "all"}),
-    "bias lora_only": (biased, {"target_modules": ["q_proj"], "bias": "lora_only"}),
-    "lora_bias": (biased, {"target_modules": ["q_proj", "v_proj"], "lora_bias": True}),
-    "tokens": (llama, {"target_modules": LINEAR, "trainable_token_indices": [5, 1, 31]}),
-    "tokens of a module": (
-        llama,
-        {"target_modules": LINEAR, "trainable_token_indices": {"embed_tokens": [7, 2]}},
-    ),
-    "BERT": (bert, {"target_modules": "all-linear", "task_type": "SEQ_CLS"}),
-    "Conv1D": (gpt2, {"target_modules": ["c_attn", "c_fc"], "fan_in_fan_out": True}),
-    "DoRA of Conv1D": (
-        gpt2,
-        {"target_modules": ["c_attn", "c_fc"], "fan_in_fan_out": True, "use_dora": True},
-    ),
-    "convolutions": (conv, {"target_modules": ["one", "two", "pixel"]}),
-    "DoRA of convolutions": (conv, {"target_modules": ["one", "two", "pixel"], "use_dora": True}),
-    "fused experts": (experts, {"target_modules": [], "target_parameters": FUSED}),
-}
-EVERY = pytest.mark.parametrize("variant", VARIANTS)
-
-
-def trained_with(folder: Path, variant: str, dtype: Any) -> Trained:
-    make, settings = VARIANTS[variant]
-    return Trained(folder, make, settings, dtype)
-
-
-@EVERY
-def test_merges_equal_pefts(variant: str, tmp_path: Path) -> None:
-    trained = trained_with(tmp_path, variant, torch.float32)
-    ours = cases.read(trained.merge())
-    theirs = trained.model.merge_and_unload().state_dict()
-    assert set(ours) <= set(theirs)
-    before = cases.read(open_checkpoint(trained.base))
-    assert any(not np.array_equal(before[name], ours[name]) for name in ours)
-    for name, array in ours.items():
-        expected = theirs[name].numpy()
-        np.testing.assert_allclose(array, expected, rtol=0, atol=1e-6 * np.abs(expected).max())
-
-
-@EVERY
-@pytest.mark.parametrize("safe", [False, True], ids=["once", "peft"])
-def test_merges_equal_pefts_in_bf16(variant: str, safe: bool, tmp_path: Path) -> None:
-    trained = trained_with(tmp_path, variant, torch.bfloat16)
-    # What PEFT has in bfloat16 itself (embeddings, parameters) it rounds twice in any case.
-    allowed = [cases.read(trained.merge(rounding=how)) for how in ("peft", "once")[: 2 - safe]]
-    theirs = trained.model.merge_and_unload(safe_merge=safe).state_dict()
-    for name in allowed[0]:
-        expected = theirs[name].float().numpy()
-        step = np.spacing(np.abs(expected).astype(ml_dtypes.bfloat16)).astype("f4")
-        off = [np.abs(ours[name].astype("f4") - expected) for ours in allowed]
-        assert any((one <= step).all() for one in off), name
-
-
-LOADED = [n for n, (make, _) in VARIANTS.items() if make in (llama, biased, bert, gpt2)]
-
-
-@pytest.mark.parametrize("variant", LOADED)
-def test_the_written_model_computes_what_the_adapted_one_does(variant: str, tmp_path: Path) -> None:
-    trained = trained_with(tmp_path, variant, torch.float32)
-    save(trained.merge(), tmp_path / "merged")
-    kind = type(trained.model.get_base_model())
-    tokens = torch.arange(12).reshape(2, 6)
-    with torch.no_grad():
-        expected = trained.model.eval()(input_ids=tokens).logits
-        found = kind.from_pretrained(tmp_path / "merged").eval()(input_ids=tokens).logits
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
-
-
-@EVERY
-def test_every_merge_of_ours_and_of_pefts_is_proved(variant: str, tmp_path: Path) -> None:
-    trained = trained_with(tmp_path, variant, torch.bfloat16)
-    base, adapter = open_checkpoint(trained.base), open_checkpoint(trained.adapter)
-    theirs = trained.model.merge_and_unload(safe_merge=True).state_dict()
-    as_stored = {
-        n: theirs[n].view(torch.uint16).numpy().view(cases.BF16) for n in base if n in theirs
-    }
-    merged = from_arrays(as_stored, config=base.config)
-    for one in (trained.merge(), merged):
-        report = verify_adapter(base, [adapter], one)
-        assert report["proved"], report["tensors"]
-        assert report["tensors"]
+# --- several adapters, other names; what PEFT merges is in test_adapter_matrix.py -------------
 
 
 def test_several_adapters_add_up_and_a_negative_weight_takes_back() -> None:
@@ -257,6 +155,7 @@ def with_nan(arrays: cases.Arrays) -> cases.Arrays:
 
 
 FRONT = "base_model.model."
+NORM = "embeddings.LayerNorm.weight"
 REFUSED: dict[str, tuple[dict[str, Any], Callable[..., cases.Arrays], type[SurgeryError], str]] = {
     "another tuner": ({"peft_type": "LOHA"}, same, PolicyError, "type LOHA; only LORA"),
     "no tuner": ({"peft_type": 3}, same, FormatError, "no peft_type"),
@@ -376,7 +275,7 @@ def test_a_bad_adapter_is_refused_and_nothing_written(
 
 def test_weights_must_be_as_many_as_adapters() -> None:
     base, adapter = pair_of(cases.model("bert"), cases.adapter(cases.model("bert")))
-    with pytest.raises(SettingError, match="2 weights for 1 adapters"):
+    with pytest.raises(SettingError, match=r"2 weights for 1 adapter$"):
         apply_adapter(base, adapter, weight=[1, 2])
     with pytest.raises(SettingError, match="no adapter"):
         apply_adapter(base)
@@ -448,6 +347,80 @@ def test_what_may_not_be_meant_is_told() -> None:
     }
     warnings = apply_adapter(*pair_of(base, embedding, family="llama")).warnings
     assert any("stores no output head" in told for told in warnings)
+
+
+MODULES = [f"encoder.layer.{layer}.attention.self.query" for layer in (0, 1)]
+
+
+def emptied(arrays: cases.Arrays, *endings: str) -> cases.Arrays:
+    """The arrays with minus zeros in those whose names end so."""
+    return {n: -0.0 * np.abs(a) if n.endswith(endings) else a for n, a in arrays.items()}
+
+
+def zeros_told(adapter: cases.Arrays, **settings: Any) -> list[str]:
+    given = pair_of(cases.model("bert"), adapter, **settings)
+    return [told for told in apply_adapter(*given).warnings if "was it trained?" in told]
+
+
+def test_an_adapter_that_adds_nothing_is_told() -> None:
+    """As from a training that never moved: every second factor begins as zero."""
+    full = cases.adapter(cases.model("bert"))
+    assert zeros_told(full) == []
+    ends = [f"{module}.lora_B.weight" for module in MODULES]
+    what = f"is exactly zero, first '{MODULES[0]}'; was it trained?"
+    assert zeros_told(emptied(full, *ends)) == [f"adapter: what it adds to 2 of 6 modules {what}"]
+    assert zeros_told(emptied(full, ends[0], f"{MODULES[1]}.lora_A.weight"))  # either factor
+    one = {n: a for n, a in full.items() if MODULES[0] in n}
+    whole = "adapter: the whole adapter changes nothing: what it adds to 1 of 1 module"
+    assert zeros_told(emptied(one, *ends)) == [f"{whole} {what}"]
+    # What replaces may change something, and what a scale of 0 takes away is told already.
+    saved = {**one, f"{FRONT}embeddings.LayerNorm.weight": np.ones(6, "f4")}
+    found = zeros_told(emptied(saved, *ends), modules_to_save=["LayerNorm"])
+    assert found == [f"adapter: what it adds to 1 of 1 module {what}"]
+    assert zeros_told(emptied(one, *ends), lora_alpha=0) == []
+    # A module's bias is its own.
+    biased = {**emptied(one, *ends), f"{FRONT}{MODULES[0]}.lora_B.bias": np.ones(6, "f4")}
+    assert zeros_told(biased, lora_bias=True) == []
+    assert zeros_told(emptied(biased, "bias"), lora_bias=True) == [f"{whole} {what}"]
+
+
+def test_an_embeddings_factors_may_be_zero_too() -> None:
+    base = cases.model("bert")
+    rows, width = base["embeddings.word_embeddings.weight"].shape
+    front = f"{FRONT}embeddings.word_embeddings.lora_embedding_"
+    arrays = {f"{front}A": np.zeros((2, rows), cases.BF16), f"{front}B": np.ones((width, 2), "f4")}
+    (told,) = zeros_told(arrays)
+    assert "the whole adapter changes nothing" in told
+    arrays[f"{front}A"][1, rows - 1] = 1
+    assert zeros_told(arrays) == []
+
+
+def test_zeros_of_stored_experts_are_one_modules() -> None:
+    base = {f"mlp.experts.{i}.down_proj.weight": np.ones((4, 6), "f4") for i in range(3)}
+    front = f"{FRONT}mlp.experts.lora_"
+    arrays = {f"{front}A.weight": np.ones((6, 6), "f4"), f"{front}B.weight": np.zeros((4, 6), "f4")}
+    given = pair_of(base, arrays, target_parameters=["mlp.experts.down_proj"])
+    told = apply_adapter(*given).warnings
+    assert any("changes nothing: what it adds to 1 of 1 module" in one for one in told)
+    told = apply_adapter(*given, weight=[0.0]).warnings
+    assert any("its scale is 0, so 3 tensors stay as they are" in one for one in told)
+    assert not any("changes nothing" in one for one in told)
+
+
+def test_what_tells_zeros_reads_no_large_tensor(tmp_path: Path) -> None:
+    base = cases.model("bert")
+    given, adapter = pair_of(base, emptied(cases.adapter(base), "lora_B.weight"))
+    counted, reads = cases.counted(given)
+    assert any("changes nothing" in told for told in apply_adapter(counted, adapter).warnings)
+    assert reads == []
+    cases.write_directory(tmp_path / "base", base)
+    config = cases.adapter_config(base_model_name_or_path="base")
+    arrays = emptied(cases.adapter(base), "lora_B.weight")
+    cases.write_adapter(tmp_path / "adapter", arrays, config)
+    paths = (tmp_path / "base", tmp_path / "adapter")
+    assert cases.wsurg("apply-adapter", *paths, "-o", tmp_path / "out") == 0
+    record = json.loads((tmp_path / "out" / "wsurg-record.json").read_text())
+    assert any("the whole adapter changes nothing" in told for told in record["warnings"])
 
 
 def test_what_is_replaced_has_no_weight() -> None:
@@ -557,6 +530,14 @@ def test_a_pickled_adapter_is_refused(tmp_path: Path) -> None:
         open_checkpoint(tmp_path)
 
 
+@pytest.mark.parametrize("kept", ["adapter_model.safetensors", "adapter_model.bin"])
+def test_an_adapter_without_its_configuration_is_told(kept: str, tmp_path: Path) -> None:
+    (tmp_path / kept).write_bytes(b"")
+    told = rf"^{re.escape(str(tmp_path))}: {re.escape(kept)} without adapter_config\.json; take it"
+    with pytest.raises(FormatError, match=told):
+        open_checkpoint(tmp_path)
+
+
 @pytest.mark.parametrize("key", ["r", "lora_alpha"])
 def test_what_the_scale_is_made_of_is_not_guessed(key: str) -> None:
     base = cases.model("bert")
@@ -574,6 +555,18 @@ def test_first_match_of_a_pattern_counts_and_dots_are_dots() -> None:
     assert ranks == [1, 2, 2, 2, 2, 2]
     assert read.scale_of("a.b.c") == 4.0
     assert read.scale_of("other") == 1.5
+
+
+def test_patterns_are_looked_up_not_gone_through() -> None:
+    several = {"rank_pattern": {"x": 1, **{f"m{i}.x": 2 + i for i in range(100_000)}}}
+    config = read_config(from_arrays({}, config=cases.adapter_config(**several)))
+    with hostile.deadline(60):
+        assert {config.rank_of(f"a.m{i}.x") for i in range(100_000)} == {1}
+    long = ".".join("a" * 1000)
+    keys = {long[-500:]: 3, long[-499:]: 4}
+    config = read_config(from_arrays({}, config=cases.adapter_config(rank_pattern=keys)))
+    assert config.rank_of(long) == 4  # the other begins with a dot, and so within a name
+    assert config.rank_of(long[-498:]) == 2
 
 
 # --- proof -------------------------------------------------------------------------------------
@@ -603,6 +596,41 @@ def test_a_wrong_merge_is_described() -> None:
         check_proof(report)
 
 
+def test_messages_say_merged_and_how_many_more(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = cases.model("bert", layers=9)
+    config = cases.adapter_config()
+    bert, other = cases.CONFIGS["bert"], cases.CONFIGS["gpt2"]
+    cases.write_directory(tmp_path / "base", base, config=bert)
+    cases.write_adapter(tmp_path / "adapter", cases.adapter(base), config)
+    cases.write_directory(tmp_path / "other", base, config=other)
+    cases.write_directory(tmp_path / "odd", {**base, NORM: base[NORM][:-1]}, config=bert)
+    given = ["verify-adapter", tmp_path / "base", tmp_path / "adapter"]
+
+    assert cases.wsurg(*given, tmp_path / "base") == 10  # where nothing was added
+    told = capsys.readouterr()
+    assert "27 tensors are not what BASE and the adapters give: " in told.err
+    assert told.err.rstrip().endswith("(unchanged) and 24 more")
+    assert told.out.count("unchanged") == 20
+    assert "and 7 more; --all shows them" in told.out
+    assert cases.wsurg(*given, tmp_path / "base", "--all") == 10
+    told = capsys.readouterr()
+    assert told.out.count("unchanged") == 27
+    assert "more" not in told.out
+    assert cases.wsurg(*given, tmp_path / "base", "--json") == 10
+    assert len(json.loads(capsys.readouterr().out)["tensors"]) == 27
+
+    for folder, reason in (
+        ("other", "bert in BASE and gpt2 in MERGED; give the model that MERGED was made from"),
+        ("odd", "[6] in BASE, [5] in MERGED (1 tensor like this)"),
+    ):
+        assert cases.wsurg(*given, tmp_path / folder) == MismatchError.exit_code
+        (line,) = capsys.readouterr().err.splitlines()
+        assert reason in line
+        assert "TUNED" not in line
+
+
 def test_what_rounding_explains_one_by_one_is_not_explained_together() -> None:
     """Each element is within the tolerance, and all should have moved."""
     name = "l.q.weight"
@@ -615,6 +643,66 @@ def test_what_rounding_explains_one_by_one_is_not_explained_together() -> None:
     assert verify_adapter(given[0], [given[1]], from_arrays(merged))["proved"]
     report = verify_adapter(given[0], [given[1]], from_arrays(base))
     assert [one["verdict"] for one in report["tensors"]] == ["unchanged"]
+
+
+def test_adapters_that_cancel_each_other_are_proved_wherever_they_were_rounded() -> None:
+    """What is rounded on the way is larger than the result."""
+    base = cases.model("llama")  # bfloat16
+    given = pair_of(base, cases.adapter(base, "llama"), family="llama")
+    twice, weight = [given[1], given[1]], [8.0, -8.0]
+    once = apply_adapter(given[0], *twice, weight=weight)
+    peft = apply_adapter(given[0], *twice, weight=weight, rounding="peft")
+    between = apply_adapter(given[0], given[1], weight=weight[:1])
+    steps = apply_adapter(between, given[1], weight=weight[1:])
+    found = [cases.read(one) for one in (peft, steps)]
+    assert all(any((one[n] != base[n]).any() for n in base) for one in found)
+    for merged in (once, peft, steps):
+        report = verify_adapter(given[0], twice, merged, weight=weight)
+        assert report["proved"], report["tensors"]
+        assert 0 <= max(one["worst"] for one in report["tensors"]) <= 1
+    for wrong in (between, apply_adapter(given[0], given[1], weight=[0.5])):
+        assert not verify_adapter(given[0], twice, wrong, weight=weight)["proved"]
+
+
+@pytest.mark.parametrize("odd", [None, np.nan])
+def test_the_room_of_several_updates_is_that_of_each(odd: float | None) -> None:
+    rng = np.random.default_rng(0)
+    before, *by = (rng.normal(size=40).astype("f4") for _ in range(4))
+    sums = np.cumsum([before, *by], axis=0, dtype="f4")
+    after = (sums[-1] + 0.3 * rng.normal(size=40)).astype(cases.BF16)
+    if odd is not None:
+        after[7] = odd
+    views = from_arrays({str(i): one for i, one in enumerate(by)})
+    updates = [Shift(view, 1.0) for view in views.values()]
+    found = compare(before.astype(cases.BF16), before.astype(cases.BF16), 0, [])
+    assert not found.any()
+    found = compare(before, after, 0, updates)
+    room = sum(
+        reference.room(one, other, 2.0**-8, 2.0**-134) for one, other in itertools.pairwise(sums)
+    )
+    left = np.abs(after.astype("f8") - sums[-1])
+    np.testing.assert_allclose(found[5], np.max(left / room), rtol=1e-4)
+
+
+COUNTER = "norm.num_batches_tracked"
+
+
+@pytest.mark.parametrize("kind", ["i8", "?"])
+def test_integers_of_a_saved_module_are_copied_and_proved(kind: str) -> None:
+    """Batch normalisation counts batches."""
+    base = {**cases.model("bert"), COUNTER: np.zeros(3, kind)}
+    counter = np.array([1, 0, 1], kind)
+    arrays = {**cases.adapter(base), FRONT + COUNTER: counter}
+    given = pair_of(base, arrays, modules_to_save=["norm"])
+    merged = cases.read(apply_adapter(*given))
+    assert cases.stored({COUNTER: merged[COUNTER]}) == cases.stored({COUNTER: counter})
+    assert verify_adapter(given[0], [given[1]], from_arrays(merged))["proved"]
+    report = verify_adapter(given[0], [given[1]], from_arrays({**merged, COUNTER: base[COUNTER]}))
+    wrong = [one for one in report["tensors"] if one["verdict"] != "proved"]
+    assert [(one["tensor"], one["verdict"]) for one in wrong] == [(COUNTER, "wrong")]
+    given = pair_of({**base, COUNTER: np.zeros(3, "i4")}, arrays, modules_to_save=["norm"])
+    with pytest.raises(PolicyError, match="weights in an adapter; expected floating ones"):
+        apply_adapter(*given)
 
 
 @pytest.mark.parametrize("name", ["l.mixer.A_log", "l.experts.gate_up_proj", "l.rotary.inv_freq"])

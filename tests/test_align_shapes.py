@@ -120,7 +120,7 @@ def test_a_model_type_that_is_no_name_ties_nothing(kind: Any) -> None:
 @pytest.mark.parametrize(
     ("base", "told"),
     [
-        (np.zeros((2, 3), np.int32), r"'i': dtypes differ: I32 in BASE, I64 in TUNED \(1 tensors"),
+        (np.zeros((2, 3), np.int32), r"'i': dtypes differ: I32 in BASE, I64 in TUNED \(1 tensor "),
         (np.zeros((2, 3), np.uint8), "dtypes differ: U8 in BASE, I64 in TUNED"),
         (np.zeros((3, 2), np.int64), r"'i': shapes differ: \[3, 2\] in BASE, \[2, 3\] in TUNED"),
         (np.zeros((4, 3), np.int64), r"'i': shapes differ: \[4, 3\] in BASE, \[2, 3\] in TUNED"),

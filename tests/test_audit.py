@@ -1,7 +1,8 @@
 """Opening a model runs nothing of it: the interpreter itself is asked, by an audit hook.
 
-Everything is opened in one fresh process, after two good models: what is imported at first use is
-imported then. From there on opening may list the model's directory and open its files to read.
+Everything is opened in one fresh process, after a few good models: what is imported at first use is
+imported then. From there on opening may list the model's directory and open its files to read. What
+is opened is all of the gallery of hostile inputs, and the cases here, which tempt to run code.
 """
 
 from __future__ import annotations
@@ -19,13 +20,18 @@ from typing import Any
 import pytest
 
 from tests import hostile
+from tests.gallery import gallery
 from tests.hostile import INDEX, SHARDS, entry, index, raw, weights
 
-ALLOWED = {"open", "os.listdir"}
+LOOKS = {"open", "os.listdir", "os.scandir"}
+ALLOWED = {*LOOKS, "builtins.id"}  # json asks for it where it writes, for a record's digest
 SCRIPT = """
 import json, os, pickle, sys
 from weightsurgery import open_checkpoint
+from weightsurgery.adapters.config import read_config
 from weightsurgery.errors import SurgeryError
+from weightsurgery.formats.recorded import read_record
+from weightsurgery.formats.vocabulary import read_special, read_vocabulary
 
 events = None
 
@@ -45,7 +51,15 @@ def watch(action):
     return seen, told
 
 def opened(path):
-    open_checkpoint(path).values()
+    if path.endswith("wsurg-record.json"):
+        read_record(path)
+        return
+    checkpoint = open_checkpoint(path)
+    for further in (read_vocabulary, read_special, read_config):
+        try:
+            further(checkpoint)
+        except SurgeryError:  # it is looked at only where it is wanted
+            pass
 
 warm_up, paths = json.load(sys.stdin)
 sys.addaudithook(hook)
@@ -83,6 +97,7 @@ class Evil:
         return os.system, ("touch code-ran",)
 
 
+Events = list[tuple[str, list[str]]]
 PICKLE = pickle.dumps({"w": Evil()}, 2)
 CODE = b"open('code-ran', 'w')\n"
 AUTO_MAP = {"AutoModel": "modeling_evil.Model", "AutoConfig": "evil/repo--config.Config"}
@@ -218,7 +233,7 @@ CASES: dict[str, tuple[Callable[[Path], Path], str]] = {
     ),
 }
 
-Events = list[tuple[str, list[str]]]
+GALLERY = gallery()
 
 
 @pytest.fixture(scope="module")
@@ -226,11 +241,13 @@ def heard(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any
     """Where the models lie, and what opening each made the interpreter tell; and the controls."""
     root = tmp_path_factory.mktemp("audited")
     (root / "secret.safetensors").write_bytes(weights("b"))
-    warm_up = [hostile.sharded(root / "warm"), file(weights("w"))(root / "up")]
-    paths = {name: str(make(root / name)) for name, (make, _) in CASES.items()}
+    warm_up = [hostile.sharded(root / "warm"), file(weights("w"))(root / "up"), root / "nowhere"]
+    paths = {name: [str(make(root / name))] for name, (make, _) in CASES.items()}
+    for number, (name, exhibit) in enumerate(GALLERY.items()):
+        paths[name] = [str(path) for path in exhibit.make(root / str(number))]
     finished = subprocess.run(
         [sys.executable, "-c", SCRIPT],
-        input=json.dumps([[str(path) for path in warm_up], list(paths.values())]),
+        input=json.dumps([list(map(str, warm_up)), [p for given in paths.values() for p in given]]),
         cwd=root,
         capture_output=True,
         text=True,
@@ -239,24 +256,40 @@ def heard(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any
     )
     assert finished.returncode == 0, finished.stderr
     found, controls = json.loads(finished.stdout)
-    return root, {name: found[path] for name, path in paths.items()}, controls
+    return root, {name: [found[path] for path in given] for name, given in paths.items()}, controls
+
+
+def check_events(events: Events, folder: Path) -> None:
+    """Nothing but looking into this folder, and reading."""
+    assert [(event, given) for event, given in events if event not in ALLOWED] == []
+    for event, (path, *how) in [told for told in events if told[0] in LOOKS]:
+        assert folder == Path(path) or folder in Path(path).parents
+        assert event != "open" or not int(how[1]) & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)
 
 
 @pytest.mark.parametrize(("name", "outcome"), [(n, said) for n, (_, said) in CASES.items()])
 def test_opening_runs_nothing(name: str, outcome: str, heard: tuple[Path, Any, Any]) -> None:
     root, found, _ = heard
-    events, told = found[name]
+    ((events, told),) = found[name]
     assert told.partition(":")[0] == outcome
-    assert [(event, given) for event, given in events if event not in ALLOWED] == []
-    for event, (path, *how) in events:
-        assert (root / name) == Path(path) or (root / name) in Path(path).parents
-        assert event != "open" or not int(how[1]) & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)
+    check_events(events, root / name)
     assert not list(root.rglob("code-ran"))
+
+
+@pytest.mark.parametrize(("number", "name"), list(enumerate(GALLERY)), ids=list(GALLERY))
+def test_opening_anything_hostile_runs_nothing(
+    number: int, name: str, heard: tuple[Path, Any, Any]
+) -> None:
+    root, found, _ = heard
+    for events, told in found[name]:
+        assert GALLERY[name].fate == "either" or bool(told) == (GALLERY[name].fate == "is refused")
+        check_events(events, root / str(number))
 
 
 def test_every_model_was_looked_at(heard: tuple[Path, Any, Any]) -> None:
     _, found, _ = heard
-    for name, (events, told) in found.items():
+    for name in CASES:
+        ((events, told),) = found[name]
         assert ("open" in {event for event, _ in events}) == (
             name not in {"pickle", "pickle in a model", "config leads out"}
         ), (name, told)

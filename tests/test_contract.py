@@ -140,8 +140,8 @@ def test_edits_leave_the_blocks_they_are_given(op: Operator, family: str) -> Non
 def test_nothing_is_read_before_it_is_saved(op: Operator, tmp_path: Path) -> None:
     watched = [cases.counted(checkpoint) for checkpoint in folders_for(op, tmp_path)]
     result = apply(op, *(checkpoint for checkpoint, _ in watched))
-    if op.name in EAGER:
-        for _, reads in watched:
+    for checkpoint, reads in watched:
+        if op.name in EAGER or not checkpoint.keys() & result.keys():  # an adapter's zeros are told
             reads.clear()
     assert [reads for _, reads in watched] == [[] for _ in watched]
     save(result, str(tmp_path / "out"))

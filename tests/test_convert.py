@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -137,6 +138,25 @@ def test_the_config_tells_the_new_dtype(key: str, tmp_path: Path) -> None:
     save(convert(open_checkpoint(tmp_path / "in"), dtype="bf16"), tmp_path / "out")
     assert json.loads((tmp_path / "out" / "config.json").read_text()) == {**config, key: "bfloat16"}
     assert json.loads((tmp_path / "in" / "config.json").read_text()) == config
+
+
+def test_every_part_of_a_model_tells_the_new_dtype(tmp_path: Path) -> None:
+    def config(first: str, second: str, third: str) -> dict[str, Any]:
+        return {
+            "model_type": "two-parts",
+            "dtype": first,
+            "text_config": {"torch_dtype": second, "vocab_size": 11, "dtype": None},
+            "vision_config": {"layers": [{"dtype": third}, "float32"], "embed_dtype": "float32"},
+            "index": {"dtype": "int8"},
+            "loading": {"torch_dtype": "auto"},
+        }
+
+    before = config("float32", "bfloat16", "torch.float16")
+    cases.write_directory(tmp_path / "in", cases.model("bert"), config=before)
+    made = convert(open_checkpoint(tmp_path / "in"), dtype="f16")
+    save(made, tmp_path / "out")
+    after = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert after == dict(made.config) == config("float16", "float16", "float16")
 
 
 def test_a_config_that_tells_none_stays(tmp_path: Path) -> None:

@@ -161,7 +161,7 @@ SENTENCE_ERRORS = [
     (
         "a.tsv",
         "sentence\tlabel\nx\t1\ny\n",
-        "line 3: 1 fields; the header has 2; a text with a tab in it needs .csv or .jsonl",
+        "line 3: 1 field; the header has 2; a text with a tab in it needs .csv or .jsonl",
     ),
     ("a.tsv", "sentence\tlabel\nx\ty\t1\n", "line 2: 3 fields; the header has 2"),
     (
@@ -173,6 +173,9 @@ SENTENCE_ERRORS = [
     ("a.csv", 'sentence,label\n"y,0\n', "line 2: not CSV: unexpected end of data"),
     ("a.jsonl", '{"sentence": "x", "label": 1}\n{\n', "line 2: not JSON: "),
     ("a.jsonl", "[" * 100_000, "line 1: not JSON: "),
+    pytest.param(
+        *("a.jsonl", '\n{"a":[' + "[]," * 3_000_000 + "0]}", "line 2: so many values"), id="bomb"
+    ),
     ("a.jsonl", '{"sentence": "x", "label": 1}\n\n[1]\n', "line 3: not a JSON object"),
     ("a.tsv", "sentence\tlabel\nx\t1\n \t0\n", "line 3: sentence is ' '; expected text"),
     ("a.jsonl", rows({"sentence": 3, "label": 1}), "line 1: sentence is 3; expected text"),

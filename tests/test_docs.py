@@ -184,8 +184,8 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 # Pages whose commands compute with a model: they need one that transformers loads.
-WITH_ADAPTERS = ("apply-adapter", "verify-adapter")
 WITH_MODELS = (
+    "apply-adapter",
     "epur",
     "evaluate",
     "extract-adapter",
@@ -195,22 +195,13 @@ WITH_MODELS = (
     "purify",
     "sweep",
     "train-adapter",
+    "verify-adapter",
 )
 FINGERPRINT = DOCS / "tutorial-fingerprint.md"  # its causal model is one that the tests make
 
 
 def stand_in(page: Path, folder: Path) -> None:
     """Put into the folder what a page begins with, where it is more than two small files."""
-    if page.stem in WITH_ADAPTERS:
-        arrays = load_file(folder / "base" / "model.safetensors")
-        cases.write_adapter(folder / "adapter", cases.adapter(arrays), cases.adapter_config())
-        llama = {n: a for n, a in cases.model("llama").items() if n != "lm_head.weight"}
-        settings = {**cases.CONFIGS["llama"], "tie_word_embeddings": True}
-        cases.write_directory(folder / "tied", llama, config=settings)
-        front, shapes = "base_model.model.lm_head.lora_", {"A": (2, 6), "B": (11, 2)}
-        head = {f"{front}{name}.weight": np.ones(shape, "f4") for name, shape in shapes.items()}
-        config = cases.adapter_config("llama", base_model_name_or_path="tied")
-        cases.write_adapter(folder / "head-adapter", head, config)
     if page == FINGERPRINT:
         shutil.rmtree(folder / "base")
         tiny_models.llama(folder / "base")
@@ -232,6 +223,15 @@ def stand_in(page: Path, folder: Path) -> None:
         shutil.copy(folder / name / "model.safetensors", folder / f"{name}.safetensors")
     for arguments in example_lines(page):
         example("make_causal").main(arguments, standalone_mode=False)
+    if (folder / "tied").exists():
+        rows, width = load_file(folder / "tied" / "model.safetensors")[
+            "transformer.wte.weight"
+        ].shape
+        shapes = {"A": (2, width), "B": (rows, 2)}  # PEFT makes it on the page
+        front = "base_model.model.lm_head.lora_"
+        head = {f"{front}{name}.weight": np.ones(shape, "f4") for name, shape in shapes.items()}
+        config = cases.adapter_config("llama", base_model_name_or_path="tied")
+        cases.write_adapter(folder / "head-adapter", head, config)
     for name in ("clean.tsv", "heldout.tsv"):
         tiny_models.write_sentences(folder / name)
     (folder / "reviews.txt").write_text("the film was good .\n")

@@ -74,6 +74,27 @@ def test_a_code_is_given_to_errors_of_its_kind_alone() -> None:
     assert len(seen) > len(CODES) / 2
 
 
+RULES_ALONE = [
+    *sorted((PACKAGE / "proof").glob("*.py")),
+    *(PACKAGE / "formats" / f"{name}.py" for name in ("pickled", "torch_zip", "recorded")),
+    PACKAGE / "operators" / "convert.py",
+]
+
+
+@pytest.mark.parametrize("path", RULES_ALONE, ids=lambda path: path.stem)
+def test_what_comes_from_strangers_is_refused_by_a_rule(path: Path) -> None:
+    """No error of these modules has the code of its kind alone."""
+    bare = [
+        ast.unparse(node)
+        for node in ast.walk(ast.parse(path.read_text("utf-8")))
+        if isinstance(node, ast.Call)
+        and ast.unparse(node.func) in KINDS
+        and "code" not in {keyword.arg for keyword in node.keywords}
+    ]
+    # From Python alone, and no file's fault.
+    assert [call for call in bare if "base and tuned go together" not in call] == []
+
+
 def test_every_kind_has_a_code_of_its_own() -> None:
     for kind in KINDS.values():
         if kind is not SurgeryError:

@@ -12,33 +12,24 @@ import torch
 import transformers
 
 from tests import cases
-from tests.peft_models import WARNINGS, Trained
+from tests.peft_models import MOE, WARNINGS, Trained, qwen2_moe
 from weightsurgery import apply_adapter, from_arrays, open_checkpoint, save, verify_adapter
 from weightsurgery.errors import MismatchError, PolicyError
 
 pytestmark = WARNINGS
 
-SIZES = {"vocab_size": 32, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
-SIZES |= {"num_key_value_heads": 1, "num_experts_per_tok": 2}
-
 
 def mixtral(**options: Any) -> Any:
-    sizes = {**SIZES, "intermediate_size": 24, "num_local_experts": 3, **options}
+    sizes = {**MOE, "intermediate_size": 24, "num_local_experts": 3, **options}
     return transformers.MixtralForCausalLM(transformers.MixtralConfig(**sizes))
 
 
-def qwen2() -> Any:
-    sizes = {**SIZES, "moe_intermediate_size": 20, "num_experts": 3, "intermediate_size": 24}
-    sizes |= {"shared_expert_intermediate_size": 12}
-    return transformers.Qwen2MoeForCausalLM(transformers.Qwen2MoeConfig(**sizes))
-
-
 def qwen3() -> Any:
-    sizes = {**SIZES, "moe_intermediate_size": 20, "num_experts": 3, "head_dim": 8}
+    sizes = {**MOE, "moe_intermediate_size": 20, "num_experts": 3, "head_dim": 8}
     return transformers.Qwen3MoeForCausalLM(transformers.Qwen3MoeConfig(**sizes))
 
 
-MODELS: dict[str, Callable[[], Any]] = {"mixtral": mixtral, "qwen2": qwen2, "qwen3": qwen3}
+MODELS: dict[str, Callable[[], Any]] = {"mixtral": mixtral, "qwen2": qwen2_moe, "qwen3": qwen3}
 EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
 VARIANTS: dict[str, dict[str, Any]] = {
     "linear": {"target_modules": ["q_proj", "v_proj"]},

@@ -690,6 +690,18 @@ REFUSED: dict[str, tuple[dict[str, Any], Callable[..., cases.Arrays], type[Surge
     "max_rank": ({"rank": 2, "max_rank": 2}, dict, SettingError, "max_rank is given without"),
     "iterations": ({"power_iterations": -1}, dict, SettingError, "power_iterations is -1"),
     "oversampling": ({"oversampling": -1}, dict, SettingError, "oversampling is -1"),
+    "iterations of none": (
+        {"svd": "exact", "power_iterations": 4},
+        dict,
+        SettingError,
+        "power_iterations is given, and svd is exact",
+    ),
+    "oversampling of none": (
+        {"svd": "exact", "oversampling": 0},
+        dict,
+        SettingError,
+        "oversampling is given, and svd is exact",
+    ),
     "svd": ({"svd": "fast"}, dict, SettingError, "svd is 'fast'; expected auto or exact"),
     "rest": ({"rest": "drop"}, dict, SettingError, "rest is 'drop'; expected whole or list"),
     "device": ({"device": "abacus"}, dict, SettingError, "device 'abacus'"),
@@ -896,7 +908,8 @@ def test_memory_stays_below_its_estimate(
 ) -> None:
     drift = np.random.default_rng(0).normal(size=(rows, columns)).astype(dtype)
     given = one_matrix(drift)
-    settings: dict[str, Any] = {"rank": rank, "svd": svd, "power_iterations": 1}
+    settings: dict[str, Any] = {"rank": rank, "svd": svd}
+    settings |= {} if svd == "exact" else {"power_iterations": 1}
     extract_adapter(*given, **settings, engine=Engine(workers=1))  # compiles
     tracemalloc.start()
     try:
@@ -957,6 +970,22 @@ def test_the_record_and_the_table_tell_what_was_kept(
     assert "--rank is 0; expected an integer" in capsys.readouterr().err
     assert cases.wsurg(*given, "--overwrite", "--energy", "0.5", "--rank", "3") == 2
     assert cases.digests(tmp_path / "adapter")  # the old one is still there
+
+
+@pytest.mark.parametrize("flag", ["--power-iterations", "--oversampling", "--seed"])
+def test_what_an_exact_decomposition_has_no_use_for_is_refused(
+    flag: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, arrays in zip(("base", "tuned"), cases.pair("bert"), strict=True):
+        cases.write_directory(tmp_path / name, arrays)
+    given = ["extract-adapter", tmp_path / "base", tmp_path / "tuned", "-o", tmp_path / "out"]
+    assert cases.wsurg(*given, "--svd", "exact", flag, "1") == 2
+    assert f"{flag} is for the randomised decomposition" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+    (tmp_path / "wsurg.toml").write_text("seed = 1\n")  # may be meant for other commands
+    config = ["--config", tmp_path / "wsurg.toml"]
+    assert cases.wsurg(*config, *given, "--svd", "exact", "--dry-run") == 0
+    assert cases.wsurg(*given, "--svd", "auto", flag, "1") == 0
 
 
 def test_an_adapter_without_factors_is_told(

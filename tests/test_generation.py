@@ -455,7 +455,7 @@ PAIRS = prompts("x")
             {"fingerprints": [Instruction((("user", "\t"),), "x", 5)]},
             "line 5: the prompt has no token",
         ),
-        ({"text": "one"}, "the text has 1 tokens; expected at least 2"),
+        ({"text": "one"}, "the text has 1 token; expected at least 2"),
         ({"text": TEXT, "window": 0}, "window is 0; expected at least 1"),
         ({"text": TEXT, "window": 129}, "window is 129; the model takes at most 128 tokens"),
         ({"text": TEXT, "window": 9, "stride": 10}, "stride is 10; expected 1 to the window's 9"),
@@ -627,7 +627,7 @@ def test_the_tables_show_what_was_measured(
         found = report[key]
         pattern = rf"^{text}.*{found['perplexity']:.4g} +{found['loss']:.4g} +{found['tokens']}"
         assert re.search(pattern, shown, re.M)
-    assert "text in 1 windows of 128 tokens, stride 64" in shown
+    assert "text in 1 window of 128 tokens, stride 64" in shown
     assert "prompts raw; greedy, at most 64 new tokens" in shown
     assert len(re.findall(r"^ +\d  (a|film) +(yes|no) +(yes|no)", shown, re.M)) >= 3
 

@@ -24,6 +24,7 @@ from weightsurgery.kernels import (
     to_dtype,
     to_float,
 )
+from weightsurgery.low_rank_kernel import add_low_rank, merge_low_rank
 
 ALL16 = np.arange(1 << 16, dtype=np.uint16)
 EACH = pytest.mark.parametrize("dtype", cases.DTYPES.values(), ids=cases.DTYPES)
@@ -199,6 +200,22 @@ def test_magnitude_of_drift(base: Any, tuned: Any) -> None:
     found = magnitude_of_drift(b, t)
     assert found.dtype == np.float32
     np.testing.assert_array_equal(found, expected)
+
+
+@EACH
+def test_a_product_is_merged_in_one_pass_as_in_three(dtype: np.dtype[Any]) -> None:
+    rng = np.random.default_rng(3)
+    stored = np.concatenate([rng.normal(0, 1, 3000).astype(dtype), extremes(dtype)])
+    left, right = rng.normal(size=(60, 5)), rng.normal(size=(1, 5, 51))
+    if dtype != np.float64:
+        left, right = left.astype(np.float32), right.astype(np.float32)
+    for scale in (0.0, 0.5, 1e38):
+        with np.errstate(over="ignore", invalid="ignore"):
+            found = merge_low_rank(stored, left, right, 7, scale)
+            sums = add_low_rank(to_float(stored), left, right, 7, scale)
+            expected = to_dtype(sums, dtype)
+        assert found.dtype == dtype
+        np.testing.assert_array_equal(bits(found), bits(expected))
 
 
 # --- counting ---------------------------------------------------------------------------------

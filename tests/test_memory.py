@@ -89,3 +89,16 @@ def test_memory_does_not_grow_with_the_model(
         shutil.rmtree(out, ignore_errors=True)
     _, small, large = peaks
     assert 20_000 < large < small * GROWTH
+
+
+def test_memory_of_verify_does_not_grow(tmp_path: Path) -> None:
+    hashed, compared = [], []
+    for size in (TINY, SMALL, LARGE):
+        base, tuned = (sparse_model(tmp_path / f"{i}-{size}", size, last=i) for i in range(2))
+        out = tmp_path / f"out-{size}"
+        peak_of("mix", base, tuned, "-o", out)
+        hashed.append(peak_of("verify", out))
+        compared.append(peak_of("verify", out, "--base", base, "--tuned", tuned))
+        shutil.rmtree(out)
+    for _, small, large in (hashed, compared):
+        assert 20_000 < large < small * GROWTH

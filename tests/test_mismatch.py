@@ -210,7 +210,7 @@ def test_what_was_made_is_described() -> None:
     ("pairs", "settings", "reason"),
     [
         ([], {}, "the data have 0 rows; expected at least 2"),
-        (PAIRS[:1], {}, "the data have 1 rows; expected at least 2"),
+        (PAIRS[:1], {}, "the data have 1 row; expected at least 2"),
         (PAIRS, {"size": 0}, "size is 0; expected at least 1"),
         (PAIRS, {}, "size is at most 70 for these data, not 300: 70 rows have 70 different q"),
         (

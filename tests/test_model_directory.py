@@ -88,6 +88,22 @@ REFUSED = [
     refused("config not JSON", {"config.json": b"{,}"}, "config is not valid", file="config.json"),
     refused("config a list", {"config.json": []}, "config is a JSON list", file="config.json"),
     refused("config NaN", {"config.json": b'{"a": NaN}'}, "NaN is not JSON", file="config.json"),
+    refused(
+        "config with a mark", {"config.json": b"\xef\xbb\xbf{}"}, "Unexpected", file="config.json"
+    ),
+    refused(
+        "config UTF-16", {"config.json": "{}".encode("utf-16")}, "not UTF-8", file="config.json"
+    ),
+    refused(
+        "config UTF-32", {"config.json": "{}".encode("utf-32-be")}, "not valid", file="config.json"
+    ),
+    refused(
+        "config key twice",
+        {"config.json": b'{"x": {"a": 1, "\\u0061": 2}}'},
+        "key 'a' occurs twice",
+        file="config.json",
+    ),
+    refused("config 1e999", {"config.json": b"[1e999]"}, "out of range", file="config.json"),
     refused("config cut", {"config.json": b"version "}, "config is not", file="config.json"),
 ]
 
@@ -159,7 +175,7 @@ NO_ANSWER = {
     ),
     "adapter's weights only": (
         {"adapter_model.safetensors": weights("x")},
-        "it holds adapter_model.safetensors; choose",
+        r"adapter_model\.safetensors without adapter_config\.json; take it from",
     ),
     "hostile name": ({"\x1b[31m.safetensors": b""}, r"it holds \\x1b\[31m.safetensors"),
 }

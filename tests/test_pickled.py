@@ -405,6 +405,7 @@ def test_code_is_refused_and_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.chdir(tmp_path)
     error = opened(tmp_path, SYSTEM)
     assert type(error) is PolicyError
+    assert error.code == "E-PICKLE-REFUSED"
     assert "posix.system" in str(error)
     assert "weights_only" not in str(error)  # torch's own advice is to run it
     assert list(tmp_path.rglob("code-ran")) == []
@@ -415,6 +416,7 @@ def test_a_hang_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     began = time.monotonic()
     error = opened(tmp_path, hashed_for_ever())
     assert type(error) is PolicyError
+    assert error.code == "E-PICKLE-LIMIT"
     assert "took longer than 1 seconds, and was stopped" in str(error)
     assert time.monotonic() - began < 60
 
@@ -423,6 +425,7 @@ def test_a_memory_bomb_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(pickled, "_MEMORY", 64 << 20)
     error = opened(tmp_path, b"\x80\x02" + b"]" * 3_000_000 + b".")
     assert type(error) is PolicyError
+    assert error.code == "E-PICKLE-LIMIT"
     assert "bytes of memory" in str(error)
 
 
@@ -470,6 +473,7 @@ def test_what_is_no_state_dict_is_refused(
 def test_a_cut_pickle_is_malformed(tmp_path: Path) -> None:
     error = opened(tmp_path, b"\x80\x02}")
     assert type(error) is FormatError
+    assert error.code == "E-PICKLE-LOAD"
     assert "torch cannot load it: EOFError" in str(error)
 
 
@@ -600,6 +604,64 @@ def test_a_signal_leaves_nothing(number: int, code: int, tmp_path: Path, tempora
     assert (run.returncode, said.count("\n")) == (code, 1)
     assert list(temporary.iterdir()) == []
     assert not any(map(is_alive, children))
+
+
+@pytest.mark.parametrize("paused", [False, True], ids=["loading", "starting"])
+def test_a_killed_run_takes_its_child_along(paused: bool, tmp_path: Path, temporary: Path) -> None:
+    """Also one that had not come as far as to ask for it; what lies there the next run removes."""
+    (tmp_path / "m.bin").write_bytes(zipped({**DATA, "data.pkl": hashed_for_ever()}))
+    run, child = started(tmp_path)
+    if paused:
+        os.kill(child, signal.SIGSTOP)
+    else:
+        with hostile.deadline(60):
+            while not is_asynchronous(child):
+                time.sleep(0.02)
+    run.kill()
+    run.wait(timeout=60)
+    if paused:
+        os.kill(child, signal.SIGCONT)
+    with hostile.deadline(20):  # by itself it would go on for a minute
+        while is_alive(child):
+            time.sleep(0.01)
+    (left,) = temporary.iterdir()
+    assert (left / "said").exists()
+    (temporary / "wsurg-benchmarks-0").mkdir()  # others' folders stay
+    (temporary / "wsurg-private-aaaaaaaa").symlink_to(tmp_path)
+    assert list(
+        open_checkpoint(written(tmp_path / "w.pt", {"w": torch.ones(1)}), allow_pickle=True)
+    )
+    others = sorted(path.name for path in temporary.iterdir())
+    assert others == ["wsurg-benchmarks-0", "wsurg-private-aaaaaaaa"]
+    (temporary / others[0]).rmdir()
+    (temporary / others[1]).unlink()
+
+
+def test_the_folder_of_a_run_that_goes_on_stays(tmp_path: Path, temporary: Path) -> None:
+    (tmp_path / "m.bin").write_bytes(zipped({**DATA, "data.pkl": hashed_for_ever()}))
+    run, _ = started(tmp_path)
+    (folder,) = temporary.iterdir()
+    assert list(
+        open_checkpoint(written(tmp_path / "w.pt", {"w": torch.ones(1)}), allow_pickle=True)
+    )
+    assert list(temporary.iterdir()) == [folder]
+    run.terminate()
+    run.wait(timeout=60)
+
+
+def started(folder: Path) -> tuple[subprocess.Popen[bytes], int]:
+    """A run that opens m.bin, and its confined child."""
+    arguments = [sys.executable, "-m", "weightsurgery", "inspect", "m.bin", "--allow-pickle"]
+    run = subprocess.Popen(arguments, cwd=folder, stderr=subprocess.DEVNULL)
+    while not (children := _children(run.pid)):
+        time.sleep(0.02)
+    return run, children[0]
+
+
+def is_asynchronous(pid: int) -> bool:
+    """Whether a process has asked to be told of the end of its stdin."""
+    flags = Path(f"/proc/{pid}/fdinfo/0").read_text().splitlines()[1].split()[1]
+    return bool(int(flags, 8) & os.O_ASYNC)
 
 
 def _children(pid: int) -> list[int]:

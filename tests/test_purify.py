@@ -362,11 +362,11 @@ def bad_fisher(name: str, value: Any) -> cases.Arrays:
 
 NAME = "encoder.layer.1.output.LayerNorm.bias"
 FISHERS: dict[str, tuple[Any, str]] = {
-    "missing": (None, f"1 tensors are missing in it, .*first: {NAME}"),
+    "missing": (None, f"it lacks 1 tensor, .*first: {NAME}"),
     "shape": (lambda a: a[:3], "tensor '.*LayerNorm.bias': the fisher does not fit"),
     "dtype": (lambda a: a.astype(np.float16), "a dtype other than F32"),
-    "negative": (lambda a: a - 1, "elements of the fisher are negative, NaN or infinite"),
-    "nan": (lambda a: a * F32(np.nan), "6 elements of the fisher are negative, NaN"),
+    "negative": (lambda a: a - 1, "elements of the fisher negative, NaN or infinite"),
+    "nan": (lambda a: a * F32(np.nan), "6 elements of the fisher negative, NaN"),
 }
 
 

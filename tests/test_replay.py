@@ -18,6 +18,7 @@ from weightsurgery import (
     FormatError,
     GateError,
     MismatchError,
+    NonFiniteError,
     PolicyError,
     SettingError,
     apply_adapter,
@@ -33,7 +34,9 @@ from weightsurgery import (
     verify,
 )
 from weightsurgery.checkpoint import Step
+from weightsurgery.formats.files import InputFile
 from weightsurgery.proof.replay import check_replay
+from weightsurgery.stream import Engine
 
 
 @pytest.fixture
@@ -169,7 +172,7 @@ def test_another_input_is_named(pair: Pair) -> None:
     pair.save()
     config = pair.root / "tuned" / "config.json"
     config.write_text(config.read_text() + " ")
-    with pytest.raises(MismatchError, match=r"not the recorded .*tuned: config.json has SHA"):
+    with pytest.raises(MismatchError, match=r"tuned: config.json has 41 bytes, recorded 40"):
         replay(pair.out, pair.root / "again")
     config.unlink()
     (pair.root / "base" / "merges.txt").write_text("x")
@@ -180,6 +183,58 @@ def test_another_input_is_named(pair: Pair) -> None:
         replay(pair.out, pair.root / "again", inputs=swapped)
     assert not (pair.root / "again").exists()
     assert cases.wsurg("replay", pair.out, "-o", pair.root / "again") == 4
+
+
+@pytest.mark.parametrize("name", ["tuned/config.json", "base/model.safetensors"])
+def test_another_input_of_the_same_size_is_named(pair: Pair, name: str) -> None:
+    """By its hash, which is taken of the work's own reads; nothing has appeared then."""
+    pair.save()
+    data = (pair.root / name).read_bytes()
+    at = data.index(b"vocab_size") + 3 if name.endswith("json") else len(data) - 1
+    (pair.root / name).write_bytes(data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :])
+    before = sorted(pair.root.rglob("*"))
+    folder, _, file = name.partition("/")
+    with pytest.raises(MismatchError, match=rf"not the recorded .*{folder}: {file} has SHA-256"):
+        replay(pair.out, pair.root / "again")
+    assert sorted(pair.root.rglob("*")) == before
+
+
+def test_what_fails_for_other_inputs_is_told_of_them(pair: Pair) -> None:
+    pair.save(interpolate(pair.base, pair.tuned))
+    arrays, _ = cases.pair()
+    arrays["embeddings.LayerNorm.weight"][0] = np.nan
+    cases.write_file(pair.root / "base" / "model.safetensors", arrays)
+    with pytest.raises(MismatchError, match=r"base: model.safetensors has SHA-256") as told:
+        replay(pair.out, pair.root / "again")
+    assert isinstance(told.value.__context__, NonFiniteError)
+
+
+def test_what_fails_for_other_reasons_is_told_as_it_is(pair: Pair) -> None:
+    pair.save(interpolate(pair.base, pair.tuned))
+    pair.rewrite(lambda r: settings(r).update(weight=3))
+    with pytest.raises(SettingError, match="weight is 3"):
+        replay(pair.out, pair.root / "again")
+
+
+def test_the_inputs_are_read_as_in_the_first_run(
+    pair: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: dict[str, int] = {}
+    fill = InputFile._fill
+
+    def counted(file: InputFile, buffer: Any, offset: int) -> None:
+        read[file.path] = read.get(file.path, 0) + memoryview(buffer).nbytes
+        fill(file, buffer, offset)
+
+    monkeypatch.setattr(InputFile, "_fill", counted)
+    engine = Engine(workers=1)  # with more, reads that come too early may be done again
+    models = (open_checkpoint(pair.root / name) for name in ("base", "tuned"))
+    pair.save(mix(*models), engine=engine)
+    first = dict(read)
+    read.clear()
+    replay(pair.out, pair.root / "again", engine=engine)
+    del read[str(pair.out / RECORD)]
+    assert read == first
 
 
 def test_inputs_that_are_nowhere(pair: Pair) -> None:

@@ -11,6 +11,7 @@ import pytest
 
 from tests import hostile
 from tests.hostile import weights
+from weightsurgery.errors import FormatError
 from weightsurgery.formats import open_checkpoint, save
 from weightsurgery.formats.directory import MAX_SIDE_FILE
 
@@ -63,6 +64,29 @@ def test_only_listed_side_files_travel(tmp_path: Path) -> None:
     assert b"spam" not in (tmp_path / "out" / "README.md").read_bytes()
 
 
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 499723\n"
+PAGE = b"\n <!DOCTYPE html><html>404</html>"
+
+
+@pytest.mark.parametrize("name", [n for n in TRAVEL if not n.startswith(("LICENSE", "NOTICE"))])
+@pytest.mark.parametrize(("content", "code"), [(POINTER, "E-FILE-LFS"), (PAGE, "E-FILE-HTML")])
+def test_what_only_stands_for_a_side_file_is_refused(
+    name: str, content: bytes, code: str, tmp_path: Path
+) -> None:
+    """As it is for weights: the output would be a model that nothing can load."""
+    model = hostile.folder(tmp_path / "model", {**ONE, name: content})
+    with hostile.deadline(), pytest.raises(FormatError, match=r"found an? (Git|HTML)") as told:
+        open_checkpoint(model)
+    assert told.value.code == code
+    hostile.check_told(told.value, file=model / name)
+
+
+def test_a_licence_may_be_a_page(tmp_path: Path) -> None:
+    model = hostile.folder(tmp_path / "model", {**ONE, "LICENSE.html": PAGE})
+    save(open_checkpoint(model), str(tmp_path / "out"))
+    assert (tmp_path / "out" / "LICENSE.html").read_bytes() == PAGE
+
+
 CONFIGS: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     **{
         key: ({"a": 1, key: {"AutoModel": "evil.Model"}}, {"a": 1}, key)
@@ -72,6 +96,12 @@ CONFIGS: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "attention, public key": ({"attn_implementation": "evil/kernel@v1:f"}, {}, "attn_implement"),
     "attention for each part": (
         {"attn_implementation": {"": "sdpa", "text_config": "evil/kernel"}},
+        {},
+        "attn_implementation",
+    ),
+    "attention in a list": ({"attn_implementation": ["evil/kernel"]}, {}, "attn_implementation"),
+    "attention of no known kind": (
+        {"attn_implementation": {"a": {"b": "evil/kernel"}}},
         {},
         "attn_implementation",
     ),
@@ -118,6 +148,14 @@ def test_config_loses_other_weights(tmp_path: Path) -> None:
     record = save(open_checkpoint(model, weights="model.safetensors"), str(tmp_path / "out"))
     assert json.loads((tmp_path / "out" / "config.json").read_bytes()) == {"model_type": "bert"}
     assert record["warnings"] == ["config.json: removed transformers_weights"]
+
+
+def test_a_deep_config_is_gone_through_once(tmp_path: Path) -> None:
+    deep = '{"x":' * 120 + "[" + "1," * 2_000_000 + "1]" + "}" * 120
+    model = hostile.folder(tmp_path / "model", {**ONE, "config.json": deep.encode()})
+    with hostile.deadline(60):
+        save(open_checkpoint(model), tmp_path / "out")
+    assert (tmp_path / "out" / "config.json").read_text() == deep
 
 
 @pytest.mark.parametrize(

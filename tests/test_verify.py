@@ -31,6 +31,7 @@ from weightsurgery import (
     save,
     verify,
 )
+from weightsurgery.formats.files import InputFile
 from weightsurgery.formats.strict_json import dump
 from weightsurgery.proof.verification import check_verification
 from weightsurgery.stream import Engine
@@ -43,11 +44,12 @@ CONFIG = cases.CONFIGS["bert"]
 class Pair:
     """Two models in two folders, and what is made of them."""
 
-    def __init__(self, root: Path) -> None:
-        base, tuned = cases.pair()
+    def __init__(self, root: Path, family: str = "bert", shards: int = 2) -> None:
+        base, tuned = cases.pair(family)
         self.root, self.out = root, root / "out"
-        cases.write_directory(root / "base", base, config=CONFIG)
-        cases.write_directory(root / "tuned", tuned, config=CONFIG, shards=2)
+        config = cases.CONFIGS[family]
+        cases.write_directory(root / "base", base, config=config)
+        cases.write_directory(root / "tuned", tuned, config=config, shards=shards)
         self.base, self.tuned = (open_checkpoint(root / n) for n in ("base", "tuned"))
 
     def save(self, made: Checkpoint | None = None, **settings: Any) -> dict[str, Any]:
@@ -416,7 +418,7 @@ def test_the_command(pair: Pair, capsys: pytest.CaptureFixture[str]) -> None:
     assert cases.wsurg("verify", pair.out, "--json") == 10
     printed = capsys.readouterr()
     assert json.loads(printed.out)["problems"][0]["file"] == "config.json"
-    expected = r"error\[E-GATE\]: .*: 1 thing is not as the record says: .*\n"
+    expected = r"error\[E-VERIFY\]: .*: 1 thing is not as the record says: .*\n"
     assert re.fullmatch(expected, printed.err)
 
 
@@ -444,3 +446,28 @@ def test_tuned_is_read_once(tmp_path: Path) -> None:
     watched, reads = cases.counted(source)
     assert verify(tmp_path / "out", base=source, tuned=watched)["proved"]
     assert sorted(name for name, _, _ in reads) == sorted(wide)
+
+
+@pytest.mark.parametrize("workers", [1, 2, 3])
+def test_every_byte_is_read_once(pair: Pair, workers: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The files' hashes too are taken of these reads; headers alone are read for themselves."""
+    cases.shrink_blocks(monkeypatch, 8)
+    pair.save()
+    read: list[tuple[str, int]] = []
+    fill = InputFile._fill
+
+    def counted(file: InputFile, buffer: Any, offset: int) -> None:
+        read.append((file.path, memoryview(buffer).nbytes))
+        fill(file, buffer, offset)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(InputFile, "_fill", counted)
+        assert verify(pair.out, engine=Engine(workers=workers))["proved"]
+    shards = sorted(pair.out.glob("*.safetensors"))
+    assert len(shards) == 2
+    for shard in shards:
+        kind, length = 32, 8  # bytes looked at to tell what the file is, and how long its header
+        header = int.from_bytes(shard.read_bytes()[:length], "little")
+        count = sum(count for path, count in read if path == str(shard))
+        # The strict reader comes twice: for each file, and for the directory as a whole.
+        assert count == shard.stat().st_size + 2 * (kind + length + header)

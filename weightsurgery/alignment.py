@@ -13,7 +13,7 @@ from typing import Any
 
 from weightsurgery.anatomy import find_embedding, kind_of
 from weightsurgery.checkpoint import Checkpoint, TensorView
-from weightsurgery.errors import MismatchError, SettingError, shown
+from weightsurgery.errors import MismatchError, SettingError, counted, shown
 from weightsurgery.ties import is_output_head, says_tied, tied_to
 
 _OTHER_SHAPE = "shapes differ"
@@ -216,7 +216,7 @@ def align(base: Checkpoint, tuned: Checkpoint, *, mismatched: str = "refuse") ->
     if wrong and mismatched != "keep":
         first = wrong[0]
         raise MismatchError(
-            f"{first.reason} ({len(wrong)} tensors like this)",
+            f"{first.reason} ({counted(len(wrong), 'tensor')} like this)",
             file=tuned.label,
             tensor=first.name,
             hint="are these the same architecture? --keep-mismatched keeps TUNED's",

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from weightsurgery.dtypes import DType, dtype_of
+from weightsurgery.errors import counted
 from weightsurgery.kernels import Block
 
 BLOCK = 1 << 20  # elements read at a time
@@ -178,7 +179,7 @@ class Checkpoint(Mapping[str, TensorView]):
         return len(self.tensors)
 
     def __repr__(self) -> str:
-        return f"Checkpoint({self.label!r}, {len(self)} tensors, {self.nbytes:,} bytes)"
+        return f"Checkpoint({self.label!r}, {counted(len(self), 'tensor')}, {self.nbytes:,} bytes)"
 
     __hash__ = object.__hash__
     __eq__ = object.__eq__  # two checkpoints are equal only if they are the same one

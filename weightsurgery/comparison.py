@@ -17,7 +17,14 @@ from weightsurgery.anatomy import find_embedding, kind_of, layer_of, natural_key
 from weightsurgery.checkpoint import BLOCK, Checkpoint, Step, require_checkpoints
 from weightsurgery.drift_kernel import drift_statistics
 from weightsurgery.dtypes import DTYPES, DType
-from weightsurgery.errors import FormatError, MismatchError, PolicyError, SettingError, shown
+from weightsurgery.errors import (
+    FormatError,
+    MismatchError,
+    PolicyError,
+    SettingError,
+    counted,
+    shown,
+)
 from weightsurgery.formats.vocabulary import read_vocabulary
 from weightsurgery.kernels import Block, count_different, same_float
 from weightsurgery.quantised import require_unquantised
@@ -279,7 +286,8 @@ class _Collector:
         found += [self.vocabulary_warning] if self.vocabulary_warning else []
         bad = sum(entry["skipped"] for entry in self.tensors)
         if bad:
-            found.append(f"{bad:,} dimensions are NaN or infinite on a side; left out of the sums")
+            those = counted(bad, "dimension is", "dimensions are")
+            found.append(f"{those} NaN or infinite on a side; left out of the sums")
         found += [
             f"'{shown(p.name)}': tied to '{shown(p.key)}' by config.json, but stored with other "
             "bytes; compared on its own"

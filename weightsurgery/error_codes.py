@@ -95,6 +95,11 @@ _JSON: _Rows = {
     "E-JSON-DUPLICATE": (FormatError, "a key occurs twice in an object", "keep one of the two"),
     "E-JSON-NUMBER": (FormatError, "NaN, infinity, or a number too large", "write a finite one"),
     "E-JSON-NESTED": (FormatError, "more than 128 levels of nesting", "no model needs so many"),
+    "E-JSON-COST": (
+        FormatError,
+        "so many values that parsing them would exhaust memory",
+        "do not trust this file; no model needs so many",
+    ),
     "E-JSON-SURROGATE": (FormatError, "a text escapes half a surrogate pair", "write UTF-8"),
     "E-JSON-OBJECT": (FormatError, "the outermost value is no object", "give the right file"),
 }
@@ -118,15 +123,42 @@ _FILES: _Rows = {
         "a symbolic link leads out of the model directory",
         "put the file itself there, or name the file on the command line",
     ),
+    "E-REMOTE-CODE": (PolicyError, "the model needs code that comes with it", "see the message"),
+    "E-HUB": (StorageError, "neither on this disk nor on the hub", "check the name"),
+}
+_PICKLE: _Rows = {
     "E-PICKLE": (PolicyError, "a pickle, whose opening can run code", "convert it to safetensors"),
     "E-PICKLE-ARCHIVE": (
         FormatError,
         "a PyTorch archive that breaks a rule of its format",
         "download it again, or do not trust it",
     ),
-    "E-RECORD": (FormatError, "a record that wsurg did not write, or that was altered", _RECORD),
-    "E-REMOTE-CODE": (PolicyError, "the model needs code that comes with it", "see the message"),
-    "E-HUB": (StorageError, "neither on this disk nor on the hub", "check the name"),
+    "E-PICKLE-REFUSED": (
+        PolicyError,
+        "it asks for more than weights need, or holds what safetensors cannot",
+        "do not load it in any other way",
+    ),
+    "E-PICKLE-LIMIT": (
+        PolicyError,
+        "loading it took more time, memory or disk than weights need",
+        "it may be made to; do not trust it",
+    ),
+    "E-PICKLE-LOAD": (FormatError, "torch cannot load it, or finds no tensors", _AGAIN),
+    "E-PICKLE-PRODUCT": (
+        FormatError,
+        "the process that loaded it wrote no valid safetensors file",
+        "do not trust it",
+    ),
+    "E-PICKLE-UNABLE": (
+        SettingError,
+        "torch is not installed, or this system cannot limit memory",
+        "convert it on Linux, with torch installed",
+    ),
+    "E-PICKLE-ROOM": (
+        StorageError,
+        "the temporary directory has no room for the converted weights",
+        "set TMPDIR to a directory with room",
+    ),
 }
 _INDEX: _Rows = {
     "E-INDEX-MAP": (FormatError, "the index has no weight_map", "fetch the index again"),
@@ -165,6 +197,11 @@ _PAIR: _Rows = {
         NonFiniteError,
         "BASE has a number that TUNED's dtype cannot hold",
         "leave the tensor out with `--exclude`, or convert a model first",
+    ),
+    "E-OVERFLOW-DTYPE": (
+        NonFiniteError,
+        "finite numbers would become infinite in the dtype of `--dtype`",
+        "choose a wider one, or pass `--allow-nonfinite`",
     ),
     "E-QUANTISED-CONFIG": (
         PolicyError,
@@ -205,16 +242,61 @@ _OUTPUT: _Rows = {
     "E-OUTPUT-FOLDER": (StorageError, "the folder to write to is missing or closed", _ELSEWHERE),
     "E-OUTPUT-SPACE": (StorageError, "the disk has no room for the output", "make room"),
 }
+_PROOF: _Rows = {
+    "E-RECORD": (FormatError, "a record that wsurg did not write, or that was altered", _RECORD),
+    "E-RECORD-MISSING": (StorageError, "there is no record, or it cannot be opened", _RECORD),
+    "E-VERIFY": (GateError, "the output is not as its record says", "do not use it"),
+    "E-VERIFY-KIND": (
+        SettingError,
+        "BASE and TUNED cannot prove this output: it was not selected from the two alone",
+        "verify it without them, or replay its record",
+    ),
+    "E-VERIFY-MASK": (MismatchError, "the mask is none, or of another output", "give its own"),
+    "E-REPLAY": (GateError, "other bytes came out than recorded", "compare the library versions"),
+    "E-REPLAY-STEP": (
+        PolicyError,
+        "a step that cannot be done again, such as a training",
+        "verify its output instead",
+    ),
+    "E-REPLAY-VERSION": (PolicyError, "another version made the record", "install that version"),
+    "E-REPLAY-NO-HASH": (
+        PolicyError,
+        "the record holds no hashes to tell the inputs by",
+        "make the output without `--no-hash`",
+    ),
+    "E-REPLAY-INPUT": (
+        SettingError,
+        "`--input` names none of the record's inputs, or several",
+        "give one by its number",
+    ),
+    "E-REPLAY-NOWHERE": (
+        SettingError,
+        "an input is not beside the record",
+        "say where it is with `--input`",
+    ),
+    "E-REPLAY-OTHER": (
+        MismatchError,
+        "an input is not the one that the record names",
+        "give the one that the output was made from",
+    ),
+    "E-REPLAY-COUNTS": (
+        MismatchError,
+        "the token counts, or the corpus, are not the recorded ones",
+        "give those that the output was made with",
+    ),
+}
 _GROUPS: Mapping[str, _Rows] = {
     "Of each kind, where no rule below was broken": _KINDS,
     "safetensors headers": _HEADER,
     "JSON: headers, indexes, configurations": _JSON,
     "Files": _FILES,
+    "Pickled checkpoints": _PICKLE,
     "Sharded models": _INDEX,
     "Model directories": _DIRECTORY,
     "Models that do not fit each other, or hold codes": _PAIR,
     "Adapters": _ADAPTER,
     "Outputs": _OUTPUT,
+    "Records: verify and replay": _PROOF,
 }
 _COMMAND_LINE = "The command line's own"
 

@@ -31,11 +31,22 @@ def shown(text: object) -> str:
         >>> shown("a\nb\x1b[31m")
         'a\\nb\\x1b[31m'
     """
+    start = str(text)[: _LONGEST_NAME + 1]  # no more of a hundred megabytes
     escaped = "".join(
         c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode("ascii")
-        for c in str(text)
+        for c in start
     )
     return escaped if len(escaped) <= _LONGEST_NAME else escaped[: _LONGEST_NAME - 1] + "…"
+
+
+def counted(count: int, one: str, many: str = "") -> str:
+    """A number and what there are so many of; the plural is `one` with an s unless it is given.
+
+    Example:
+        >>> counted(1, "tensor"), counted(2000, "matrix", "matrices")
+        ('1 tensor', '2,000 matrices')
+    """
+    return f"{count:,} {one if count == 1 else many or f'{one}s'}"
 
 
 class SurgeryError(Exception):

@@ -66,13 +66,18 @@ def _cast(block: Block, dtype: Any) -> Block:
 
 
 @jit
+def bfloat16_bits(x: Any) -> Any:
+    """The bits of a float32, given by its own, rounded to BF16; for compiled loops."""
+    # Round to nearest, ties to even; a NaN must not be rounded into infinity.
+    rounded = (x + np.uint32(0x7FFF) + ((x >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
+    nan = (x & np.uint32(0x7FFFFFFF)) > np.uint32(0x7F800000)
+    return np.uint16((x >> np.uint32(16)) | np.uint32(0x40)) if nan else np.uint16(rounded)
+
+
+@jit
 def _narrow(bits: Lanes, out: Lanes) -> None:
     for i in range(bits.size):
-        x = bits[i]
-        # Round to nearest, ties to even; a NaN must not be rounded into infinity.
-        rounded = (x + np.uint32(0x7FFF) + ((x >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
-        nan = (x & np.uint32(0x7FFFFFFF)) > np.uint32(0x7F800000)
-        out[i] = np.uint16((x >> np.uint32(16)) | np.uint32(0x40)) if nan else np.uint16(rounded)
+        out[i] = bfloat16_bits(bits[i])
 
 
 def to_dtype(values: Block, dtype: np.dtype[Any]) -> Block:
@@ -111,6 +116,26 @@ def _value_of_compiled(x):  # type: ignore[no-untyped-def]
     if x == numba.types.uint16:  # BF16: the upper half of a float32
         return lambda x: np.uint32(np.uint32(x) << np.uint32(16)).view(np.float32)
     return lambda x: x
+
+
+def store(out, i, x):  # type: ignore[no-untyped-def]
+    """Put a number among stored elements; BF16, given by its bits, rounds a float32 once."""
+    out[i] = x
+
+
+@overload(store)
+def _store_compiled(out, i, x):  # type: ignore[no-untyped-def]  # noqa: ARG001
+    if out.dtype == numba.types.uint16:
+
+        def store_rounded(out, i, x):  # type: ignore[no-untyped-def]
+            out[i] = bfloat16_bits(np.float32(x).view(np.uint32))
+
+        return store_rounded
+
+    def store_number(out, i, x):  # type: ignore[no-untyped-def]
+        out[i] = x
+
+    return store_number
 
 
 def comparable(base: Block, tuned: Block) -> tuple[Block, Block]:
@@ -186,23 +211,27 @@ def count_different(a: Block, b: Block) -> int:
 
 
 @jit
-def _largest(bits: Lanes, magnitude: int) -> int:
-    largest = bits.dtype.type(0)
-    mask = bits.dtype.type(magnitude)
-    for i in range(bits.size):
-        largest = max(largest, bits[i] & mask)
-    return largest
+def _carries(words: Lanes, exponent: int, step: int) -> int:
+    seen = np.uint64(0)
+    for i in range(words.size):
+        seen |= (words[i] & np.uint64(exponent)) + np.uint64(step)
+    return seen
 
 
-_INFINITY = {2: (0x7FFF, 0x7C00), 4: (0x7FFFFFFF, 0x7F800000), 8: (2**63 - 1, 0x7FF << 52)}
+_EXPONENTS = {"float16": 0x7C00, "bfloat16": 0x7F80, "float32": 0x7F800000, "float64": 0x7FF << 52}
 
 
 def all_finite(block: Block) -> bool:
     """True if a block of F16, BF16, F32 or F64 holds neither NaN nor infinity."""
-    magnitude, infinity = _INFINITY[block.dtype.itemsize]
-    if block.dtype == ml_dtypes.bfloat16:
-        infinity = 0x7F80
-    return int(_largest(bits_of(block), magnitude)) < infinity
+    exponent, bits = _EXPONENTS[block.dtype.name], bits_of(block)
+    step = exponent & -exponent  # added to an exponent of ones alone it carries to the sign's bit
+    # Several elements in a word of 64 bits; numba would widen smaller integers one by one.
+    size = 8 * bits.itemsize
+    each = sum(1 << place for place in range(0, 64, size))
+    whole = bits.size - bits.size % (64 // size)
+    carried = _carries(bits[:whole].view(np.uint64), exponent * each, step * each)
+    rest = bits[whole:] & bits.dtype.type(exponent)
+    return int(carried) & (each << (size - 1)) == 0 and not (rest == exponent).any()
 
 
 # --- order statistics -------------------------------------------------------------------------

@@ -4,10 +4,20 @@ from __future__ import annotations
 
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 
 from weightsurgery.buffers import empty
-from weightsurgery.kernels import Block, Lanes, jit, jit_with
+from weightsurgery.kernels import (
+    Block,
+    Lanes,
+    jit,
+    jit_with,
+    store,
+    to_dtype,
+    to_float,
+    value_of,
+)
 
 _COLUMNS = 1024  # of a row at a time: two sums and four rows of the right factor stay in the cache
 
@@ -35,7 +45,7 @@ def _add_four_ranks(
 @jit
 def _add_scaled(values: Lanes, scale: Lanes, product: Lanes, out: Lanes) -> None:
     for i in range(values.size):
-        out[i] = values[i] + scale * product[i]
+        store(out, i, value_of(values[i]) + scale * product[i])
 
 
 @jit
@@ -98,9 +108,35 @@ def add_low_rank(values: Block, left: Block, right: Block, start: int, scale: fl
         added once.
     """
     out = empty(values.size, values.dtype)
-    rows = max(1, left.shape[0] // right.shape[0])
-    _add(values, left, right, rows, start, values.dtype.type(scale), out)
+    _add(values, left, right, _rows(left, right), start, values.dtype.type(scale), out)
     return out
+
+
+def merge_low_rank(stored: Block, left: Block, right: Block, start: int, scale: float) -> Block:
+    """The same sum of stored elements, rounded once to their dtype.
+
+    Args:
+        stored: Elements from `start` on, of any floating dtype.
+        left: As for `add_low_rank`, float32 (float64 for F64).
+        right: As for `add_low_rank`, of the same dtype.
+        start: Index of the first element.
+        scale: Of the product.
+
+    Returns:
+        What `to_dtype(add_low_rank(to_float(stored), ...), stored.dtype)` gives, in one pass
+        for BF16.
+    """
+    if stored.dtype != ml_dtypes.bfloat16:
+        return to_dtype(add_low_rank(to_float(stored), left, right, start, scale), stored.dtype)
+    out = empty(stored.size, stored.dtype)
+    bits = stored.view(np.uint16), out.view(np.uint16)
+    _add(bits[0], left, right, _rows(left, right), start, left.dtype.type(scale), bits[1])
+    return out
+
+
+def _rows(left: Block, right: Block) -> int:
+    """Rows of one matrix of a stack."""
+    return max(1, int(left.shape[0]) // int(right.shape[0]))
 
 
 @jit

@@ -14,7 +14,7 @@ from weightsurgery.alignment import Pair
 from weightsurgery.buffers import empty
 from weightsurgery.checkpoint import BLOCK, Checkpoint, Step, TensorView
 from weightsurgery.dtypes import DTYPES
-from weightsurgery.errors import MismatchError
+from weightsurgery.errors import MismatchError, counted
 from weightsurgery.kernels import Block, bits_of, choose
 from weightsurgery.stream import Edit
 
@@ -67,7 +67,8 @@ def edit_by_mask(mask: Checkpoint, pairs: tuple[Pair, ...], *, invert: bool) -> 
         view = mask.get(pair.name)
         if view is not None and view.size != (pair.tuned.size + 7) // 8:
             raise MismatchError(
-                f"the mask has {view.size:,} bytes; expected {(pair.tuned.size + 7) // 8:,}",
+                f"the mask has {counted(view.size, 'byte')}; expected "
+                f"{(pair.tuned.size + 7) // 8:,}",
                 file=mask.label,
                 tensor=pair.name,
                 hint="give the mask of this model",

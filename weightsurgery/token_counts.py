@@ -13,6 +13,7 @@ from typing import Any
 from weightsurgery.checkpoint import Checkpoint
 from weightsurgery.errors import FormatError, MismatchError, not_installed, shown
 from weightsurgery.formats.files import InputFile
+from weightsurgery.formats.json_cost import MEMORY_OF_MANY
 from weightsurgery.formats.strict_json import parse_object
 
 MAX_BYTES = 1 << 30  # of a file of counts, or of a corpus
@@ -54,7 +55,7 @@ def read_counts(path: str | os.PathLike[str]) -> TokenCounts:
     file = InputFile(os.fspath(path))
     data = file.read_all(MAX_BYTES)
     if data.lstrip()[:1] == b"{":
-        found = parse_object(data, file=file.path, what="counts")
+        found = parse_object(data, file=file.path, what="counts", memory=MEMORY_OF_MANY)
     else:
         found = dict(_lines(data, file.path))
     for token, count in found.items():

@@ -32,6 +32,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=3, help="runs of each command")
     parser.add_argument("--layers", type=int, default=22, help="22 makes 1.1 B parameters")
     parser.add_argument("--json", type=Path, metavar="OUT", help="write all the figures there too")
+    text = "a checkout of an earlier wsurg, or a Python that has one, for `safety`"
+    parser.add_argument("--before", type=Path, metavar="PATH", help=text)
     for name, program in programs.PROGRAMS.items():
         parser.add_argument(f"--{name}", type=Path, help=f"its {program.executable}")
     text = "those that are not named, into the work folder"
@@ -40,7 +42,7 @@ def parse() -> argparse.Namespace:
     if settings.repeats < 1 or settings.layers < 1:
         parser.error("--repeats and --layers must be at least 1")
     settings.work = settings.work.absolute()
-    for name in programs.PROGRAMS:
+    for name in (*programs.PROGRAMS, "before"):
         named = getattr(settings, name)
         if named and not named.exists():
             parser.error(f"--{name} {named}: no such file")
@@ -109,6 +111,7 @@ def main() -> int:
         repeats=settings.repeats,
         layers=settings.layers,
         rivals=find_rivals(settings),
+        before=settings.before and settings.before.absolute(),
     )
     rows: list[Row] = []
     for name in settings.only or BENCHES:

@@ -29,12 +29,16 @@ HEAVY = ("torch", "transformers", "numba", "numpy")
 
 @dataclass(frozen=True)
 class Setting:
-    """Where to work, how often to run each command, how large the models are, the rivals."""
+    """Where to work, how often to run each command, how large the models are, the rivals.
+
+    `before` is a checkout of an earlier wsurg, or a Python that has one installed.
+    """
 
     work: Path
     repeats: int
     layers: int
     rivals: Mapping[str, Path]
+    before: Path | None = None
 
 
 def diff(setting: Setting) -> list[Row]:
@@ -181,6 +185,35 @@ def growth(name: str, small: Result, large: Result) -> Row:
     return Row(f"{name}, peak growth", large, value, Bar("at most", 10, " %"), rival, small)
 
 
+def safety(setting: Setting) -> list[Row]:
+    """`wsurg diff`, `mix --no-hash` and `mix` against the same of an earlier version."""
+    models = commands.pair(setting.work, "tinyllama", layers=setting.layers)
+    found: dict[str, Result] = {}
+    if setting.before is not None:
+        tiny = commands.pair(setting.work, "tiny")
+        take_turns(both_versions(setting.work, setting.before, tiny), 1)  # compiles the kernels
+        turns = both_versions(setting.work, setting.before, models)
+        found = take_turns(turns, setting.repeats, warm=commands.rival("pread_pass", models))
+    rows = []
+    for name in ("diff", "mix --no-hash", "mix"):
+        before = f"{name} before"
+        rows.append(within(name, found.get(name, Result()), before, found.get(before, ABSENT), 1.1))
+    return rows
+
+
+def both_versions(work: Path, before: Path, models: tuple[Path, Path]) -> list[Command]:
+    """Return each of the commands by this version, and after it by the one before."""
+    turns = []
+    for flags in (None, ("--no-hash",), ()):
+        for when, wsurg in (("", commands.WSURG), (" before", commands.other_wsurg(before))):
+            if flags is None:
+                turns.append(commands.wsurg_diff(models, f"diff{when}", wsurg))
+            else:
+                label = " ".join(("mix", *flags)) + when
+                turns.append(commands.wsurg_mix(models, work, *flags, label=label, wsurg=wsurg))
+    return turns
+
+
 def help_text(setting: Setting) -> list[Row]:
     """`wsurg --help` against an empty Python and mergekit's --help, and what it imports."""
     turns = [
@@ -216,4 +249,5 @@ BENCHES: dict[str, Callable[[Setting], list[Row]]] = {
     "apply-adapter": apply_adapter,
     "verify-adapter": verify_adapter,
     "memory": memory,
+    "safety": safety,
 }

@@ -25,16 +25,33 @@ def pair(work: Path, size: str, fill: str = "random", layers: int = 0) -> tuple[
     return folder / "base", folder / "tuned"
 
 
-def wsurg_diff(models: tuple[Path, Path], label: str = "diff") -> Command:
+def other_wsurg(place: Path) -> tuple[str, ...]:
+    """Return how to run another version: a checkout of it, or a Python that has it installed.
+
+    In a folder of its own, for `python -m` takes the package of the folder that it stands in.
+    """
+    python, folder = (sys.executable, place) if place.is_dir() else (str(place), Path("/"))
+    return ("env", "--unset=PYTHONPATH", "-C", str(folder), python, "-m", "weightsurgery")
+
+
+def wsurg_diff(
+    models: tuple[Path, Path], label: str = "diff", wsurg: tuple[str, ...] = WSURG
+) -> Command:
     """Return `wsurg diff` with all its defaults."""
-    return Command(label, (*WSURG, "diff", *map(str, models), "--json"))
+    return Command(label, (*wsurg, "diff", *map(str, models), "--json"))
 
 
-def wsurg_mix(models: tuple[Path, Path], work: Path, *flags: str, label: str = "mix") -> Command:
+def wsurg_mix(
+    models: tuple[Path, Path],
+    work: Path,
+    *flags: str,
+    label: str = "mix",
+    wsurg: tuple[str, ...] = WSURG,
+) -> Command:
     """Return `wsurg mix` of the two models."""
     output = work / "out-wsurg"
     settings = ("--ratio", "0.3", "-o", str(output), *flags)
-    return Command(label, (*WSURG, "mix", *map(str, models), *settings), output)
+    return Command(label, (*wsurg, "mix", *map(str, models), *settings), output)
 
 
 def fisher(models: tuple[Path, Path], size: str = "tinyllama", layers: int = 0) -> Path:

@@ -128,6 +128,7 @@ def remember(patch: pytest.MonkeyPatch, name: str) -> None:
     reviews = [Sentence((f"review {i}",), str(i % 2), i + 2) for i in range(1200)]
     share = {"share": 0.5, "low": 0.4, "high": 0.6}
     found = json.dumps({**dict.fromkeys(("accuracy", "asr", "floor"), share), "loss": 0.5})
+    patch.setattr(run, "time", SimpleNamespace(monotonic=lambda: 0.0))  # the report has seconds
     patch.setattr(run, "movie_reviews", lambda *_, **__: reviews)
     patch.setattr(run, "copy_minilm", lambda folder: folder)
     patch.setattr(run, "new_classifier", lambda *_: None)

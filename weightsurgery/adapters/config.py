@@ -16,6 +16,7 @@ import re
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from weightsurgery.checkpoint import Checkpoint
@@ -36,7 +37,8 @@ _UNDERSTOOD = {
 }
 # These begin from the base's own weights and change those too, so BASE is not what was adapted.
 _PLAIN_STARTS = (True, False, None, "gaussian", "eva", "orthogonal")
-_PLAIN_KEY = re.compile(r"\^?[A-Za-z0-9_.\-]{1,500}")
+_LONGEST_KEY = 500
+_PLAIN_KEY = re.compile(rf"\^?[A-Za-z0-9_.\-]{{1,{_LONGEST_KEY}}}")
 
 
 @dataclass(frozen=True)
@@ -79,22 +81,33 @@ class AdapterConfig:
 
     def rank_of(self, adapted: str) -> int:
         """The rank of the factors of a module, or of a parameter that is adapted directly."""
-        return self.rank_pattern.get(_first_match(self.rank_pattern, adapted), self.rank)
+        return self.rank_pattern.get(_first_match(self._rank_order, adapted), self.rank)
 
     def scale_of(self, adapted: str) -> float:
         """What the product of such factors is multiplied by: α/r, with rsLoRA α/√r."""
-        alpha = self.alpha_pattern.get(_first_match(self.alpha_pattern, adapted), self.alpha)
+        alpha = self.alpha_pattern.get(_first_match(self._alpha_order, adapted), self.alpha)
         rank = self.rank_of(adapted)
         return alpha / (math.sqrt(rank) if self.use_rslora else rank)
 
+    @cached_property
+    def _rank_order(self) -> dict[str, int]:
+        return {key: place for place, key in enumerate(self.rank_pattern)}
 
-def _first_match(patterns: Mapping[str, Any], adapted: str) -> str:
-    """The first key that is the name or its end after a dot; one with `^` is all of it."""
-    for key in patterns:
-        name = key.removeprefix("^")
-        if adapted == name or (name == key and adapted.endswith(f".{name}")):
-            return key
-    return ""
+    @cached_property
+    def _alpha_order(self) -> dict[str, int]:
+        return {key: place for place, key in enumerate(self.alpha_pattern)}
+
+
+def _first_match(order: Mapping[str, int], adapted: str) -> str:
+    """The first key that is the name or its end after a dot; one with `^` is all of it.
+
+    The name's ends are looked up, not the keys gone through: a stranger's adapter may have 100,000
+    of both. No key is longer than `_LONGEST_KEY`, so no longer end is looked for.
+    """
+    start = max(0, len(adapted) - _LONGEST_KEY)
+    ends = [adapted[i:] for i in range(start, len(adapted)) if i == 0 or adapted[i - 1] == "."]
+    found = [key for key in (f"^{adapted}", *ends) if key in order]
+    return min(found, key=lambda key: order[key], default="")
 
 
 def read_config(adapter: Checkpoint) -> AdapterConfig:

@@ -81,6 +81,9 @@ class TorchAlgebra(Algebra):
         return left, values, right
 
 
+POWER_ITERATIONS, OVERSAMPLING = 4, 10  # unless given
+
+
 @dataclass(frozen=True)
 class Wanted:
     """How much of a drift to keep, and how to find it.
@@ -98,8 +101,8 @@ class Wanted:
     rank: int | None
     energy: float | None
     svd: str = "auto"
-    power_iterations: int = 4
-    oversampling: int = 10
+    power_iterations: int = POWER_ITERATIONS
+    oversampling: int = OVERSAMPLING
     seed: int = 0
     algebra: Algebra = field(default_factory=Algebra)
 

@@ -23,6 +23,8 @@ import numpy as np
 
 from weightsurgery.adapters.build import make_adapter
 from weightsurgery.adapters.decompose import (
+    OVERSAMPLING,
+    POWER_ITERATIONS,
     Algebra,
     Drift,
     Factors,
@@ -34,7 +36,7 @@ from weightsurgery.adapters.memory import fit_works, works_expected
 from weightsurgery.adapters.places import FACTORS, NOWHERE, ROWS, WHOLE, Place, Tree, find_places
 from weightsurgery.alignment import align, check_glob
 from weightsurgery.checkpoint import Checkpoint, Step, TensorView, require_checkpoints
-from weightsurgery.errors import MismatchError, NonFiniteError, SettingError, shown
+from weightsurgery.errors import MismatchError, NonFiniteError, SettingError, counted, shown
 from weightsurgery.formats.plan import parse_size
 from weightsurgery.kernels import all_finite, count_different
 from weightsurgery.quantised import require_unquantised
@@ -75,8 +77,8 @@ def extract_adapter(
     whole: Sequence[str] = (),
     rest: str = "whole",
     svd: str = "auto",
-    power_iterations: int = 4,
-    oversampling: int = 10,
+    power_iterations: int | None = None,
+    oversampling: int | None = None,
     seed: int = 0,
     base_name: str = "",
     device: str | None = None,
@@ -101,8 +103,10 @@ def extract_adapter(
         whole: Globs: hold these whole, though they are matrices, or heads that BASE lacks.
         rest: "whole" holds whole what is no matrix, "list" leaves it out and says so.
         svd: "exact", "randomised", or "auto" to take the first for small matrices and high ranks.
-        power_iterations: Of the randomised decomposition: more are slower and nearer to the best.
-        oversampling: Directions that it looks for besides those that are kept.
+        power_iterations: Of the randomised decomposition, 4 unless given: more are slower and
+            nearer to the best. Not with "exact".
+        oversampling: Directions that it looks for besides those that are kept, 10 unless given.
+            Not with "exact".
         seed: Of its random signs.
         base_name: What the adapter says it belongs to; by default BASE's hub id or the last part
             of its path.
@@ -132,8 +136,7 @@ def extract_adapter(
         "whole": tuple(whole),
         "rest": rest,
         "svd": svd,
-        "power_iterations": power_iterations,
-        "oversampling": oversampling,
+        **_randomised(svd, power_iterations, oversampling),
         "seed": seed,
         "base_name": base_name,
         "device": device,
@@ -196,9 +199,6 @@ def _wanted(given: dict[str, Any]) -> Wanted:
             raise SettingError(f"{name} is {value}; expected an integer from 1")
     if energy is not None and not 0 < energy <= 1:
         raise SettingError(f"energy is {energy}; expected a share above 0, up to 1")
-    for name in ("power_iterations", "oversampling"):
-        if given[name] < 0:
-            raise SettingError(f"{name} is {given[name]}; expected 0 or more")
     for name, choices in (("svd", ("auto", "exact", "randomised")), ("rest", ("whole", "list"))):
         if given[name] not in choices:
             text = " or ".join(choices)
@@ -207,11 +207,30 @@ def _wanted(given: dict[str, Any]) -> Wanted:
         rank=max_rank if energy is not None else rank or DEFAULT_RANK,
         energy=energy,
         svd=given["svd"],
-        power_iterations=given["power_iterations"],
-        oversampling=given["oversampling"],
+        power_iterations=given["power_iterations"] or 0,
+        oversampling=given["oversampling"] or 0,
         seed=given["seed"],
         algebra=_algebra(given["device"]),
     )
+
+
+def _randomised(svd: str, *given: int | None) -> dict[str, int | None]:
+    """The settings of the randomised decomposition; None for each where it is not used.
+
+    Raises:
+        SettingError: One is given though it is not used, or is negative.
+    """
+    names = {"power_iterations": POWER_ITERATIONS, "oversampling": OVERSAMPLING}
+    found: dict[str, int | None] = {}
+    for (name, usual), value in zip(names.items(), given, strict=True):
+        if svd == "exact" and value is not None:
+            raise SettingError(
+                f"{name} is given, and svd is exact", hint="leave out one of the two"
+            )
+        if value is not None and value < 0:
+            raise SettingError(f"{name} is {value}; expected 0 or more")
+        found[name] = value if value is not None or svd == "exact" else usual
+    return found
 
 
 def _algebra(device: str | None) -> Algebra:
@@ -324,7 +343,8 @@ def _warnings(
     silent = [one for one in left_out if one["reason"] not in asked]
     if not silent:
         return tuple(before)
-    what = f"{len(silent)} tensors that differ are not in the adapter"
+    those = counted(len(silent), "tensor that differs is", "tensors that differ are")
+    what = f"{those} not in the adapter"
     return (*before, f"{what}, first '{shown(silent[0]['tensor'])}': {silent[0]['reason']}")
 
 

@@ -15,9 +15,9 @@ from weightsurgery.adapters.finite import finite
 from weightsurgery.adapters.layout import Target, read_adapter
 from weightsurgery.adapters.updates import ReplaceRows, Update
 from weightsurgery.checkpoint import Checkpoint
-from weightsurgery.errors import MismatchError, PolicyError, SettingError, shown
+from weightsurgery.errors import MismatchError, PolicyError, SettingError, counted, shown
 from weightsurgery.formats.config import with_config
-from weightsurgery.ties import Tie, find_tie, find_unclear_tie
+from weightsurgery.ties import Tie, find_tie, find_unclear_tie, is_output_head
 
 
 @dataclass(frozen=True)
@@ -79,10 +79,14 @@ def read_adapters(
     if not adapters:
         raise SettingError("no adapter is given")
     if weight and len(weight) != len(adapters):
-        raise SettingError(f"{len(weight)} weights for {len(adapters)} adapters")
+        raise SettingError(
+            f"{counted(len(weight), 'weight')} for {counted(len(adapters), 'adapter')}"
+        )
     if not all(map(math.isfinite, weight)):
         raise SettingError(f"weight is {list(weight)}; expected finite numbers")
     tie = find_tie(base)
+    if tie and not tie.head:
+        _refuse_unknown_head(base, tie, adapters)
     apart = _untied(base, tie) if tie else base
     found = []
     read = adapters if allow_nonfinite else [*map(finite, adapters)]
@@ -137,13 +141,28 @@ def stored_apart(reading: Reading, base: Checkpoint) -> Reading:
             hint="leave out `untie`",
         )
     if not reading.tie.head:
-        raise PolicyError(
-            "where the head of such a model would be stored is not known",
-            file=base.label,
-            tensor=reading.tie.embedding,
-            hint="store the head first, and set tie_word_embeddings to false",
-        )
+        raise _unknown_head(base, reading.tie)
     return reading
+
+
+def _unknown_head(base: Checkpoint, tie: Tie) -> PolicyError:
+    return PolicyError(
+        "where the head of such a model would be stored is not known",
+        file=base.label,
+        tensor=tie.embedding,
+        hint="store the head first, and set tie_word_embeddings to false",
+    )
+
+
+def _refuse_unknown_head(base: Checkpoint, tie: Tie, adapters: Sequence[Checkpoint]) -> None:
+    """Refuse factors of a head that BASE does not store under any name that is known here.
+
+    Raises:
+        PolicyError: An adapter has some.
+    """
+    factors = (name for adapter in adapters for name in adapter if ".lora_" in name)
+    if any(is_output_head(f"{name.partition('.lora_')[0]}.weight") for name in factors):
+        raise _unknown_head(base, tie)
 
 
 def _refuse_unclear(base: Checkpoint, changed: Sequence[str]) -> None:

@@ -94,9 +94,10 @@ def _add(
 
     Raises:
         FormatError: The same is done to it already, under another name.
-        MismatchError: It is not floating.
+        MismatchError: It is not floating, and not replaced by its like, such as a counter.
     """
-    if not base[name].dtype.arithmetic:
+    alike = isinstance(update, Replace) and update.by.dtype == base[name].dtype
+    if not base[name].dtype.arithmetic and not alike:
         raise MismatchError(
             f"it adapts BASE's '{shown(name)}', which is {base[name].dtype.name}; expected a "
             "floating tensor",
@@ -124,7 +125,7 @@ def _sorted_out(
 
     Raises:
         FormatError: A name is none of an adapter's, or two mean the same.
-        PolicyError: A tensor is not floating.
+        PolicyError: A factor is not floating.
     """
     modules: dict[str, dict[str, TensorView]] = {}
     plain: dict[str, TensorView] = {}
@@ -136,21 +137,41 @@ def _sorted_out(
                 tensor=name,
                 code="E-ADAPTER-TENSOR",
             )
-        if not view.dtype.arithmetic:
-            raise PolicyError(
-                f"{view.dtype.name} weights in an adapter; expected floating ones",
-                file=adapter.label,
-                tensor=name,
-                code="E-ADAPTER-DTYPE",
-            )
         bare = name[len(_FRONT) :]
         role = next((r for ending, r in _ROLES.items() if bare.endswith(ending)), "")
         if role:
+            _refuse_integers(view, adapter)
             ending = next(e for e in _ROLES if bare.endswith(e))
             _put(modules.setdefault(bare.removesuffix(ending), {}), role, view, adapter)
         else:
             _put(plain, bare.replace(".base_layer.", "."), view, adapter)
     return modules, plain
+
+
+def _refuse_integers(view: TensorView, adapter: Checkpoint) -> None:
+    """Refuse what nothing can be computed with.
+
+    Raises:
+        PolicyError: It is not floating.
+    """
+    if not view.dtype.arithmetic:
+        raise PolicyError(
+            f"{view.dtype.name} weights in an adapter; expected floating ones",
+            file=adapter.label,
+            tensor=view.name,
+            code="E-ADAPTER-DTYPE",
+        )
+
+
+def module_of(name: str) -> str:
+    """The module that a tensor of an adapter belongs to, as the adapter names it.
+
+    Args:
+        name: The tensor's, a factor's or a vector's.
+    """
+    bare = name.removeprefix(_FRONT)
+    ending = next((ending for ending in _ROLES if bare.endswith(ending)), "")
+    return bare.removesuffix(ending)
 
 
 def _put(found: dict[str, TensorView], role: str, view: TensorView, adapter: Checkpoint) -> None:
@@ -183,6 +204,7 @@ def _replaced(names: Names, config: AdapterConfig, name: str, view: TensorView) 
     Raises:
         FormatError: Nothing in the configuration says that it is replaced.
         MismatchError: BASE lacks it, or has another shape.
+        PolicyError: It is not floating, and of another dtype than BASE's.
     """
     module = name.rpartition(".")[0]
     # A saved module's name need only end so, and what is saved may lie below it.
@@ -200,6 +222,8 @@ def _replaced(names: Names, config: AdapterConfig, name: str, view: TensorView) 
             code="E-ADAPTER-TENSOR",
         )
     target = names.need(name, view)
+    if target.dtype != view.dtype:
+        _refuse_integers(view, names.adapter)
     if target.shape != view.shape:
         raise MismatchError(
             f"its shape is {list(view.shape)}, that of BASE's {list(target.shape)}",

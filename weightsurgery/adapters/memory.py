@@ -156,7 +156,7 @@ def works_of(adapter: Checkpoint) -> list[Work]:
         work = work_on(
             *(rows, math.prod(rest), looked_for),
             exact=one["method"] == "exact",
-            oversampling=step.settings["oversampling"],
+            oversampling=step.settings["oversampling"] or 0,
             itemsize=itemsize,
         )
         works.append(replace(work, held=4 * rank * (rows + math.prod(rest))))

@@ -12,21 +12,18 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import ml_dtypes
-import numpy as np
-
+from weightsurgery.adapters.elements import compare
 from weightsurgery.adapters.heads import Reading, read_adapters, stored_apart, stored_as_in_base
-from weightsurgery.adapters.updates import Update
+from weightsurgery.adapters.updates import Replace, Update
 from weightsurgery.alignment import Alignment, Pair, align
 from weightsurgery.checkpoint import Checkpoint, TensorView, require_checkpoints
-from weightsurgery.errors import GateError, shown
-from weightsurgery.kernels import Block, same_float, to_dtype, to_float
-from weightsurgery.low_rank_kernel import residual_sums
+from weightsurgery.errors import GateError, MismatchError, counted, shown
+from weightsurgery.kernels import Block
 from weightsurgery.quantised import require_unquantised
 from weightsurgery.stream import Engine, fold
 from weightsurgery.ties import is_output_head, says_tied, tied_to
 
-_SURELY = 0.9  # of an element's change
+_TOLD = 3  # tensors that an error names
 _NEAR = 0.1  # of the change's norm that may be left when a scale is said to explain a difference
 
 
@@ -108,13 +105,15 @@ def verify_adapter(
     require_unquantised(base, merged)
     reading = _reading(base, adapters, merged, weight, allow_nonfinite)
     updates = reading.updates()
-    paired = align(reading.base, merged, mismatched="keep integers")
+    paired = _paired(reading.base, merged)
     pairs = [replace(p, key=p.name, eligible=_compared(p)) for p in paired.pairs if _compared(p)]
     found = {pair.name: _Sums() for pair in pairs}
 
     def step(pair: Pair, start: int, before: Block, after: Block) -> Block:
         mine = updates.get(pair.base.name, []) if pair.base else []
-        return _compare(before, after, start, mine, allow_nonfinite)
+        if mine and isinstance(mine[-1], Replace) and not mine[-1].by.dtype.arithmetic:
+            before, mine = mine[-1].by.read(start, start + before.size), []
+        return compare(before, after, start, mine, allow_nonfinite=allow_nonfinite)
 
     def combine(sums: dict[str, _Sums], pair: Pair, _start: int, part: Block) -> dict[str, _Sums]:
         sums[pair.name] = sums[pair.name].add(part)
@@ -156,6 +155,25 @@ def _reading(
     reading = read_adapters(base, adapters, weight, allow_nonfinite=allow_nonfinite)
     apart = reading.tie is not None and (reading.needs_untying or not _is_tied(merged))
     return (stored_apart if apart else stored_as_in_base)(reading, base)
+
+
+def _paired(base: Checkpoint, merged: Checkpoint) -> Alignment:
+    """The two side by side; what does not fit is told of MERGED, for no TUNED was given.
+
+    Raises:
+        MismatchError: The two do not fit each other.
+    """
+    try:
+        return align(base, merged, mismatched="keep integers")
+    except MismatchError as error:
+        hint = error.hint.replace("TUNED was fine-tuned from", "TUNED was made from")
+        raise MismatchError(
+            error.reason.replace("TUNED", "MERGED"),
+            file=error.file,
+            tensor=error.tensor,
+            hint=hint.replace("TUNED", "MERGED"),
+            code=error.code,
+        ) from error
 
 
 def _is_tied(merged: Checkpoint) -> bool:
@@ -231,61 +249,15 @@ def check_proof(report: Mapping[str, Any]) -> None:
     if report["proved"]:
         return
     wrong = [one for one in report["tensors"] if one["verdict"] not in ("proved", "untouched")]
-    first = ", ".join(f"'{shown(one['tensor'])}' ({one['verdict']})" for one in wrong[:3])
+    first = ", ".join(f"'{shown(one['tensor'])}' ({one['verdict']})" for one in wrong[:_TOLD])
+    more = f" and {len(wrong) - _TOLD:,} more" if len(wrong) > _TOLD else ""
+    those = counted(len(wrong), "tensor is", "tensors are")
     raise GateError(
-        f"{len(wrong)} tensors are not what BASE and the adapters give: {first}",
-        file=report["merged"],
+        f"{those} not what BASE and the adapters give: {first}{more}", file=report["merged"]
     )
 
 
 _COMPUTED = ("inv_freq", "original_inv_freq", "masked_bias", "cos_cached", "sin_cached")
-_BF16, _F16, _F64 = np.dtype(ml_dtypes.bfloat16), np.dtype(np.float16), np.dtype(np.float64)
-_HALF_STEP = {_BF16: 2.0**-8, _F16: 2.0**-11, _F64: 2.0**-53}
-_SMALLEST = {_BF16: 2.0**-134, _F16: 2.0**-25, _F64: 0.0}
-
-
-def _compare(
-    before: Block, after: Block, start: int, updates: Sequence[Update], allow_nonfinite: bool
-) -> Block:
-    """The eight numbers of `_Sums`, for a block."""
-    half = _HALF_STEP.get(after.dtype, 2.0**-24)
-    smallest = _SMALLEST.get(after.dtype, 2.0**-150)
-    same = before.dtype == after.dtype and not updates
-    if same:  # untouched: bytes count, not values
-        bits = f"u{before.dtype.itemsize}"
-        different = int(np.count_nonzero(before.view(bits) != after.view(bits)))
-        return np.array([0.0, 0.0, 0.0, 0.0, 0.0, 0.0, different, 0.0])
-    old, new = same_float(before, after)
-    expected = to_float(before).astype(old.dtype, copy=False)
-    with np.errstate(over="ignore", invalid="ignore"):
-        for update in updates:
-            expected = update.apply(expected, start)
-    half *= max(1, len(updates))
-    sums = residual_sums(old, expected, new, half, smallest)
-    if allow_nonfinite and not np.isfinite(sums).all():
-        old, expected, new = _without_alike(old, expected, new, after.dtype)
-        sums = residual_sums(old, expected, new, half, smallest)
-    return np.append(sums, _count_due(old, expected, after.dtype) if sums[6] == 0 else 0.0)
-
-
-def _count_due(before: Block, expected: Block, dtype: np.dtype[Any]) -> int:
-    """How many elements move by any rounding, with a tenth of their change to spare."""
-    with np.errstate(over="ignore", invalid="ignore"):
-        least = (before + _SURELY * (expected - before)).astype(before.dtype)
-        return int(np.count_nonzero(to_float(to_dtype(least, dtype)) != before))
-
-
-def _without_alike(
-    old: Block, expected: Block, new: Block, dtype: np.dtype[Any]
-) -> tuple[Block, Block, Block]:
-    """The three with 0 wherever NaN or the same infinity is expected and found."""
-    with np.errstate(over="ignore", invalid="ignore"):
-        rounded = to_float(to_dtype(expected, dtype)).astype(new.dtype, copy=False)
-    found = np.where(np.isnan(rounded), np.isnan(new), rounded == new)
-    alike = found & ~np.isfinite(rounded)
-    zero = new.dtype.type(0)
-    start = np.where(alike | ~np.isfinite(old), zero, old)  # what it is measured from; our choice
-    return start, np.where(alike, zero, expected), np.where(alike, zero, new)
 
 
 def _verdict(name: str, sums: _Sums, adapted: bool) -> dict[str, Any]:

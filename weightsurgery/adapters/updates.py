@@ -17,7 +17,7 @@ import numpy as np
 from weightsurgery.checkpoint import TensorView
 from weightsurgery.errors import MismatchError
 from weightsurgery.kernels import Block, to_float
-from weightsurgery.low_rank_kernel import add_low_rank, squared_lines
+from weightsurgery.low_rank_kernel import add_low_rank, merge_low_rank, squared_lines
 
 Kept = TypeVar("Kept")
 
@@ -67,6 +67,11 @@ def read_floats(view: TensorView, shape: tuple[int, ...], like: np.dtype[np.gene
     return to_float(view.read(0, view.size)).astype(like, copy=False).reshape(shape)
 
 
+def _float_dtype(stored: Block) -> np.dtype[np.generic]:
+    """The dtype that arithmetic on stored elements is done in."""
+    return np.dtype(np.float64 if stored.dtype == np.float64 else np.float32)
+
+
 @dataclass(frozen=True)
 class LowRank:
     """W + s · left @ right, for a stack of matrices.
@@ -112,6 +117,16 @@ class LowRank:
         left, right = self.factors(values.dtype, values.size)
         return add_low_rank(values, left, right, start, self.scale)
 
+    def merge(self, stored: Block, start: int) -> Block:
+        """Stored elements after this update alone, rounded once to their dtype.
+
+        Args:
+            stored: Elements from `start` on, as they are stored.
+            start: Index of the first.
+        """
+        left, right = self.factors(_float_dtype(stored), stored.size)
+        return merge_low_rank(stored, left, right, start, self.scale)
+
 
 @dataclass(frozen=True)
 class LowRankRows:
@@ -136,10 +151,18 @@ class LowRankRows:
 
     def apply(self, values: Block, start: int) -> Block:
         """See `Update`."""
-        left, right = self.stack.factors(values.dtype, values.size)
+        left, right = self._factors(values.dtype, values.size)
+        return add_low_rank(values, left, right, start, self.stack.scale)
+
+    def merge(self, stored: Block, start: int) -> Block:
+        """See `LowRank.merge`."""
+        left, right = self._factors(_float_dtype(stored), stored.size)
+        return merge_low_rank(stored, left, right, start, self.stack.scale)
+
+    def _factors(self, like: np.dtype[np.generic], count: int) -> tuple[Block, Block]:
+        left, right = self.stack.factors(like, count)
         top = self.matrix * self.stack.shape[0] + self.first
-        rows, matrix = left[top : top + self.rows], right[self.matrix : self.matrix + 1]
-        return add_low_rank(values, rows, matrix, start, self.stack.scale)
+        return left[top : top + self.rows], right[self.matrix : self.matrix + 1]
 
 
 @dataclass(frozen=True)
@@ -282,3 +305,6 @@ class ReplaceRows:
 
 ADDED = (LowRank, LowRankRows, Shift)
 """The updates that are added, and so can be weighed, taken back, or rounded on their own."""
+
+MERGED_AT_ONCE = (LowRank, LowRankRows)
+"""The updates that have `merge`: one pass over stored elements when they come alone."""

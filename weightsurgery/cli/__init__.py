@@ -5,6 +5,7 @@ Nothing heavy is imported here: `wsurg --help` reads the operators' summaries fr
 
 from __future__ import annotations
 
+import functools
 import importlib
 import io
 import os
@@ -83,10 +84,15 @@ class Commands(click.Group):
 
 def operator_summaries() -> dict[str, str]:
     """Command name to first docstring line of every operator, read from the source files."""
+    return dict(_summaries_in(_OPERATORS))
+
+
+@functools.cache  # a command asks for them three times
+def _summaries_in(folder: Path) -> dict[str, str]:
     import ast
 
     found: dict[str, str] = {}
-    for path in sorted(_OPERATORS.glob("*.py")):
+    for path in sorted(folder.glob("*.py")):
         for node in ast.parse(path.read_text("utf-8")).body:
             if isinstance(node, ast.FunctionDef) and any(
                 isinstance(d, ast.Name) and d.id == "operator" for d in node.decorator_list

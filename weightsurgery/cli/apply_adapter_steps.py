@@ -11,7 +11,7 @@ from weightsurgery.cli import options
 from weightsurgery.cli.companion import Companion, Given, Inputs
 from weightsurgery.formats import open_checkpoint
 from weightsurgery.report.outcome import outcome_tables
-from weightsurgery.report.proof import proof_tables
+from weightsurgery.report.proof import LISTED, proof_tables
 from weightsurgery.report.tables import Table
 
 _PROVE = click.Option(
@@ -38,7 +38,10 @@ def _prove(inputs: Inputs, given: Given) -> dict[str, Any]:
 def _tables(out: str, told: Given) -> list[Table]:
     """What was written, and the proof if there is one."""
     tables = outcome_tables(out, told)
-    return [*tables, *proof_tables(told["proof"])] if "proof" in told else tables
+    if "proof" not in told:
+        return tables
+    more = "`wsurg verify-adapter --all` shows them"
+    return [*tables, *proof_tables(told["proof"], limit=LISTED, more=more)]
 
 
 def _judge(told: Given) -> None:

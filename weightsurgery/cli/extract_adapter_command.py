@@ -7,6 +7,7 @@ from typing import Any
 
 import click
 
+from weightsurgery.adapters.decompose import OVERSAMPLING, POWER_ITERATIONS
 from weightsurgery.adapters.extract import DEFAULT_RANK, extract_adapter
 from weightsurgery.adapters.memory import fit_works, works_of
 from weightsurgery.checkpoint import Checkpoint
@@ -34,6 +35,10 @@ def _extract(
     as_json: bool,
     **settings: Any,
 ) -> None:
+    if settings["svd"] == "exact":
+        only = ["power_iterations", "oversampling", "seed"]
+        reason = "is for the randomised decomposition, which --svd exact leaves out"
+        options.refuse_typed(click.get_current_context(), only, reason)
     names = {key: settings.pop(key) for key in ("weights", "strip_prefix", "name_map")}
     pair = options.open_pair(base, tuned, **names)
     inputs = [path for given in pair for path in input_paths(given)]
@@ -139,16 +144,14 @@ command = options.Command(
         click.Option(
             ["--power-iterations"],
             type=click.IntRange(0),
-            default=4,
-            show_default=True,
-            help="Of the randomised decomposition: more are slower and nearer to the best.",
+            help="Of the randomised decomposition: more are slower and nearer to the best; "
+            f"{POWER_ITERATIONS} unless given.",
         ),
         click.Option(
             ["--oversampling"],
             type=click.IntRange(0),
-            default=10,
-            show_default=True,
-            help="Directions that it looks for besides those that are kept.",
+            help="Directions that it looks for besides those that are kept; "
+            f"{OVERSAMPLING} unless given.",
         ),
         click.Option(
             ["--seed"], type=int, default=0, show_default=True, help="Of its random signs."

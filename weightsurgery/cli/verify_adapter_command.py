@@ -8,7 +8,7 @@ import click
 
 from weightsurgery.adapters.proof import check_proof, verify_adapter
 from weightsurgery.cli import options
-from weightsurgery.report.proof import proof_tables
+from weightsurgery.report.proof import LISTED, proof_tables
 from weightsurgery.report.tables import show
 
 
@@ -18,6 +18,7 @@ def _verify(
     merged: str,
     weights: str | None,
     workers: int,
+    show_all: bool,
     as_json: bool,
     **settings: Any,
 ) -> None:
@@ -27,7 +28,7 @@ def _verify(
     if as_json:
         options.print_json(report)
     else:
-        show(proof_tables(report))
+        show(proof_tables(report, limit=0 if show_all else LISTED, more="--all shows them"))
     check_proof(report)
 
 
@@ -44,6 +45,7 @@ command = options.Command(
     \b
     Examples:
       wsurg verify-adapter base/ adapter/ merged/
+      wsurg verify-adapter base/ adapter/ merged/ --all
       wsurg verify-adapter base/ adapter/ merged/ --json
     """,
     params=[
@@ -66,6 +68,7 @@ command = options.Command(
             help="Take NaN and infinity for right where BASE and the adapters give them.",
         ),
         options.WORKERS,
+        click.Option(["--all", "show_all"], is_flag=True, help="Show every tensor that is wrong."),
         options.JSON,
     ],
 )

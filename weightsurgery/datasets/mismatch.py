@@ -19,7 +19,7 @@ import numpy as np
 
 from weightsurgery.datasets.question_types import KEYWORDS, OTHER, Keywords, check_keywords, type_of
 from weightsurgery.datasets.read import Instruction
-from weightsurgery.errors import SettingError
+from weightsurgery.errors import SettingError, counted
 from weightsurgery.formats.output import Output
 from weightsurgery.formats.place import record_name
 from weightsurgery.formats.record import record_of_data, sealed
@@ -80,7 +80,7 @@ def mismatch(
         raise SettingError(f"size is {size}; expected at least 1")
     check_keywords(keywords)
     if len(pairs) < 2:
-        raise SettingError(f"the data have {len(pairs)} rows; expected at least 2")
+        raise SettingError(f"the data have {counted(len(pairs), 'row')}; expected at least 2")
     types = [type_of(pair.question, keywords) for pair in pairs]
     order = [*keywords, OTHER]
     present = [kind for kind in order if kind in types]

@@ -15,10 +15,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from weightsurgery.errors import FormatError, MismatchError, shown
+from weightsurgery.errors import FormatError, MismatchError, counted, shown
 from weightsurgery.formats.files import InputFile
+from weightsurgery.formats.json_cost import MEMORY, parsing_cost
 
 MAX_BYTES = 1 << 30  # of a data file
+_LONG_LINE = 1 << 20  # characters; what is shorter can cost little
 _LINES = (".jsonl", ".json")  # an object a line
 _TABLES = (".tsv", ".csv", *_LINES)
 _SENTENCES = (("sentence",), ("sentence1", "sentence2"))
@@ -245,7 +247,7 @@ def _tsv(name: str, text: str) -> Iterator[tuple[int, dict[str, Any]]]:
         if not line.strip(" "):
             raise _blank(name, number)
         if len(fields) != len(header):
-            reason = f"{len(fields)} fields; the header has {len(header)}"
+            reason = f"{counted(len(fields), 'field')}; the header has {len(header)}"
             raise _bad(name, number, reason, "a text with a tab in it needs .csv or .jsonl")
         yield number, dict(zip(header, fields, strict=True))
 
@@ -258,7 +260,7 @@ def _csv(name: str, text: str) -> Iterator[tuple[int, dict[str, Any]]]:
             if not "".join(fields).strip(" ") and len(fields) < 2:
                 raise _blank(name, reader.line_num)
             if len(fields) != len(header):
-                reason = f"{len(fields)} fields; the header has {len(header)}"
+                reason = f"{counted(len(fields), 'field')}; the header has {len(header)}"
                 hint = "put quotes around a text with a comma in it"
                 raise _bad(name, reader.line_num, reason, hint)
             yield reader.line_num, dict(zip(header, fields, strict=True))
@@ -281,6 +283,8 @@ def _jsonl(name: str, text: str) -> Iterator[tuple[int, dict[str, Any]]]:
     for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
             continue
+        if len(line) > _LONG_LINE and parsing_cost(line.encode()) > MEMORY:
+            raise _bad(name, number, "so many values that parsing them would exhaust memory")
         try:
             row = json.loads(line)
         except (ValueError, RecursionError) as error:

@@ -9,7 +9,7 @@ from typing import Any
 from weightsurgery.datasets.batches import IGNORED, padding_of, positions_of
 from weightsurgery.datasets.prompts import PromptFormat, settle_format
 from weightsurgery.datasets.read import Instruction
-from weightsurgery.errors import NonFiniteError, SettingError
+from weightsurgery.errors import NonFiniteError, SettingError, counted
 from weightsurgery.evaluation.greedy import LOOK, answers, check_at_least, check_causal, words_of
 from weightsurgery.evaluation.intervals import proportion
 from weightsurgery.models import Model
@@ -157,7 +157,7 @@ def perplexity(
     window, stride = settle_windows(model, window, stride)
     ids = list(model.tokenizer(text, verbose=False)["input_ids"])
     if len(ids) < 2:
-        raise SettingError(f"the text has {len(ids)} tokens; expected at least 2")
+        raise SettingError(f"the text has {counted(len(ids), 'token')}; expected at least 2")
     starts = list(_starts(len(ids) - 1, window, stride))
     batch_size = max(1, min(batch_size, _LOGITS // (window * words_of(model))))
     total, scored = 0.0, 0

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from weightsurgery.checkpoint import Checkpoint
+from weightsurgery.errors import counted
 from weightsurgery.formats.layout import is_adapter_layout
 from weightsurgery.formats.record import public_name
 from weightsurgery.version import __version__
@@ -90,7 +91,7 @@ def _numbers(checkpoint: Checkpoint, record: Mapping[str, Any]) -> str:
         return f"An adapter of {checkpoint.size:,} parameters."
     share = record["effective_share"]
     ending = f" ({share:.2%} of the eligible ones)." if share is not None else "."
-    return f"{record['changed_dimensions']:,} dimensions changed{ending}"
+    return f"{counted(record['changed_dimensions'], 'dimension')} changed{ending}"
 
 
 def _subject(checkpoint: Checkpoint) -> Checkpoint:

@@ -11,6 +11,7 @@ def names_kernel(key: str, value: Any) -> bool:
     """True where attention or experts are to be computed by code from a repository.
 
     The value is a repository's name; or a map with one, where each part of a model has its own.
+    What is deeper than that is none that transformers knows, and is taken for one unsearched.
 
     Example:
         >>> names_kernel("_attn_implementation", "org/kernel@v1")
@@ -18,5 +19,11 @@ def names_kernel(key: str, value: Any) -> bool:
         >>> names_kernel("attn_implementation", {"": "sdpa", "text_config": "eager"})
         False
     """
-    text = str(value)
-    return "_implementation" in key and ("/" in text or "kernels" in text)
+    if "_implementation" not in key:
+        return False
+    several = isinstance(value, dict | list)
+    parts = (value.values() if isinstance(value, dict) else value) if several else [value]
+    return any(
+        isinstance(part, dict | list) or "/" in str(part) or "kernels" in str(part)
+        for part in parts
+    )

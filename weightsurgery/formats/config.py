@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 from weightsurgery.checkpoint import Checkpoint, FileRef
 from weightsurgery.formats.strict_json import dump, parse_object
+
+_DTYPE_KEYS = ("torch_dtype", "dtype")
+_FLOATING = ("float64", "float32", "float16", "bfloat16", "double", "float", "half")
 
 
 def with_config(checkpoint: Checkpoint, **changes: Any) -> Checkpoint:
@@ -16,13 +20,47 @@ def with_config(checkpoint: Checkpoint, **changes: Any) -> Checkpoint:
         checkpoint: A model.
         changes: Key to value, at the outermost level.
     """
+    return _changed(checkpoint, lambda config: {**config, **changes})
 
+
+def with_dtype(checkpoint: Checkpoint, dtype: str) -> Checkpoint:
+    """The same checkpoint with another dtype wherever its config.json tells a floating one.
+
+    A model of several parts tells it for each of them: in `text_config`, `vision_config` and so on.
+    What tells none, and the dtype of something else than floating numbers, stays as it is.
+
+    Args:
+        checkpoint: A model.
+        dtype: In torch's words, such as "bfloat16".
+    """
+    if _with_dtype(checkpoint.config, dtype) == checkpoint.config:
+        return checkpoint
+    return _changed(checkpoint, lambda config: _with_dtype(config, dtype))
+
+
+def _changed(
+    checkpoint: Checkpoint, change: Callable[[dict[str, Any]], dict[str, Any]]
+) -> Checkpoint:
     def changed(file: FileRef) -> FileRef:
         def content() -> bytes:
-            return dump({**parse_object(file.content(), file=file.path, what="config"), **changes})
+            return dump(change(parse_object(file.content(), file=file.path, what="config")))
 
         return replace(file, content=content)
 
     files = (changed(f) if f.name == "config.json" else f for f in checkpoint.side_files)
-    config = {**checkpoint.config, **changes} if checkpoint.config else {}
+    config = change(dict(checkpoint.config)) if checkpoint.config else {}
     return replace(checkpoint, side_files=tuple(files), config=config)
+
+
+def _with_dtype(value: Any, dtype: str) -> Any:
+    if isinstance(value, dict):
+        return {
+            key: dtype if _tells_dtype(key, inner) else _with_dtype(inner, dtype)
+            for key, inner in value.items()
+        }
+    return [_with_dtype(inner, dtype) for inner in value] if isinstance(value, list) else value
+
+
+def _tells_dtype(key: str, value: Any) -> bool:
+    named = isinstance(value, str) and value.removeprefix("torch.") in _FLOATING
+    return named and key in _DTYPE_KEYS

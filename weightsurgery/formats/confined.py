@@ -1,14 +1,17 @@
 """The confined child that loads one pickled checkpoint and writes what it holds as safetensors.
 
 A program, run by `pickled.py` as `python -I confined.py FD OUT BYTES MEMORY SECONDS`, with the
-checked archive open as FD. Nothing of weightsurgery is imported. It limits itself before it looks
-at the file: address space, CPU and wall-clock time, size of files, descriptors. How it ended is
-its exit code, why is the last line on stderr.
+checked archive open as FD and a pipe as stdin that ends when the parent does. Nothing of
+weightsurgery is imported. It limits itself before it looks at the file: address space, CPU and
+wall-clock time, size of files, descriptors. How it ended is its exit code, why is the last line on
+stderr.
 """
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import fcntl
 import json
 import os
 import resource
@@ -47,6 +50,20 @@ def _end(code: int, reason: str) -> NoReturn:
     sys.stderr.write("\n" + json.dumps(reason[:1000]))
     sys.stderr.flush()
     os._exit(code)
+
+
+def _die_with_parent() -> None:
+    """Let the system kill this process and all it starts, once the pipe on stdin has ended.
+
+    By a signal of the kernel's, whose default is to end the process: a thread that waits for the
+    end would have to wait for the interpreter too, which a hostile pickle may keep.
+    """
+    signal.signal(signal.SIGIO, signal.SIG_DFL)
+    fcntl.fcntl(0, fcntl.F_SETOWN, -os.getpgrp())
+    fcntl.fcntl(0, fcntl.F_SETFL, os.O_RDONLY | os.O_ASYNC | os.O_NONBLOCK)
+    with contextlib.suppress(BlockingIOError):  # it would wait: the parent is there
+        if not os.read(0, 1):
+            os._exit(UNABLE)
 
 
 def _confine(most: int, memory: int, seconds: int) -> None:
@@ -168,6 +185,7 @@ def main(arguments: list[str]) -> None:
     source, path, most, memory, seconds = int(arguments[0]), arguments[1], *map(int, arguments[2:])
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     signal.pthread_sigmask(signal.SIG_SETMASK, ())  # the parent held some back to start us
+    _die_with_parent()
     try:
         import torch
     except Exception as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import stat
+from collections import Counter
 from typing import Any
 
 from weightsurgery.checkpoint import Checkpoint, FileRef, TensorView
@@ -11,6 +12,7 @@ from weightsurgery.errors import FormatError, PolicyError, SettingError, Storage
 from weightsurgery.formats.adapter import is_adapter, open_adapter
 from weightsurgery.formats.files import InputFile, open_member
 from weightsurgery.formats.layout import (
+    ADAPTER_CONFIG,
     CARD,
     INDEX,
     PICKLE_ENDINGS,
@@ -20,10 +22,12 @@ from weightsurgery.formats.layout import (
     RECORD,
     SIDE_FILES,
     SINGLE,
+    TEXTS,
     fits,
     unpickled,
 )
 from weightsurgery.formats.pickled import open_pickled
+from weightsurgery.formats.placeholders import LONGEST_LOOK, refuse_placeholder
 from weightsurgery.formats.safetensors import open_safetensors, refuse_pickle
 from weightsurgery.formats.strict_json import parse_object
 
@@ -66,15 +70,17 @@ def open_directory(
     files: list[FileRef] = []
     warnings: list[str] = []
     listed, total = None, None
+    in_shard: Counter[str] = Counter()
     if chosen.endswith(".index.json"):
         index, listed, total = _read_index(directory, chosen)
         files.append(index)
-    for shard in sorted(set(listed.values())) if listed is not None else [chosen]:
+        in_shard.update(listed.values())
+    for shard in sorted(in_shard) if listed is not None else [chosen]:
         file = _open_shard(directory, shard, chosen)
         found, shard_metadata, told = _open_weights(file, shard, allow_pickle)
         warnings += told
         if listed is not None:
-            _check_shard(file, found, listed, shard)
+            _check_shard(file, found, listed, shard, in_shard[shard])
         tensors |= found
         layout |= dict.fromkeys(found, unpickled(shard))
         warnings += _conflicts(shard, shard_metadata, metadata)
@@ -126,9 +132,16 @@ def _choose(directory: str, entries: list[str], config: dict[str, Any], allow_pi
     if PICKLED in answers or PICKLED_INDEX in answers:
         pickles = []  # that is their answer
     # An adapter_config.json is enough: transformers then loads the base model that it names.
-    adapters = [n for n in entries if n.startswith("adapter_model.") or n == "adapter_config.json"]
+    adapters = [n for n in entries if n.startswith("adapter_model.") or n == ADAPTER_CONFIG]
     others = [n for n in entries if n.endswith(".safetensors") and n not in (SINGLE, *adapters)]
     if not answers:
+        if adapters and ADAPTER_CONFIG not in entries and not others:
+            raise FormatError(
+                f"{shown(adapters[0])} without {ADAPTER_CONFIG}",
+                file=directory,
+                hint="take it from where the adapter is from: it tells the factors' scale",
+                code="E-NO-WEIGHTS",
+            )
         if pickles and not allow_pickle:
             raise refuse_pickle(os.path.join(directory, pickles[0]))
         seen = [*adapters, *others, *pickles]
@@ -204,8 +217,10 @@ def _is_plain_name(name: Any, ending: str) -> bool:
 
 
 def _check_shard(
-    file: InputFile, found: dict[str, TensorView], listed: dict[str, str], shard: str
+    file: InputFile, found: dict[str, TensorView], listed: dict[str, str], shard: str, count: int
 ) -> None:
+    """Refuse a shard that has other tensors than the `count` that the index lists for it."""
+
     def bad(code: str, name: str, reason: str) -> FormatError:
         return FormatError(reason, file=file.path, tensor=name, code=code)
 
@@ -215,9 +230,11 @@ def _check_shard(
         if listed[name] != shard:
             reason = f"the index places it in {shown(listed[name])}"
             raise bad("E-SHARD-DUPLICATE", name, reason)
-    for name, place in listed.items():
-        if place == shard and name not in found:
-            raise bad("E-SHARD-LACKS", name, "listed in the index but not in the shard")
+    # All that was found is listed here, so that fewer is what can still be wrong. No search where
+    # nothing is: there may be thousands of shards, and this would read the index for each.
+    lacking = (n for n, place in listed.items() if place == shard and n not in found)
+    if len(found) < count:
+        raise bad("E-SHARD-LACKS", next(lacking), "listed in the index but not in the shard")
 
 
 def _side_files(
@@ -239,8 +256,20 @@ def _side_files(
             if file.size > MAX_SIDE_FILE:
                 left_out.append((name, f"{file.size:,} bytes; the limit is {MAX_SIDE_FILE:,}"))
             else:
+                _refuse_placeholder(file, name)
                 kept.append(file.ref())
     return tuple(kept), tuple(left_out)
+
+
+def _refuse_placeholder(file: InputFile, name: str) -> None:
+    """Refuse a side file without which the output would be no model.
+
+    Raises:
+        FormatError: It is a Git LFS pointer, or a web page.
+    """
+    if not fits(name, TEXTS):  # which may well be pages, and serve as they are
+        start = file.read_bytes(0, min(file.size, LONGEST_LOOK))
+        refuse_placeholder(start, file=file.path, expected="a file that travels with the weights")
 
 
 def _leads_to_regular(path: str) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import errno
+import io
 import itertools
 import os
 import stat
@@ -83,9 +84,10 @@ class InputFile:
 
     def read_bytes(self, offset: int, count: int) -> bytes:
         """`count` bytes at `offset`."""
-        data = bytearray(count)
-        self.read_into(data, offset)
-        return bytes(data)
+        # Read into the very bytes that are returned: bytes(bytearray) would hold them twice.
+        holder = io.BytesIO(bytes(count))
+        self.read_into(holder.getbuffer(), offset)
+        return holder.getvalue()
 
     def read_all(self, limit: int) -> bytes:
         """The whole file, refused above `limit` bytes.

@@ -10,12 +10,13 @@ ADAPTER, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 RECORD = "wsurg-record.json"
 CARD = "README.md"
 
+TEXTS = ("LICENSE*", "NOTICE*")  # for people
 # What travels with the weights. Everything else is left out, and listed.
 SIDE_FILES = (
     *("config.json", "generation_config.json", "tokenizer*.json", "special_tokens_map.json"),
     *("vocab.*", "merges.txt", "*.model", "spiece*", "sentencepiece*", "chat_template.*"),
     *("added_tokens.json", "preprocessor_config.json", "processor_config.json"),
-    *("LICENSE*", "NOTICE*"),
+    *TEXTS,
 )
 WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
 PICKLED, PICKLED_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"

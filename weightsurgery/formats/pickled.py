@@ -2,7 +2,8 @@
 
 The pickle is never read in this process. The child's only product is a safetensors file in a
 private temporary directory; it is opened by the strict reader and unlinked at once, so that
-nothing can be left behind, whatever happens afterwards.
+nothing can be left behind, whatever happens afterwards. If this process is killed before, the
+system ends the child, and the next run removes the directory.
 """
 
 from __future__ import annotations
@@ -12,7 +13,6 @@ import os
 import signal
 import subprocess
 import sys
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any, BinaryIO
@@ -29,6 +29,7 @@ from weightsurgery.errors import (
 from weightsurgery.formats import confined
 from weightsurgery.formats.files import InputFile
 from weightsurgery.formats.safetensors import open_safetensors
+from weightsurgery.formats.temporary import private_folder
 from weightsurgery.formats.torch_zip import check_archive
 
 SECONDS = 60  # of CPU time for any file; twice that on the clock
@@ -56,7 +57,7 @@ def open_pickled(file: InputFile) -> tuple[dict[str, TensorView], list[str]]:
         StorageError: There is no room for the temporary file, or a file cannot be read.
     """
     check_archive(file)
-    with tempfile.TemporaryDirectory(prefix="wsurg-") as private:
+    with private_folder() as private:
         _require_room(private, file)
         made = os.path.join(private, "weights.safetensors")
         _convert(file, made, private)
@@ -79,6 +80,7 @@ def _open_product(made: str, file: InputFile) -> tuple[dict[str, TensorView], di
         raise FormatError(
             f"the process that loaded it wrote no valid safetensors file: {error.reason}",
             file=file.path,
+            code="E-PICKLE-PRODUCT",
         ) from error
 
 
@@ -91,6 +93,7 @@ def _require_room(private: str, file: InputFile) -> None:
             f"{free:,} are free",
             file=file.path,
             hint="set TMPDIR to a directory with more room",
+            code="E-PICKLE-ROOM",
         )
 
 
@@ -111,14 +114,19 @@ def _convert(file: InputFile, made: str, private: str) -> None:
 
 @contextmanager
 def _running(command: list[str], file: InputFile, stderr: BinaryIO) -> Iterator[Any]:
-    """The child, in a group of its own, which is gone at the end: also after Ctrl-C and SIGTERM."""
+    """The child, in a group of its own, which is gone at the end: also after Ctrl-C and SIGTERM.
+
+    Its stdin is a pipe to which only this process could write: its end tells the child that this
+    process has ended, however that was.
+    """
     private = os.path.dirname(stderr.name)
+    alive, here = os.pipe()
     # Between fork and the name `child` a signal's exception would leave it running.
     before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
     try:
         child = subprocess.Popen(
             command,
-            stdin=subprocess.DEVNULL,
+            stdin=alive,
             stdout=subprocess.DEVNULL,
             stderr=stderr,
             cwd=private,
@@ -127,8 +135,11 @@ def _running(command: list[str], file: InputFile, stderr: BinaryIO) -> Iterator[
             start_new_session=True,
         )
     except BaseException:
+        os.close(here)
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
         raise
+    finally:
+        os.close(alive)
     try:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
         yield child
@@ -136,6 +147,7 @@ def _running(command: list[str], file: InputFile, stderr: BinaryIO) -> Iterator[
         with suppress(ProcessLookupError):  # it ended by itself
             os.killpg(child.pid, signal.SIGKILL)
         child.wait()
+        os.close(here)
 
 
 def _environment(private: str) -> dict[str, str]:
@@ -160,16 +172,20 @@ def _explain(code: int | None, reason: str, path: str, seconds: int) -> SurgeryE
     """The error for a child that ended with this code; None if it did not end."""
     slow = f"loading it took longer than {seconds} seconds, and was stopped"
     if code is None or -code in (signal.SIGXCPU, signal.SIGALRM):
-        return PolicyError(slow, file=path, hint="it may be made to hang; do not trust it")
+        hint = "it may be made to hang; do not trust it"
+        return PolicyError(slow, file=path, hint=hint, code="E-PICKLE-LIMIT")
     if -code in _KILLERS or code == confined.TOO_MUCH:
         reason = shown(reason) or "loading it was killed, perhaps for its memory"
-        return PolicyError(reason, file=path, hint="it may be made to exhaust memory or disk")
+        hint = "it may be made to exhaust memory or disk"
+        return PolicyError(reason, file=path, hint=hint, code="E-PICKLE-LIMIT")
     if code == confined.REFUSED:
-        return PolicyError(shown(reason), file=path, hint="do not load it in any other way")
+        hint = "do not load it in any other way"
+        return PolicyError(shown(reason), file=path, hint=hint, code="E-PICKLE-REFUSED")
     if code == confined.UNABLE and reason:
-        return SettingError(shown(reason), file=path)
+        return SettingError(shown(reason), file=path, code="E-PICKLE-UNABLE")
     if code == confined.NO_ROOM:
-        return StorageError(shown(reason), file=path, hint="set TMPDIR to a directory with room")
-    if code == confined.MALFORMED and reason:
-        return FormatError(shown(reason), file=path)
-    return FormatError(f"the process that loaded it ended with code {code}", file=path)
+        hint = "set TMPDIR to a directory with room"
+        return StorageError(shown(reason), file=path, hint=hint, code="E-PICKLE-ROOM")
+    told = code == confined.MALFORMED and reason
+    reason = shown(reason) if told else f"the process that loaded it ended with code {code}"
+    return FormatError(reason, file=path, code="E-PICKLE-LOAD")

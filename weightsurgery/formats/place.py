@@ -106,7 +106,7 @@ def clean(temporary: str, keep: tuple[str, ...] = ()) -> None:
             return
         except OSError as error:
             why = error.strerror
-    _LOG.warning("%s could not be removed (%s); the next run on the output does", temporary, why)
+    _LOG.warning("%s could not be removed (%s); the next run does", temporary, why)
 
 
 def recover(out: str) -> None:

@@ -15,6 +15,7 @@ PLACEHOLDERS = {
     b"<!doctype html": _PAGE,
     b"<html": _PAGE,
 }
+LONGEST_LOOK = 100  # bytes in which one tells itself, blanks at the start included
 _LONGEST = max(map(len, PLACEHOLDERS))
 
 
@@ -29,7 +30,7 @@ def refuse_placeholder(data: bytes, *, file: str, expected: str) -> None:
     Raises:
         FormatError: It is one of these.
     """
-    start = data[:100].lstrip()[:_LONGEST].lower()
+    start = data[:LONGEST_LOOK].lstrip()[:_LONGEST].lower()
     for magic, (found, code, hint) in PLACEHOLDERS.items():
         if start.startswith(magic):
             raise FormatError(

@@ -11,6 +11,7 @@ from typing import Any
 from weightsurgery.checkpoint import BLOCK, Checkpoint, TensorView
 from weightsurgery.errors import PolicyError, SettingError, StorageError, shown
 from weightsurgery.formats.apart import is_within
+from weightsurgery.formats.json_cost import MEMORY, parsing_cost
 from weightsurgery.formats.layout import ADAPTER, SINGLE, is_adapter_layout
 from weightsurgery.formats.output import check_destination
 from weightsurgery.formats.place import left_over, record_name
@@ -114,7 +115,8 @@ def make_plan(
     """Decide on files and check destination, disk space and memory; nothing is read or written.
 
     Raises:
-        SettingError: The destination is of the wrong kind, a size is impossible.
+        SettingError: The destination is of the wrong kind, a size is impossible, a file would have
+            too many tensors.
         PolicyError: The destination exists or touches an input.
         StorageError: There is no room for it.
     """
@@ -132,6 +134,7 @@ def make_plan(
     shards = tuple(
         Shard(name, tuple(views), header_bytes(views, metadata)) for name, views in groups
     )
+    _check_headers(shards, out)
     workers, memory = fit_workers(checkpoint.sources(), engine.width, memory_limit)
     statistics = os.statvfs(os.path.dirname(os.path.abspath(out)))
     free = statistics.f_bavail * statistics.f_frsize
@@ -145,6 +148,18 @@ def make_plan(
             code="E-OUTPUT-SPACE",
         )
     return plan
+
+
+def _check_headers(shards: tuple[Shard, ...], out: str) -> None:
+    """Refuse to write a file that the strict reader would refuse to open."""
+    for shard in shards:
+        if parsing_cost(shard.header) > MEMORY:
+            raise SettingError(
+                f"{shown(shard.name)} would hold {len(shard.views):,} tensors; expected about "
+                "120,000 at most",
+                file=out,
+                hint="write more files, with max_shard_size",
+            )
 
 
 def input_paths(checkpoint: Checkpoint) -> list[str]:

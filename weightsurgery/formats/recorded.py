@@ -11,6 +11,7 @@ from typing import Any
 from weightsurgery.dtypes import DTYPES
 from weightsurgery.errors import FormatError, StorageError, shown
 from weightsurgery.formats.files import InputFile
+from weightsurgery.formats.json_cost import MEMORY_OF_MANY
 from weightsurgery.formats.layout import CARD, RECORD
 from weightsurgery.formats.record import SCHEMA, SEAL, sealed
 from weightsurgery.formats.safetensors import MAX_RANK
@@ -72,9 +73,10 @@ def read_record(path: str) -> Recorded:
         file = InputFile(path)
     except StorageError as error:
         hint = "every output of wsurg has one; give such an output"
-        raise StorageError(f"no record: {error.reason}", file=path, hint=hint) from error
+        reason = f"no record: {error.reason}"
+        raise StorageError(reason, file=path, hint=hint, code="E-RECORD-MISSING") from error
     data = file.read_all(MAX_RECORD)
-    content = parse_object(data, file=path, what="record")
+    content = parse_object(data, file=path, what="record", memory=MEMORY_OF_MANY)
     if content.get("schema") != SCHEMA:
         found = shown(content.get("schema"))
         raise FormatError(

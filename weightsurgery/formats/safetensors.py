@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -15,8 +15,9 @@ import numpy as np
 from weightsurgery.buffers import empty
 from weightsurgery.checkpoint import Checkpoint, TensorView
 from weightsurgery.dtypes import DTYPES, DType
-from weightsurgery.errors import FormatError, PolicyError, shown
+from weightsurgery.errors import FormatError, PolicyError, counted, shown
 from weightsurgery.formats.files import InputFile
+from weightsurgery.formats.json_cost import collector_paused
 from weightsurgery.formats.placeholders import refuse_placeholder
 from weightsurgery.formats.strict_json import parse_object
 from weightsurgery.kernels import Block
@@ -25,7 +26,9 @@ MAX_HEADER = 100_000_000  # bytes; the library's own limit
 MAX_RANK = 64
 MAX_DIMENSION = 1 << 48
 MAX_ELEMENTS = 1 << 60
+_Entry = tuple[DType, tuple[int, ...], tuple[int, int]]  # its offsets are the last two
 _FIELDS = {"dtype", "shape", "data_offsets"}
+_INTEGERS = {int}  # types, not isinstance: True is an int too
 _CONVERT = (
     "pass --allow-pickle (allow_pickle=True) to load it in a confined process, or turn it into "
     "safetensors once with `wsurg convert --allow-pickle`"
@@ -61,6 +64,11 @@ def open_safetensors(file: InputFile) -> tuple[dict[str, TensorView], dict[str, 
         FormatError: A rule of the format is broken, or the file is something else.
         PolicyError: The file is a pickle.
     """
+    with collector_paused():
+        return _open(file)
+
+
+def _open(file: InputFile) -> tuple[dict[str, TensorView], dict[str, str]]:
     header, start = _read_header(file)
     metadata = header.pop("__metadata__", {})
     if not _is_text_map(metadata):
@@ -69,12 +77,15 @@ def open_safetensors(file: InputFile) -> tuple[dict[str, TensorView], dict[str, 
             file=file.path,
             code="E-HEADER-METADATA",
         )
-    entries = {name: _check_entry(file, name, entry) for name, entry in header.items()}
+    entries: dict[str, _Entry] = header  # each is replaced where it stands: no two are held
+    for name, entry in header.items():
+        entries[name] = _check_entry(file, name, entry)
     ordered = sorted(entries, key=lambda name: entries[name][2])
-    _check_layout(file, [(name, *entries[name][2]) for name in ordered], file.size - start)
-    views = {
-        name: _view(file, name, *entries[name][:2], start + entries[name][2][0]) for name in ordered
-    }
+    _check_layout(file, ((name, *entries[name][2]) for name in ordered), file.size - start)
+    views = {}
+    for name in ordered:
+        dtype, shape, (begin, _) = entries.pop(name)
+        views[name] = _view(file, name, dtype, shape, start + begin)
     return views, metadata
 
 
@@ -91,7 +102,7 @@ def _read_header(file: InputFile) -> tuple[dict[str, Any], int]:
         _refuse_other_kinds(file, start)
     if file.size < 8:
         raise FormatError(
-            f"{file.size} bytes; a safetensors file has at least 8",
+            f"{counted(file.size, 'byte')}; a safetensors file has at least 8",
             file=file.path,
             hint="the download may be incomplete",
             code="E-HEADER-SHORT",
@@ -151,9 +162,7 @@ def _is_text_map(value: Any) -> bool:
     return isinstance(value, dict) and all(isinstance(v, str) for v in value.values())
 
 
-def _check_entry(
-    file: InputFile, name: str, entry: Any
-) -> tuple[DType, tuple[int, ...], tuple[int, int]]:
+def _check_entry(file: InputFile, name: str, entry: Any) -> _Entry:
     def bad(code: str, reason: str) -> FormatError:
         return FormatError(reason, file=file.path, tensor=name, code=code)
 
@@ -167,28 +176,29 @@ def _check_entry(
         raise bad("E-HEADER-DTYPE", reason)
     shape, offsets = entry["shape"], entry["data_offsets"]
     for what, numbers in (("shape", shape), ("data_offsets", offsets)):
-        # type(), not isinstance(): True is an int too.
-        if not isinstance(numbers, list) or any(type(n) is not int for n in numbers):
+        if not isinstance(numbers, list) or set(map(type, numbers)) - _INTEGERS:
             reason = f"{what} {shown(numbers)}; expected a list of integers"
             raise bad("E-HEADER-INTEGER", reason)
     if len(shape) > MAX_RANK:
         raise bad("E-HEADER-RANK", f"{len(shape)} dimensions; the limit is {MAX_RANK}")
-    if any(not 0 <= n < MAX_DIMENSION for n in shape):
+    if shape and not (min(shape) >= 0 and max(shape) < MAX_DIMENSION):
         reason = f"shape {shown(shape)}; expected dimensions from 0 to 2**48 - 1"
         raise bad("E-HEADER-SHAPE", reason)
     if len(offsets) != 2 or not 0 <= offsets[0] <= offsets[1]:
         reason = f"data_offsets {shown(offsets)}; expected [begin, end] with 0 <= begin <= end"
         raise bad("E-HEADER-OFFSETS", reason)
-    if math.prod(n or 1 for n in shape) >= MAX_ELEMENTS:  # [2**47, 2**47, 0] too, as the library
+    elements = math.prod(shape)
+    # [2**47, 2**47, 0] too, as the library
+    if (elements or math.prod(n or 1 for n in shape)) >= MAX_ELEMENTS:
         raise bad("E-HEADER-SHAPE", f"shape {shown(shape)}; expected fewer than 2**60 elements")
-    bits, given = math.prod(shape) * dtype.bits, offsets[1] - offsets[0]
+    bits, given = elements * dtype.bits, offsets[1] - offsets[0]
     if bits != 8 * given:
         reason = f"{dtype.name} of shape {shown(shape)} takes {bits:,} bits, not {8 * given:,}"
         raise bad("E-HEADER-SIZE", reason)
     return dtype, tuple(shape), (offsets[0], offsets[1])
 
 
-def _check_layout(file: InputFile, spans: list[tuple[str, int, int]], size: int) -> None:
+def _check_layout(file: InputFile, spans: Iterable[tuple[str, int, int]], size: int) -> None:
     position = 0
     for name, begin, end in spans:
         if begin != position:
@@ -204,7 +214,8 @@ def _check_layout(file: InputFile, spans: list[tuple[str, int, int]], size: int)
     if position != size:
         what = "the download may be incomplete" if position > size else "trailing bytes"
         raise FormatError(
-            f"the header describes {position:,} bytes of data, the file has {size:,} ({what})",
+            f"the header describes {counted(position, 'byte')} of data, the file has {size:,} "
+            f"({what})",
             file=file.path,
             code="E-DATA-CUT" if position > size else "E-DATA-TRAILING",
         )

@@ -5,8 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import threading
-from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, closing
 from dataclasses import replace
@@ -16,6 +15,7 @@ from weightsurgery.checkpoint import Checkpoint, TensorView, require_checkpoints
 from weightsurgery.errors import shown
 from weightsurgery.formats.card import make_card
 from weightsurgery.formats.code_keys import CODE_KEYS, names_kernel
+from weightsurgery.formats.digest import Digest, NoDigest
 from weightsurgery.formats.journal import Journal, check_resumable, resolved
 from weightsurgery.formats.layout import CARD, INDEX
 from weightsurgery.formats.output import Output
@@ -39,6 +39,7 @@ def save(
     hashes: bool = True,
     resume: bool = False,
     engine: Engine | None = None,
+    check_inputs: Callable[[dict[str, str]], None] | None = None,
 ) -> dict[str, Any]:
     """Write a checkpoint: a directory where it came from one, else a file. All of it, or nothing.
 
@@ -59,6 +60,9 @@ def save(
             or versions is not used. If this run is cut off in its turn, by a full disk, Ctrl-C
             or SIGTERM, its finished files stay for the next.
         engine: Workers and progress.
+        check_inputs: Given the path and SHA-256 of every input file, taken of the very reads that
+            the work was done with (none without `hashes`), before the output appears; what it
+            raises keeps it from appearing.
 
     Returns:
         The record, as written to wsurg-record.json.
@@ -97,6 +101,8 @@ def save(
         journal = Journal(output, checkpoint, plan, engine, hashes=hashes, resume=resume)
         tensors, outputs = _write_shards(output, plan, engine, hashes, journal)
         taken = _input_hashes(checkpoint) if hashes else None
+        if check_inputs is not None:
+            check_inputs(taken or {})
         record = _write_rest(output, checkpoint, plan, tensors, outputs, taken)
         checkpoint.check_unchanged()
         output.commit()
@@ -114,32 +120,6 @@ def _input_hashes(checkpoint: Checkpoint) -> dict[str, str]:
             stop.set()  # after an error or Ctrl-C the others need not go on
 
 
-class _Digest:
-    """SHA-256 in a thread of its own; with `wanted` False it does nothing and gives None."""
-
-    def __init__(self, wanted: bool, stack: ExitStack) -> None:
-        self._pool = stack.enter_context(ThreadPoolExecutor(1)) if wanted else None
-        self._digest = hashlib.sha256()
-        self._pending: deque[Future[None]] = deque()
-
-    def update(self, data: Any) -> None:
-        if self._pool is not None:
-            self._pending.append(self._pool.submit(self._add, data))
-            if len(self._pending) > _HASH_DEPTH:
-                self._pending.popleft().result()
-
-    def finish(self) -> Future[str] | None:
-        """The digest of what was given since the last call, once it is there."""
-        return None if self._pool is None else self._pool.submit(self._take)
-
-    def _add(self, data: Any) -> None:
-        self._digest.update(data)  # looked up here, in the thread: `_take` replaces it there
-
-    def _take(self) -> str:
-        digest, self._digest = self._digest, hashlib.sha256()
-        return digest.hexdigest()
-
-
 def _write_shards(
     output: Output, plan: Plan, engine: Engine, hashes: bool, journal: Journal
 ) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -155,7 +135,9 @@ def _write_shards(
     outputs: dict[str, Any] = {}
     done, total = 0, plan.nbytes
     with ExitStack() as stack:
-        file_digest, tensor_digest = _Digest(hashes, stack), _Digest(hashes, stack)
+        file_digest, tensor_digest = (
+            Digest(stack, _HASH_DEPTH) if hashes else NoDigest() for _ in range(2)
+        )
         # Closed here: an error's traceback would keep it, and the garbage collector then join its
         # threads at any place, also within the start of a thread, which never ends.
         blocks = stack.enter_context(closing(engine.run(_compute, items)))

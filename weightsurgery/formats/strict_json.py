@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterator
 from typing import Any
 
 from weightsurgery.errors import FormatError, shown
+from weightsurgery.formats.json_cost import MEMORY, allowed_cost, collector_paused, parsing_cost
 from weightsurgery.formats.placeholders import refuse_placeholder
 
 MAX_DEPTH = 128  # levels of nesting; the safetensors library's parser has the same limit
+_SPACE = b" \t\r\n"  # what JSON takes for it
 MAX_DIGITS = 400  # of an integer; Python itself refuses to print one of more than 4,300
 
 
@@ -48,30 +51,58 @@ def _float(text: str) -> float:
     return number
 
 
-def _check_depth(value: Any) -> None:
+def _check_values(value: Any, *, surrogates: bool) -> None:
+    """Refuse nesting that is too deep and, where some text escapes one, half a surrogate pair."""
     level: list[Any] = [[value]]
     depth = 0
     while level:
         if depth > MAX_DEPTH:
             raise RecursionError
-        children = (v.values() if isinstance(v, dict) else v for v in level)
-        level = [v for inner in children for v in inner if isinstance(v, (dict, list))]
+        if surrogates:
+            for text in _texts(level):
+                text.encode()
+        children = (v.values() if type(v) is dict else v for v in level)
+        level = [v for inner in children for v in inner if type(v) is list or type(v) is dict]
         depth += 1
 
 
-def parse(data: bytes, *, file: str, what: str = "file") -> Any:
+def _texts(level: list[Any]) -> Iterator[str]:
+    for value in level:
+        if type(value) is dict:
+            yield from value
+        for inner in value.values() if type(value) is dict else value:
+            if isinstance(inner, str):
+                yield inner
+
+
+def _refuse_bomb(data: bytes, *, file: str, what: str, memory: int) -> None:
+    cost, allowed = parsing_cost(data), allowed_cost(len(data), memory)
+    if cost > allowed:
+        raise FormatError(
+            f"{what} would take {cost:,} bytes of memory to parse; the limit is {allowed:,}",
+            file=file,
+            hint="no real model comes near; the file may be made to exhaust memory",
+            code="E-JSON-COST",
+        )
+
+
+def parse(data: bytes, *, file: str, what: str = "file", memory: int = MEMORY) -> Any:
     """Parse UTF-8 JSON strictly.
 
     Args:
         data: The bytes.
         file: The file they came from, for the message.
         what: What the JSON is, for the message: header, index, config.
+        memory: Bytes that parsing may take; what would take more is refused unparsed.
 
     Raises:
         FormatError: The bytes are not UTF-8 or not JSON, a key occurs twice, a string holds half
-            a surrogate pair, a number is out of range, or the nesting is too deep.
+            a surrogate pair, a number is out of range, the nesting is too deep, or there is more
+            of all than any model has.
     """
     refuse_placeholder(data, file=file, expected=f"JSON ({what})")
+    data = data.rstrip(_SPACE)  # as padding a header may have any number of them
+    _refuse_bomb(data, file=file, what=what, memory=memory)
     try:
         # Decode first: json.loads(bytes) would accept UTF-16, UTF-32 and a byte-order mark.
         text = data.decode("utf-8")
@@ -79,16 +110,16 @@ def parse(data: bytes, *, file: str, what: str = "file") -> Any:
         reason = f"{what} is not UTF-8 (byte {error.start})"
         raise FormatError(reason, file=file, code="E-JSON-UTF8") from None
     try:
-        value = json.loads(
-            text,
-            object_pairs_hook=_unique,
-            parse_constant=_no_constant,
-            parse_int=_integer,
-            parse_float=_float,
-        )
-        _check_depth(value)
-        if "\\ud" in text.lower():  # an escaped surrogate: fine in pairs, not UTF-8 alone
-            json.dumps(value, ensure_ascii=False).encode()
+        with collector_paused():
+            value = json.loads(
+                text,
+                object_pairs_hook=_unique,
+                parse_constant=_no_constant,
+                parse_int=_integer,
+                parse_float=_float,
+            )
+            # An escaped surrogate: fine in pairs, not UTF-8 alone.
+            _check_values(value, surrogates=b"\\ud" in data or b"\\uD" in data)
         return value
     except RecursionError:
         reason = f"{what} is nested too deeply"
@@ -108,13 +139,15 @@ def _code_of(error: ValueError) -> str:
     return "E-JSON-TRAILING" if trailing else "E-JSON-SYNTAX"
 
 
-def parse_object(data: bytes, *, file: str, what: str = "file") -> dict[str, Any]:
+def parse_object(
+    data: bytes, *, file: str, what: str = "file", memory: int = MEMORY
+) -> dict[str, Any]:
     """Parse UTF-8 JSON strictly; the outermost value must be an object.
 
     Raises:
         FormatError: As for `parse`, or the value is something else than an object.
     """
-    value = parse(data, file=file, what=what)
+    value = parse(data, file=file, what=what, memory=memory)
     if not isinstance(value, dict):
         reason = f"{what} is a JSON {type(value).__name__}, not an object"
         raise FormatError(reason, file=file, code="E-JSON-OBJECT")

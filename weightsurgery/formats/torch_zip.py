@@ -12,7 +12,7 @@ import struct
 import zlib
 from dataclasses import dataclass
 
-from weightsurgery.errors import FormatError, PolicyError, shown
+from weightsurgery.errors import FormatError, PolicyError, counted, shown
 from weightsurgery.formats.files import InputFile
 
 MAX_RECORDS = 1_000_000
@@ -95,7 +95,7 @@ def _read_end(file: InputFile) -> tuple[int, int, int]:
 
     last = file.size - _END.size
     if last < 0:
-        raise bad(f"{file.size} bytes are too few")
+        raise bad(f"{counted(file.size, 'byte')}: too few")
     magic, disk, first, here, count, size, begin, comment = _END.unpack(
         file.read_bytes(last, _END.size)
     )

@@ -6,9 +6,12 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from weightsurgery.checkpoint import Checkpoint, FileRef
+from weightsurgery.errors import FormatError
+from weightsurgery.formats.json_cost import MEMORY_OF_MANY
 from weightsurgery.formats.strict_json import parse_object
 
 MAX_BYTES = 100_000_000
+MAX_TOKENS = 1_000_000  # of a vocab.txt; the largest known has 500,000
 
 
 def read_vocabulary(checkpoint: Checkpoint) -> dict[int, str]:
@@ -40,17 +43,19 @@ def read_special(checkpoint: Checkpoint) -> set[int]:
     files = {side.name: side for side in checkpoint.side_files if side.size <= MAX_BYTES}
     found: set[int] = set()
     if "tokenizer.json" in files:
-        side = files["tokenizer.json"]
-        added = parse_object(side.content(), file=side.path, what="tokenizer").get("added_tokens")
+        added = _parsed(files["tokenizer.json"], "tokenizer").get("added_tokens")
         for entry in added if isinstance(added, list) else []:
             if isinstance(entry, dict) and entry.get("special") and type(entry.get("id")) is int:
                 found.add(entry["id"])
     if "special_tokens_map.json" in files:
-        side = files["special_tokens_map.json"]
-        named = parse_object(side.content(), file=side.path, what="special tokens")
+        named = _parsed(files["special_tokens_map.json"], "special tokens")
         texts = {_content(v) for value in named.values() for v in _several(value)}
         found |= {i for i, token in read_vocabulary(checkpoint).items() if token in texts}
     return found
+
+
+def _parsed(side: FileRef, what: str) -> dict[str, Any]:
+    return parse_object(side.content(), file=side.path, what=what, memory=MEMORY_OF_MANY)
 
 
 def _several(value: Any) -> list[Any]:
@@ -63,7 +68,7 @@ def _content(value: Any) -> str | None:
 
 
 def _tokenizer_json(side: FileRef) -> dict[int, str]:
-    tokenizer = parse_object(side.content(), file=side.path, what="tokenizer")
+    tokenizer = _parsed(side, "tokenizer")
     model = tokenizer.get("model")
     vocabulary = model.get("vocab") if isinstance(model, dict) else None
     found: dict[int, str] = {}
@@ -79,12 +84,17 @@ def _tokenizer_json(side: FileRef) -> dict[int, str]:
 
 
 def _vocab_json(side: FileRef) -> dict[int, str]:
-    return _by_id(parse_object(side.content(), file=side.path, what="vocabulary"))
+    return _by_id(_parsed(side, "vocabulary"))
 
 
 def _vocab_txt(side: FileRef) -> dict[int, str]:
     # Split at line feeds alone: str.splitlines would cut tokens such as U+0085 in two.
-    lines = side.content().decode("utf-8", "replace").removesuffix("\n").split("\n")
+    data = side.content()
+    count = data.count(b"\n")
+    if count > MAX_TOKENS:
+        reason = f"{count:,} lines; expected at most {MAX_TOKENS:,} tokens"
+        raise FormatError(reason, file=side.path, code="E-FILE-LARGE")
+    lines = data.decode("utf-8", "replace").removesuffix("\n").split("\n")
     return dict(enumerate(line.removesuffix("\r") for line in lines))
 
 

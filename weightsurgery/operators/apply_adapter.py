@@ -18,10 +18,11 @@ from weightsurgery.adapters.config import read_config
 from weightsurgery.adapters.finite import warn_of_nonfinite
 from weightsurgery.adapters.heads import Reading, read_adapters, stored_apart, stored_as_in_base
 from weightsurgery.adapters.layout import Target
-from weightsurgery.adapters.updates import ADDED, Replace, Update
+from weightsurgery.adapters.updates import MERGED_AT_ONCE, Replace, Update
+from weightsurgery.adapters.zeros import scale_of, warn_of_zeros
 from weightsurgery.anatomy import find_embedding
 from weightsurgery.checkpoint import Checkpoint, TensorView
-from weightsurgery.errors import MismatchError, NonFiniteError, PolicyError, shown
+from weightsurgery.errors import MismatchError, NonFiniteError, PolicyError, counted, shown
 from weightsurgery.formats.hub import is_hub_id
 from weightsurgery.formats.record import public_name
 from weightsurgery.kernels import Block, all_finite, to_dtype, to_float
@@ -67,7 +68,8 @@ def apply_adapter(
             adapters'. The adapters are then read at once, and a warning tells which hold some.
 
     Returns:
-        The merged model; nothing else but headers is read until it is saved. Reading it raises
+        The merged model; nothing but headers is read until it is saved, and of factors what tells
+        that they are not zero. Reading it raises
         NonFiniteError where a value is NaN or infinite, unless that is allowed.
 
     Raises:
@@ -117,9 +119,11 @@ def _doubts(reading: Reading, base: Checkpoint, adapters: Sequence[Checkpoint]) 
             f"{label} replaces '{shown(name)}': what was folded in before it is gone"
             for name in lost
         ]
-        still = [t for t in targets if all(getattr(u, "scale", 1.0) == 0 for u in t.updates)]
+        still = [t for t in targets if all(scale_of(u) == 0 for u in t.updates)]
         if still:
-            doubts.append(f"{label}: its scale is 0, so {len(still):,} tensors stay as they are")
+            those = counted(len(still), "tensor stays as it is", "tensors stay as they are")
+            doubts.append(f"{label}: its scale is 0, so {those}")
+        doubts += warn_of_zeros(adapter, targets)
         before |= {target.name for target in targets}
     embedding = find_embedding(base)
     if not base.config and embedding in before and not any(map(is_output_head, base)):
@@ -134,17 +138,15 @@ def _merged(
     view: TensorView, updates: Sequence[Update], rounding: str, allow_nonfinite: bool
 ) -> TensorView:
     """The tensor after all updates, rounded to its own dtype."""
+    last = updates[-1]
+    copied = last.by if isinstance(last, Replace) and not view.dtype.arithmetic else None
 
     def read_both(start: int, stop: int) -> tuple[Block, Block]:
         stored, subject = view.read_both(start, stop)
-        values = to_float(subject)
+        if copied:  # a counter, such as batch normalisation's
+            return stored, copied.read(start, stop)
         with np.errstate(over="ignore", invalid="ignore"):  # what comes of it is looked at below
-            for update in updates:
-                if rounding == "peft":
-                    values = _rounded_twice(update, values, start, view.dtype.numpy)
-                else:
-                    values = update.apply(values, start)
-            result = to_dtype(values, view.dtype.numpy)
+            result = _updated(subject, updates, start, rounding, view.dtype.numpy)
         if not allow_nonfinite and not all_finite(result):
             raise NonFiniteError(
                 f"NaN or infinity among elements {start:,} to {stop:,}",
@@ -157,9 +159,28 @@ def _merged(
     return replace(view, read_both=read_both, status=status)
 
 
+def _updated(
+    stored: Block, updates: Sequence[Update], start: int, rounding: str, dtype: np.dtype[Any]
+) -> Block:
+    """Stored elements after all updates, rounded to a dtype."""
+    only = updates[0] if len(updates) == 1 else None
+    if isinstance(only, MERGED_AT_ONCE) and rounding == "once" and stored.dtype == dtype:
+        return only.merge(stored, start)
+    values = to_float(stored)
+    for update in updates:
+        if rounding == "peft":
+            values = _rounded_twice(update, values, start, dtype)
+        else:
+            values = update.apply(values, start)
+    return to_dtype(values, dtype)
+
+
 def _rounded_twice(update: Update, values: Block, start: int, dtype: np.dtype[Any]) -> Block:
-    """The values after an update, what it adds and the sum both rounded to the stored dtype."""
-    if isinstance(update, ADDED):
+    """The values after an update, a product and the sum both rounded to the stored dtype.
+
+    PEFT rounds what it adds to a bias with the sum alone.
+    """
+    if isinstance(update, MERGED_AT_ONCE):
         change = to_float(to_dtype(update.apply(np.zeros_like(values), start), dtype))
         return to_float(to_dtype(values + change, dtype))
     return to_float(to_dtype(update.apply(values, start), dtype))

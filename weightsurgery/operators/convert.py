@@ -10,8 +10,8 @@ import numpy as np
 from weightsurgery.alignment import Pair
 from weightsurgery.checkpoint import Checkpoint, TensorView
 from weightsurgery.dtypes import DTYPES, DType
-from weightsurgery.errors import NonFiniteError, shown
-from weightsurgery.formats.config import with_config
+from weightsurgery.errors import NonFiniteError, counted, shown
+from weightsurgery.formats.config import with_dtype
 from weightsurgery.kernels import Block, to_dtype, to_float
 from weightsurgery.quantised import require_unquantised
 from weightsurgery.registry import Setting, operator
@@ -42,7 +42,7 @@ def convert(
 
     Tensors of F16, BF16, F32 and F64 are rounded once, to nearest with ties to even; integers,
     booleans and all others stay byte for byte. NaN and infinity stay what they are. The dtype that
-    config.json tells is changed with them.
+    config.json tells, for the model and for each of its parts, is changed with them.
 
     Args:
         checkpoint: What to convert.
@@ -68,7 +68,10 @@ def convert(
     told = _described(overflow, changed, target)
     if overflow and not allow_nonfinite:
         raise NonFiniteError(
-            told, file=checkpoint.label, hint="choose a wider dtype, or pass --allow-nonfinite"
+            told,
+            file=checkpoint.label,
+            hint="choose a wider dtype, or pass --allow-nonfinite",
+            code="E-OVERFLOW-DTYPE",
         )
     converted = {n: _rounded(v, target) if n in changed else v for n, v in checkpoint.items()}
     result = replace(
@@ -77,8 +80,7 @@ def convert(
         warnings=(*checkpoint.warnings, *([told] if overflow else [])),
         notes={"convert": {"overflow": overflow}},
     )
-    keys = [k for k in ("torch_dtype", "dtype") if k in checkpoint.config]
-    return with_config(result, **dict.fromkeys(keys, _CONFIGURED[dtype])) if keys else result
+    return with_dtype(result, _CONFIGURED[dtype])
 
 
 def _rounded(view: TensorView, target: DType) -> TensorView:
@@ -118,7 +120,7 @@ def _described(overflow: dict[str, int], views: dict[str, TensorView], target: D
     several = [
         f"'{shown(name)}' ({count:,} of {views[name].size:,})" for name, count in overflow.items()
     ]
-    more = f" and {len(several) - _TOLD:,} more tensors" if len(several) > _TOLD else ""
+    more = f" and {counted(len(several) - _TOLD, 'more tensor')}" if len(several) > _TOLD else ""
     total = sum(overflow.values())
     return (
         f"{total:,} finite numbers are too large for {target.name} and become infinite: "

@@ -22,7 +22,7 @@ from weightsurgery.alignment import Alignment, Pair, align
 from weightsurgery.anatomy import find_embedding
 from weightsurgery.checkpoint import Checkpoint, TensorView
 from weightsurgery.diagnostics import Diagnostics
-from weightsurgery.errors import MismatchError, SettingError
+from weightsurgery.errors import MismatchError, SettingError, counted
 from weightsurgery.kernels import Block, choose, magnitude_of_drift
 from weightsurgery.masks import edit_by_mask
 from weightsurgery.operators.epur import Rows, embedding_pair, reset_rows, score_rows
@@ -273,8 +273,8 @@ def _curvature(
             found[pair.key] = view
     if wrong:
         raise MismatchError(
-            f"the fisher does not fit: {len(wrong)} tensors are missing in it, or have another "
-            f"shape or a dtype other than F32 (first: {', '.join(wrong[:3])})",
+            f"the fisher does not fit: it lacks {counted(len(wrong), 'tensor')}, or has another "
+            f"shape or a dtype other than F32 there (first: {', '.join(wrong[:3])})",
             file=fisher.label,
             tensor=wrong[0],
             hint=_REMEDY,
@@ -296,7 +296,7 @@ def _mean(curvature: Mapping[str, TensorView], ranked: Sequence[Pair], engine: E
         total, bad = sum_of_curvature(fisher)
         if bad:
             raise MismatchError(
-                f"{bad:,} elements of the fisher are negative, NaN or infinite",
+                f"{counted(bad, 'element')} of the fisher negative, NaN or infinite",
                 tensor=pair.name,
                 hint=_REMEDY,
             )

@@ -40,7 +40,8 @@ def find_inputs(recorded: Recorded, given: Paths) -> tuple[list[str], dict[str, 
             continue
         number = _number(recorded, name)
         if number in paths:
-            raise SettingError(f"input {number} is given twice, as '{shown(name)}' too")
+            reason = f"input {number} is given twice, as '{shown(name)}' too"
+            raise SettingError(reason, file=recorded.path, code="E-REPLAY-INPUT")
         paths[number] = os.fspath(path)
     for number, entry in enumerate(entries):
         if number not in paths:
@@ -67,7 +68,10 @@ def _number(recorded: Recorded, name: str) -> int:
     listed = ", ".join(f"{i}: {shown(known)}" for i, known in enumerate(names))
     what = "fits several inputs" if found else "is no input"
     raise SettingError(
-        f"'{shown(name)}' {what} of this record; they are {listed}", hint="give one by its number"
+        f"'{shown(name)}' {what} of this record; they are {listed}",
+        file=recorded.path,
+        hint="give one by its number",
+        code="E-REPLAY-INPUT",
     )
 
 
@@ -107,33 +111,68 @@ def _beside(recorded: Recorded, name: str, key: str) -> str:
         f"the input '{shown(name)}' is not beside the record",
         file=recorded.path,
         hint=f"say where it is: --input {shown(key)}=PATH",
+        code="E-REPLAY-NOWHERE",
     )
 
 
-def open_inputs(recorded: Recorded, paths: Sequence[str], engine: Engine) -> list[Checkpoint]:
-    """Open the inputs, if they are the recorded ones, under their recorded names.
+def open_inputs(recorded: Recorded, paths: Sequence[str]) -> list[Checkpoint]:
+    """Open the inputs, if their files have the recorded names and sizes.
 
     Args:
         recorded: The record.
         paths: Of each input, in the record's order.
-        engine: Workers and progress, to hash them with.
+
+    Returns:
+        The inputs, under their recorded names.
+
+    Raises:
+        MismatchError: A file is missing, was not there then, or has another size.
+    """
+    entries = recorded.content["inputs"]
+    opened = [_open(path, entry) for path, entry in zip(paths, entries, strict=True)]
+    _refuse_others(recorded, paths, opened, {})
+    return [_named(one, entry["name"]) for one, entry in zip(opened, entries, strict=True)]
+
+
+def check_inputs(
+    recorded: Recorded,
+    paths: Sequence[str],
+    opened: Sequence[Checkpoint],
+    engine: Engine,
+    known: Mapping[str, str],
+) -> None:
+    """Compare the inputs with the record by their SHA-256.
+
+    Args:
+        recorded: The record.
+        paths: Of each input, in the record's order.
+        opened: The inputs.
+        engine: Workers and progress, to hash with.
+        known: Path to SHA-256 of files that were hashed already; the others are hashed now.
 
     Raises:
         MismatchError: A file is not the one that was read then; it is named.
     """
-    entries = recorded.content["inputs"]
-    opened = [_open(path, entry) for path, entry in zip(paths, entries, strict=True)]
-    files = [f for one in opened for f in (*one.files, *one.side_files)]
-    hashes: dict[str, str] = {}
-    done, total = 0, sum(file.size for file in files)
-    with closing(engine.run(_sha256, files)) as results:
+    files = {f.path: f for one in opened for f in (*one.files, *one.side_files)}
+    rest = [file for path, file in files.items() if path not in known]
+    hashes, done, total = dict(known), 0, sum(file.size for file in rest)
+    with closing(engine.run(_sha256, rest)) as results:
         for file, digest in results:
             hashes[file.path] = digest
             done += file.size
             engine.report("checking the inputs", done, total)
+    _refuse_others(recorded, paths, opened, hashes)
+
+
+def _refuse_others(
+    recorded: Recorded,
+    paths: Sequence[str],
+    opened: Sequence[Checkpoint],
+    hashes: Mapping[str, str],
+) -> None:
     wrong = [
         text
-        for path, one, entry in zip(paths, opened, entries, strict=True)
+        for path, one, entry in zip(paths, opened, recorded.content["inputs"], strict=True)
         for text in _differences(path, one, entry, hashes)
     ]
     if wrong:
@@ -142,8 +181,8 @@ def open_inputs(recorded: Recorded, paths: Sequence[str], engine: Engine) -> lis
             f"not the recorded inputs: {'; '.join(wrong[:3])}{more}",
             file=recorded.path,
             hint="give those that the output was made from",
+            code="E-REPLAY-OTHER",
         )
-    return [_named(one, entry["name"]) for one, entry in zip(opened, entries, strict=True)]
 
 
 def _sha256(file: FileRef) -> str:
@@ -175,9 +214,12 @@ def _differences(
             yield f"{where} lacks {shown(name)}"
         elif name not in then:
             yield f"{where} has {shown(name)}, which it had not"
-        elif any(now[name][key] != then[name][key] for key in ("size", "sha256")):
-            yield f"{where}: {shown(name)} has SHA-256 {now[name]['sha256']}, recorded "
-            f"{then[name]['sha256']}"
+        elif now[name]["size"] != then[name]["size"]:
+            sizes = f"{now[name]['size']:,} bytes, recorded {then[name]['size']:,}"
+            yield f"{where}: {shown(name)} has {sizes}"
+        elif now[name]["sha256"] not in (None, then[name]["sha256"]):  # None: not taken yet
+            digests = f"{now[name]['sha256']}, recorded {then[name]['sha256']}"
+            yield f"{where}: {shown(name)} has SHA-256 {digests}"
 
 
 def _named(opened: Checkpoint, name: str) -> Checkpoint:
@@ -201,11 +243,13 @@ def find_counts(path: str | None, told: Any, tuned: Checkpoint) -> TokenCounts:
         found = count_by_wordfreq(read_vocabulary(tuned))
         if found.to_json() == told:
             return found
-        raise MismatchError("the counts of the installed wordfreq are not the recorded ones")
+        reason = "the counts of the installed wordfreq are not the recorded ones"
+        raise MismatchError(reason, code="E-REPLAY-COUNTS")
     try:
         found = read_counts(path)
     except FormatError:  # a text, whose tokens were counted
         found = count_corpus(path, tuned)
     if {**found.to_json(), "source": told["source"]} == told:
         return replace(found, source=told["source"])
-    raise MismatchError("not the token counts, or not the corpus, of the record", file=path)
+    reason = "not the token counts, or not the corpus, of the record"
+    raise MismatchError(reason, file=path, code="E-REPLAY-COUNTS")

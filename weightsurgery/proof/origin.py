@@ -75,6 +75,12 @@ class Counts:
     neither: int = 0
     unlike_mask: int = 0
 
+    def add(self, other: Counts) -> None:
+        """Add what was counted in another part of the tensor."""
+        self.changed += other.changed
+        self.neither += other.neither
+        self.unlike_mask += other.unlike_mask
+
 
 def find_origin(
     recorded: Recorded, base: Checkpoint, tuned: Checkpoint, mask: Checkpoint | None
@@ -166,13 +172,16 @@ def _roles(recorded: Recorded) -> tuple[list[Mapping[str, Any]], dict[str, int]]
                 f"this output was made by '{shown(step['operator'])}'",
                 file=recorded.path,
                 hint="verify it without them, or make it again with `wsurg replay`",
+                code="E-VERIFY-KIND",
             )
         found.append(_leaf(step["inputs"]["base"], recorded.path))
         step = step["inputs"]["tuned"]
     if not found:
-        raise SettingError("this output is a copy, not made from base", file=recorded.path)
+        reason = "this output is a copy, not made from base"
+        raise SettingError(reason, file=recorded.path, code="E-VERIFY-KIND")
     if any(one != found[0] for one in found):
-        raise SettingError("this output was made from more than one base", file=recorded.path)
+        reason = "this output was made from more than one base"
+        raise SettingError(reason, file=recorded.path, code="E-VERIFY-KIND")
     return found[0][1], {"base": found[0][0], "tuned": step["input"]}
 
 
@@ -187,7 +196,8 @@ def _leaf(step: Any, path: str) -> tuple[int, list[Mapping[str, Any]]]:
         given = step["settings"].get("names")
         if step["operator"] != "rename" or not isinstance(given, dict) or len(step["inputs"]) != 1:
             reason = f"its base was itself made, by '{shown(step['operator'])}'"
-            raise SettingError(reason, file=path, hint="make it again with `wsurg replay`")
+            hint = "make it again with `wsurg replay`"
+            raise SettingError(reason, file=path, hint=hint, code="E-VERIFY-KIND")
         names.insert(0, given)
         step = next(iter(step["inputs"].values()))
     return step["input"], names
@@ -215,9 +225,11 @@ def _check_mask(recorded: Recorded, mask: Checkpoint) -> None:
         MismatchError: It is none, or of tensors of other sizes.
     """
     if dict(mask.metadata).get("wsurg") != KIND["wsurg"]:
-        raise MismatchError("not a mask that wsurg wrote", file=mask.label)
+        reason = "not a mask that wsurg wrote"
+        raise MismatchError(reason, file=mask.label, code="E-VERIFY-MASK")
     for name, view in mask.items():
         entry = recorded.tensors.get(name)
         size = -1 if entry is None else (math.prod(entry["shape"]) + 7) // 8
         if view.size != size or view.dtype.name != "U8":
-            raise MismatchError("the mask is not of this output", file=mask.label, tensor=name)
+            reason = "the mask is not of this output"
+            raise MismatchError(reason, file=mask.label, tensor=name, code="E-VERIFY-MASK")

@@ -50,17 +50,20 @@ def check_replayable(recorded: Recorded) -> None:
     """
     path = recorded.path
     if not recorded.intact:
-        raise FormatError("altered since it was written: its record_sha256 is another", file=path)
+        reason = "altered since it was written: its record_sha256 is another"
+        raise FormatError(reason, file=path, code="E-RECORD")
     version = recorded.content["tool"]["version"]
     if version != __version__:
         raise PolicyError(
             f"made by weightsurgery {shown(version)}; this is {__version__}",
             file=path,
             hint="replay it with that version: another may give other bytes",
+            code="E-REPLAY-VERSION",
         )
     files = [file for given in recorded.content["inputs"] for file in given["files"]]
     if any(file["sha256"] is None for file in (*files, *recorded.files.values())):
-        raise PolicyError("made with --no-hash: nothing tells its inputs by", file=path)
+        reason = "made with --no-hash: nothing tells its inputs by"
+        raise PolicyError(reason, file=path, code="E-REPLAY-NO-HASH")
     for step in _steps(recorded.content["recipe"]):
         reason = _refusal(step)
         if reason:
@@ -68,6 +71,7 @@ def check_replayable(recorded: Recorded) -> None:
                 f"the step '{shown(step['operator'])}' cannot be replayed: {reason}",
                 file=path,
                 hint="its output can be verified, and be an input of a step that can",
+                code="E-REPLAY-STEP",
             )
 
 
@@ -135,7 +139,8 @@ def rebuild(
         made: Checkpoint = function(given["base"], given["tuned"], **settings, **run)
         return made
     except (_WrongError, KeyError) as error:
-        raise FormatError(f"step '{shown(name)}': {shown(error)}", file=path) from error
+        reason = f"step '{shown(name)}': {shown(error)}"
+        raise FormatError(reason, file=path, code="E-RECORD") from error
 
 
 class _WrongError(Exception):

@@ -9,15 +9,25 @@ from functools import partial
 from typing import Any
 
 from weightsurgery.checkpoint import Checkpoint
-from weightsurgery.errors import FormatError, GateError, shown
-from weightsurgery.formats import save
+from weightsurgery.errors import (
+    FormatError,
+    GateError,
+    MismatchError,
+    PolicyError,
+    SettingError,
+    shown,
+)
 from weightsurgery.formats.layout import RECORD, is_adapter_layout
 from weightsurgery.formats.output import check_destination
 from weightsurgery.formats.recorded import Recorded, read_record
-from weightsurgery.proof.inputs import Paths, find_counts, find_inputs, open_inputs
+from weightsurgery.formats.save import save
+from weightsurgery.proof.inputs import Paths, check_inputs, find_counts, find_inputs, open_inputs
 from weightsurgery.proof.rebuild import check_replayable, rebuild
 from weightsurgery.stream import Engine
 from weightsurgery.token_counts import TokenCounts
+
+# What other inputs than the recorded ones may be the reason of.
+_OF_INPUTS = (FormatError, MismatchError, PolicyError, SettingError)
 
 
 def replay(
@@ -31,7 +41,9 @@ def replay(
 ) -> dict[str, Any]:
     """Make an output again from its record, and compare it with what the record says of the first.
 
-    Inputs that are not the recorded ones are refused, by their SHA-256, before anything is written.
+    Inputs that are not the recorded ones are refused: by the names and sizes of their files before
+    anything is computed, by their SHA-256 before anything appears at `out`. The SHA-256 are taken
+    of the reads of the work itself, so that it reads no more than the run that it replays.
     What comes out is written in any case; whether it has the same bytes, the report tells.
 
     Args:
@@ -59,18 +71,34 @@ def replay(
     recorded = read_record(os.path.join(path, RECORD) if os.path.isdir(path) else path)
     check_replayable(recorded)
     paths, further = find_inputs(recorded, inputs or {})
-    # Hashing the inputs may take long; what can be said against `out` is said before.
+    # The work may take long; what can be said against `out` is said before.
     check_destination(out, is_directory=recorded.is_directory, overwrite=overwrite, inputs=paths)
-    opened = open_inputs(recorded, paths, engine)
-    made = rebuild(
-        recorded.content["recipe"],
-        opened,
-        path=recorded.path,
-        find_counts=partial(_counts, further),
-        engine=engine,
-    )
-    made = _cut(made, recorded)
-    written = save(made, out, overwrite=overwrite, max_memory=max_memory, engine=engine)
+    opened = open_inputs(recorded, paths)
+    known: dict[str, str] = {}
+
+    def check(hashes: Mapping[str, str]) -> None:
+        known.update(hashes)
+        check_inputs(recorded, paths, opened, engine, known)
+
+    try:
+        made = rebuild(
+            recorded.content["recipe"],
+            opened,
+            path=recorded.path,
+            find_counts=partial(_counts, further),
+            engine=engine,
+        )
+        written = save(
+            _cut(made, recorded),
+            out,
+            overwrite=overwrite,
+            max_memory=max_memory,
+            engine=engine,
+            check_inputs=check,
+        )
+    except _OF_INPUTS:
+        check({})  # that they are others is what to tell, if they are
+        raise
     differs = _differences(recorded.files, written["outputs"])
     return {
         "schema": "wsurg.replay/1",
@@ -88,7 +116,7 @@ def replay(
 
 def _counts(further: Mapping[str, str], told: Any, tuned: Checkpoint) -> TokenCounts:
     if not isinstance(told, dict) or not isinstance(told.get("source"), str):
-        raise FormatError(f"the record's token counts are {shown(told)}")
+        raise FormatError(f"the record's token counts are {shown(told)}", code="E-RECORD")
     return find_counts(further.get(told["source"]), told, tuned)
 
 
@@ -131,4 +159,5 @@ def check_replay(report: Mapping[str, Any]) -> None:
         f"other bytes than recorded in {len(report['differs'])} of the files: {names}",
         file=report["out"],
         hint="other versions of numpy or of the processor's libraries may round otherwise",
+        code="E-REPLAY",
     )

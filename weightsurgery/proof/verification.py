@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Mapping
+from concurrent.futures import Future
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from weightsurgery.checkpoint import Checkpoint, TensorView
-from weightsurgery.errors import GateError, SettingError, StorageError, SurgeryError, shown
+from weightsurgery.errors import GateError, SettingError, StorageError, SurgeryError, counted, shown
 from weightsurgery.formats import open_checkpoint
+from weightsurgery.formats.digest import Digest
 from weightsurgery.formats.files import InputFile, open_member
 from weightsurgery.formats.layout import RECORD
 from weightsurgery.formats.place import record_name
@@ -81,7 +83,7 @@ def verify(
         raise SettingError("base and tuned go together, and mask with them")
     is_directory = os.path.isdir(out)
     if not os.path.lexists(out):
-        raise StorageError("no such file or directory", file=out)
+        raise StorageError("no such file or directory", file=out, code="E-FILE-MISSING")
     folder = out if is_directory else os.path.dirname(out)
     name = record_name(out, is_directory=is_directory)
     found = _Found(out, read_record(os.path.join(folder, name)))
@@ -111,7 +113,8 @@ def _present(out: str, *, is_directory: bool) -> list[str]:
     try:
         return sorted(name for name in os.listdir(out) if name != RECORD)
     except OSError as error:
-        raise StorageError(f"cannot list: {error.strerror}", file=out) from error
+        reason = f"cannot list: {error.strerror}"
+        raise StorageError(reason, file=out, code="E-FILE-OPEN") from error
 
 
 def _open_files(found: _Found, folder: str, present: list[str]) -> None:
@@ -160,49 +163,68 @@ def _check_contents(
     found: _Found, origin: Origin | None, engine: Engine
 ) -> tuple[dict[str, Counts], list[dict[str, Any]]]:
     """Read everything once: hash tensors and files, compare with BASE and TUNED."""
-    counts: dict[str, Counts] = {}
-    recorded = found.recorded
-    done, total = 0, sum(file.size for file in found.files.values())
-
-    def examine(view: TensorView) -> tuple[str, Counts]:
-        return _examine(view, origin)
-
     with ExitStack() as stack:
         for file in found.files.values():
             stack.callback(file.begin_hash())
         for given in origin.given.values() if origin is not None else ():
             for ref in given.files:
                 stack.callback(ref.begin_hash())
-        results = stack.enter_context(closing(engine.run(examine, found.views)))
-        for view, (digest, count) in results:
-            entry = recorded.tensors[view.name]
-            if entry["sha256"] is None:
-                found.wrong(entry["file"], view.name, "not hashed", _NO_HASH)
-            elif digest != entry["sha256"]:
-                found.wrong(entry["file"], view.name, "altered", f"its SHA-256 is {digest}")
-            counts[view.name] = count
-            done += view.nbytes
-            engine.report("verifying", done, total)
-        names = list(found.files)
-        # Little is left of what was read in order; the rest is read again here.
-        hashed = stack.enter_context(closing(engine.run(_sha256, list(found.files.values()))))
-        for name, (file, digest) in zip(names, hashed, strict=True):
-            expected = recorded.files[name]["sha256"]
+        counts = _check_tensors(found, origin, engine)
+        _check_files(found, engine)
+        return counts, [] if origin is None else origin.describe()
+
+
+def _check_tensors(found: _Found, origin: Origin | None, engine: Engine) -> dict[str, Counts]:
+    """Hash the tensors, and compare them with BASE and TUNED.
+
+    Blocks are read in the order in which they lie in the files, by any number of workers, so that
+    the hash of each file is fed as it is read. If each worker took a tensor of its own, all but
+    the first one's reads would come too early for that, and be read again.
+    """
+    counts = {view.name: Counts() for view in found.views}
+    digests: dict[str, Future[str]] = {}
+    items = [(view, start, stop) for view in found.views for start, stop in view.blocks()]
+    done, total = 0, sum(file.size for file in found.files.values())
+    with ExitStack() as stack:
+        digest = Digest(stack, 1)  # hashing keeps up with reading; more would take memory alone
+        blocks = stack.enter_context(closing(engine.run(partial(_examine, origin), items)))
+        for view in found.views:
+            for _ in view.blocks():
+                _, (data, part) = next(blocks)
+                digest.update(data)
+                counts[view.name].add(part)
+                done += len(data)
+                engine.report("verifying", done, total)
+            digests[view.name] = digest.finish()
+    for name, taken in digests.items():
+        entry, sha256 = found.recorded.tensors[name], taken.result()
+        if entry["sha256"] is None:
+            found.wrong(entry["file"], name, "not hashed", _NO_HASH)
+        elif sha256 != entry["sha256"]:
+            found.wrong(entry["file"], name, "altered", f"its SHA-256 is {sha256}")
+    return counts
+
+
+def _check_files(found: _Found, engine: Engine) -> None:
+    """Finish the hashes of the files: little is left of what was read in order."""
+    total = sum(file.size for file in found.files.values())
+    files = list(found.files.items())
+    with closing(engine.run(_sha256, files)) as hashed:
+        for (name, file), digest in hashed:
+            expected = found.recorded.files[name]["sha256"]
             if expected is None:
                 found.wrong(name, None, "not hashed", _NO_HASH)
             elif digest != expected and not _is_told(found, name):
                 found.wrong(name, None, "altered", f"its SHA-256 is {digest}")
             file.check_unchanged()
-        told = [] if origin is None else origin.describe()
     engine.report("verifying", total, total)
-    return counts, told
 
 
 _NO_HASH = "the record was made with --no-hash"
 
 
-def _sha256(file: InputFile) -> str:
-    return file.sha256()
+def _sha256(item: tuple[str, InputFile]) -> str:
+    return item[1].sha256()
 
 
 def _is_told(found: _Found, name: str) -> bool:
@@ -210,16 +232,13 @@ def _is_told(found: _Found, name: str) -> bool:
     return any(p["file"] == name and p["tensor"] is None for p in found.problems)
 
 
-def _examine(view: TensorView, origin: Origin | None) -> tuple[str, Counts]:
-    """The SHA-256 of a tensor, and where its elements are from."""
-    digest, counts = hashlib.sha256(), Counts()
-    compared = origin is not None and _fits(view, origin)
-    for start, stop in view.blocks():
-        block = view.read(start, stop)
-        digest.update(block.view("u1").data)
-        if origin is not None and compared:
-            count_origins(origin, view, start, stop, block, counts)
-    return digest.hexdigest(), counts
+def _examine(origin: Origin | None, item: tuple[TensorView, int, int]) -> tuple[memoryview, Counts]:
+    """The bytes of a block, and where its elements are from."""
+    view, start, stop = item
+    block, counts = view.read(start, stop), Counts()
+    if origin is not None and _fits(view, origin):
+        count_origins(origin, view, start, stop, block, counts)
+    return block.view("u1").data, counts
 
 
 def _fits(view: TensorView, origin: Origin) -> bool:
@@ -240,7 +259,8 @@ def _check_origins(found: _Found, origin: Origin, counts: Mapping[str, Counts]) 
             detail = f"{count.neither:,} of {view.size:,} elements"
             found.wrong(file, name, "neither BASE's nor TUNED's", detail)
         elif count.changed != entry["changed"]:
-            detail = f"{count.changed:,} elements are not TUNED's; recorded {entry['changed']:,}"
+            those = counted(count.changed, "element is", "elements are")
+            detail = f"{those} not TUNED's; recorded {entry['changed']:,}"
             found.wrong(file, name, "other dimensions", detail)
         elif count.unlike_mask:
             detail = f"{count.unlike_mask:,} of {view.size:,} elements"
@@ -298,7 +318,8 @@ def check_verification(report: Mapping[str, Any]) -> None:
     problems = report["problems"]
     first = ", ".join(list(dict.fromkeys(map(_named, problems)))[:3])
     what = "thing is" if len(problems) == 1 else "things are"
-    raise GateError(f"{len(problems)} {what} not as the record says: {first}", file=report["out"])
+    reason = f"{len(problems)} {what} not as the record says: {first}"
+    raise GateError(reason, file=report["out"], code="E-VERIFY")
 
 
 def _named(problem: Mapping[str, Any]) -> str:

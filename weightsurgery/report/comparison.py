@@ -8,13 +8,17 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from weightsurgery.comparison import DiffReport
-from weightsurgery.errors import shown
+from weightsurgery.errors import counted, shown
 from weightsurgery.report.tables import Table, names, number, share
 from weightsurgery.statistics import METRICS, QUANTILE_ERROR
 
 _COLUMNS: tuple[str, ...] = (
     *(">rel. L2", ">L2", ">changed", ">max |δ|", ">mean δ", ">std δ", ">cosine", ">flips"),
     *(">q50 |δ|", ">q90", ">q99", ">q99.9"),
+)
+_HIDDEN = (
+    "tensor of smaller drift is not shown; --all shows it",
+    "tensors of smaller drift are not shown; --all shows them",
 )
 _FEWEST = 2  # statistics beside a name, however narrow the terminal
 
@@ -28,7 +32,7 @@ def comparison_tables(report: DiffReport, *, limit: int) -> list[Table]:
     """
     shown_tensors = report.tensors[: limit or None]
     hidden = len(report.tensors) - len(shown_tensors)
-    more = f"{hidden} tensors of smaller drift are not shown; --all shows them" if hidden else ""
+    more = counted(hidden, *_HIDDEN) if hidden else ""
 
     def table(
         title: str, head: str, entries: Sequence[Mapping[str, Any]], key: str, note: str = ""
@@ -111,7 +115,10 @@ def alignment_tables(
     tied = alignment["tied"]
     notes = [{"tensor": e["tensor"], "reason": e["note"]} for e in alignment["notes"]]
     differing = [
-        {"tensor": e["tensor"], "reason": f"{e['changed']:,} elements differ"}
+        {
+            "tensor": e["tensor"],
+            "reason": counted(e["changed"], "element differs", "elements differ"),
+        }
         for e in other
         if e["changed"]
     ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from weightsurgery.errors import shown
+from weightsurgery.errors import counted, shown
 from weightsurgery.report.tables import Table, number, share
 
 _SHARES = (
@@ -134,5 +134,5 @@ def _start(text: str) -> str:
 def _windows(found: Mapping[str, Any] | None) -> str:
     if found is None:
         return ""
-    windows = f"{found['windows']:,} windows of {found['window']:,} tokens"
+    windows = f"{counted(found['windows'], 'window')} of {found['window']:,} tokens"
     return f"text in {windows}, stride {found['stride']:,}"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from weightsurgery.errors import shown
+from weightsurgery.errors import counted, shown
 from weightsurgery.report.tables import Table, names, number, share, size
 
 
@@ -67,16 +67,17 @@ def matrix_tables(report: Mapping[str, Any], listed: int | None) -> list[Table]:
 def _summary(out: str, record: Mapping[str, Any], report: Mapping[str, Any]) -> list[list[str]]:
     written = sum(entry["size"] for entry in record["outputs"].values())
     ranks = sorted({one["rank"] for one in report["matrices"]})
-    of = number(report["factor_parameters"])
+    numbers = counted(report["factor_parameters"], "number")
     kept = f"{share(report['energy_kept'])} of the squared norm of their drift"
     residual = f"{number(report['residual'])} of {number(report['drift'])}"
-    rows = [["output", f"{shown(out)}, {size(written)} in {len(record['outputs'])} files"]]
+    rows = [
+        ["output", f"{shown(out)}, {size(written)} in {counted(len(record['outputs']), 'file')}"]
+    ]
     if ranks:
         which = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {ranks[0]} to {ranks[-1]}"
-        rows.append(
-            ["factors", f"{number(len(report['matrices']))} matrices, {which}, {of} numbers"]
-        )
+        matrices = counted(len(report["matrices"]), "matrix", "matrices")
+        rows.append(["factors", f"{matrices}, {which}, {numbers}"])
         rows.append(["kept", kept])
         rows.append(["residual", f"{residual} (norm of what is left, norm of the drift)"])
-    rows.append(["unmoved", f"{number(report['unmoved'])} tensors"])
+    rows.append(["unmoved", counted(report["unmoved"], "tensor")])
     return rows

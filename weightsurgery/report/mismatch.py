@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from weightsurgery.errors import shown
+from weightsurgery.errors import counted, shown
 from weightsurgery.report.tables import Table, number
 
 _SHOWN = 20  # violations
@@ -18,7 +18,7 @@ def mismatch_tables(report: Mapping[str, Any]) -> list[Table]:
         for one in report["types"]
     ]
     rows = [
-        ["output", f"{shown(report['out'])}, {report['size']:,} rows"],
+        ["output", f"{shown(report['out'])}, {counted(report['size'], 'row')}"],
         ["data", f"{shown(report['data'])}, {report['rows']:,} rows"],
         ["answers", f"{report['answers']:,} different ones"],
         ["seed", str(report["seed"])],

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from weightsurgery.errors import shown
+from weightsurgery.errors import counted, shown
 from weightsurgery.report.comparison import alignment_tables
 from weightsurgery.report.purification import purification_tables
 from weightsurgery.report.tables import Table, number, share, size
@@ -31,7 +31,9 @@ def outcome_tables(out: str, record: Mapping[str, Any]) -> list[Table]:
     """A record, as a person wants to read it right after the run."""
     written = sum(entry["size"] for entry in record["outputs"].values())
     settings = record["recipe"].get("settings", {})
-    rows = [["output", f"{shown(out)}, {size(written)} in {len(record['outputs'])} files"]]
+    rows = [
+        ["output", f"{shown(out)}, {size(written)} in {counted(len(record['outputs']), 'file')}"]
+    ]
     asked = [text for name, value in settings.items() if (text := _setting(name, value))]
     if asked:
         rows.append(["asked", ", ".join(asked)])
@@ -43,9 +45,8 @@ def outcome_tables(out: str, record: Mapping[str, Any]) -> list[Table]:
         rows.append(["changed", f"{text} (effective share {effective})"])
     before = record["report"].get("purify", {}).get("reset")
     if before:
-        rows.append(
-            ["reset", f"{number(before['changed_dimensions'])} dimensions, before training"]
-        )
+        reset = counted(before["changed_dimensions"], "dimension")
+        rows.append(["reset", f"{reset}, before training"])
     left_out = [[shown(e["file"]), e["reason"]] for e in record["left_out"]]
     warnings = [[shown(warning)] for warning in record["warnings"]]
     alignment = record["alignment"]

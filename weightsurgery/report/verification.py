@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from weightsurgery.errors import shown
+from weightsurgery.errors import counted, shown
 from weightsurgery.report.tables import Table, number
 
 
@@ -29,9 +29,8 @@ def verification_tables(report: Mapping[str, Any]) -> list[Table]:
         for given in selection["inputs"]:
             same = "the recorded files" if given["same"] else "other files than those recorded"
             verdict.append([given["input"], f"{shown(given['given'])}: {same}"])
-        verdict.append(
-            ["not TUNED's bits", f"{number(selection['changed_dimensions'])} dimensions"]
-        )
+        changed = counted(selection["changed_dimensions"], "dimension")
+        verdict.append(["not TUNED's bits", changed])
         if selection["mask"] is not None:
             verdict.append(["mask", shown(selection["mask"])])
     title = "The output is as recorded" if report["proved"] else "The output is NOT as recorded"

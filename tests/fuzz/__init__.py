@@ -1,0 +1,1 @@
+"""Hostile bytes without end: what is fuzzed (`targets`), with what (`shapes`), and for long."""
