@@ -75,8 +75,8 @@ def collector_paused() -> Iterator[None]:
     this takes more than half of the time.
     """
     was_running = gc.isenabled()
-    gc.disable()
     try:
+        gc.disable()
         yield
     finally:
         if was_running:
