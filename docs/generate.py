@@ -210,8 +210,8 @@ def errors_page() -> str:
         0: "Done.",
         1: "A bug of ours: an unexpected exception, shown with its traceback.",
         2: "The command line is wrong: no such option, command or value.",
-        INTERRUPTED: "Interrupted (Ctrl-C); nothing was written.",
-        TERMINATED: "Terminated (SIGTERM); nothing was written.",
+        INTERRUPTED: "Interrupted (Ctrl-C); nothing is left but what `--resume` keeps.",
+        TERMINATED: "Terminated (SIGTERM); nothing is left but what `--resume` keeps.",
     }
     for kind in _descendants(errors.SurgeryError):
         summary = parse_docstring(kind.__doc__ or "").text.partition("\n")[0]

@@ -205,6 +205,25 @@ def test_all_is_durable_before_it_appears(
     assert events[events.index(temporary) + 1 :] == [*moves, str(scene.place)]
 
 
+@pytest.mark.parametrize("old", [False, True], ids=["new", "overwrite"])
+def test_what_was_in_place_when_its_run_was_killed_stays(scene: Scene, old: bool) -> None:
+    out = scene.out("file")
+    if old:
+        save(other("file"), str(out))
+    child = os.fork()
+    if child == 0:
+        output.Output.__exit__ = lambda *_: os._exit(0)  # type: ignore[method-assign]
+        save(scene.open("file"), str(out), overwrite=old)
+        os._exit(1)
+    assert os.waitpid(child, 0)[1] == 0
+    content = out.read_bytes()
+    Path(f"{out}.{RECORD}").unlink()  # of its own accord; only half is there now
+    with pytest.raises(PolicyError, match="exists already"):
+        output.check_destination(str(out), is_directory=False, overwrite=False, inputs=[])
+    assert out.read_bytes() == content
+    assert not list(scene.place.glob(".wsurg-*"))
+
+
 def interrupt() -> None:
     raise KeyboardInterrupt
 

@@ -104,7 +104,7 @@ def test_overflow_names_a_few_tensors_of_many() -> None:
 
 def test_the_largest_floats_overflow_in_bf16() -> None:
     given = from_arrays({"w": np.array([np.finfo(np.float32).max], np.float32)})
-    with pytest.raises(NonFiniteError, match="1 finite numbers are too large for BF16"):
+    with pytest.raises(NonFiniteError, match="1 finite number is too large for BF16"):
         convert(given, dtype="bf16")
 
 

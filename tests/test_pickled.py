@@ -26,6 +26,7 @@ from weightsurgery.checkpoint import Checkpoint
 from weightsurgery.cli import cli, main
 from weightsurgery.errors import FormatError, PolicyError, SettingError, StorageError, SurgeryError
 from weightsurgery.formats import hub, open_checkpoint, pickled, save, torch_zip
+from weightsurgery.formats.files import InputFile
 
 EMPTY = b"\x80\x02}."
 DATA = {"data.pkl": EMPTY, "version": b"3\n"}
@@ -184,6 +185,17 @@ def test_an_adapter_with_pickled_weights(tmp_path: Path) -> None:
 def test_an_index_names_plain_files(name: str, tmp_path: Path) -> None:
     with pytest.raises(FormatError, match=r"plain name ending in \.bin"):
         open_checkpoint(sharded(tmp_path / "m", a=name), allow_pickle=True)
+
+
+@pytest.mark.parametrize(
+    "told", ["", "[1]", "{}", '{"shared": 5, "warnings": []}', '{"shared": [[]], "warnings": "x"}']
+)
+def test_what_the_child_tells_is_not_believed(told: str, tmp_path: Path) -> None:
+    path = written(tmp_path / "m.bin", {"w": torch.ones(2)})
+    with pytest.raises(FormatError):
+        pickled._told({"told": told}, InputFile(str(path)))
+    with pytest.raises(FormatError):
+        pickled._told({}, InputFile(str(path)))
 
 
 def test_two_answers_are_refused_with_the_flag_too(tmp_path: Path) -> None:
@@ -458,10 +470,15 @@ def test_a_storage_that_is_longer_than_its_record(tmp_path: Path) -> None:
         (
             {"a": {"w": torch.ones(1)}, "b": {"w": torch.ones(1)}},
             PolicyError,
-            "two answers to which tensors are meant: 'a' and 'b'",
+            "two answers to which tensors are meant: those of 'a' and those of 'b'",
+        ),
+        (
+            {"best": torch.ones(()), "state_dict": {"w": torch.ones(1)}},
+            PolicyError,
+            "two answers to which tensors are meant: its own and those of 'state_dict'",
         ),
     ],
-    ids=["list", "empty", "number", "metadata", "sparse", "meta", "complex128", "two"],
+    ids=["list", "empty", "number", "metadata", "sparse", "meta", "complex128", "two", "own"],
 )
 def test_what_is_no_state_dict_is_refused(
     value: Any, kind: type[SurgeryError], reason: str, tmp_path: Path

@@ -69,7 +69,8 @@ def left(folder: Path) -> list[Path]:
 def noted(folder: Path) -> list[str]:
     """The weights files that the journal tells of."""
     (journal,) = (path for path in left(folder) if path.name == JOURNAL)
-    return [json.loads(line)["file"] for line in journal.read_bytes().splitlines()[1:]]
+    lines = journal.read_bytes().splitlines()[1:]
+    return [json.loads(line.partition(b" ")[2])["file"] for line in lines]
 
 
 def read_again(folder: Path, **settings: Any) -> set[str]:
@@ -172,6 +173,8 @@ TORN: dict[str, Callable[[bytes], bytes]] = {
     "no JSON": lambda lines: lines + b"{nothing}\n",
     "another file": lambda lines: lines + b'{"file": "../../tuned/config.json"}\n',
     "no entries": lambda lines: lines.replace(b'"tensors"', b'"sensors"'),
+    "other entries": lambda lines: lines.replace(b'"edited"', b'"copied"'),
+    "no texts": lambda lines: lines.replace(b'"size":', b'"size":"x","other":'),
     "not ours": lambda lines: b"\xff\n" + lines,
     "empty": lambda lines: b"",
 }

@@ -19,6 +19,7 @@ from weightsurgery import (
     FormatError,
     GateError,
     MismatchError,
+    PolicyError,
     SettingError,
     StorageError,
     changed_mask,
@@ -181,6 +182,15 @@ def test_a_link_or_a_pipe_is_no_file_of_an_output(pair: Pair) -> None:
     assert pair.problems() == [("config.json", None, "malformed")]
 
 
+def test_an_output_may_be_given_by_its_record(pair: Pair) -> None:
+    pair.save()
+    assert verify(pair.out / RECORD)["proved"]
+    (pair.out / RECORD).rename(pair.root / "elsewhere.json")
+    (pair.out / RECORD).symlink_to(pair.root / "elsewhere.json")
+    with pytest.raises(PolicyError, match="symbolic link"):
+        verify(pair.out)
+
+
 def test_tensors_that_the_record_does_not_tell(pair: Pair) -> None:
     pair.save()
     gone = "embeddings.LayerNorm.weight"
@@ -201,6 +211,7 @@ def test_a_file_and_its_record(pair: Pair) -> None:
         pair.out = pair.root / f"{name}.safetensors"
         pair.save(made)
         assert pair.problems() == []
+        assert verify(f"{pair.out}.{RECORD}")["proved"]
         data = pair.out.read_bytes()
         pair.out.write_bytes(data[:-1] + bytes([data[-1] ^ 128]))
         assert (pair.out.name, None, "altered") in pair.problems()

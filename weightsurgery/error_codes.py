@@ -307,8 +307,12 @@ CODES: Mapping[str, Code] = {
         for code, (kind, means, remedy) in rows.items()
     },
     "E-USAGE": Code(None, 2, _COMMAND_LINE, "no such command, option or value", "`--help`"),
-    "E-INTERRUPTED": Code(None, 130, _COMMAND_LINE, "Ctrl-C; nothing was written", "run again"),
-    "E-TERMINATED": Code(None, 143, _COMMAND_LINE, "SIGTERM; nothing was written", "run again"),
+    "E-INTERRUPTED": Code(
+        None, 130, _COMMAND_LINE, "Ctrl-C; only what --resume keeps is left", "run again"
+    ),
+    "E-TERMINATED": Code(
+        None, 143, _COMMAND_LINE, "SIGTERM; only what --resume keeps is left", "run again"
+    ),
     "E-BUG": Code(None, 1, _COMMAND_LINE, "a bug of ours", "please report it, with the traceback"),
 }
 """Every code there is."""

@@ -128,6 +128,9 @@ class Module:
         self, a: TensorView, b: TensorView, magnitude: TensorView | None, *, embedding: bool
     ) -> tuple[str, Update]:
         target = self.names.need(f"{self.module}.weight", a)
+        if _is_grouped(target, a, b):
+            reason = "a grouped convolution cannot hold what reaches across its groups"
+            raise self._fail(a, reason)
         self._check_rank(a, b)
         transposed = embedding or self._is_transposed(target, a, b)
         if len(target.shape) < 2 or len(a.shape) != (2 if embedding else len(target.shape)):
@@ -138,13 +141,10 @@ class Module:
         wide, tall = (b, a) if transposed else (a, b)
         have = (_lines(tall, transposed), _lines(wide, not transposed))
         if have != (rows, columns):
-            groups = len(target.shape) > 2 and a.shape[1] > target.shape[1]
             raise self._fail(
                 a,
-                "a grouped convolution cannot hold what reaches across its groups"
-                if groups
-                else f"its product is {list(have)}, what it adapts {list(target.shape)}; is this "
-                "the model that the adapter was trained on?",
+                f"its product is {list(have)}, what it adapts {list(target.shape)}; is this the "
+                "model that the adapter was trained on?",
             )
         change = LowRank(
             left=tall,
@@ -226,6 +226,14 @@ class Module:
                 tensor=a.name,
                 code="E-ADAPTER-RANK",
             )
+
+
+def _is_grouped(target: TensorView, a: TensorView, b: TensorView) -> bool:
+    """Whether a convolution has groups: then B's columns are those of one, or A's of all."""
+    if len(target.shape) < 3 or not len(a.shape) == len(b.shape) == len(target.shape):
+        return False
+    one_group = 0 < b.shape[1] < a.shape[0] and a.shape[0] % b.shape[1] == 0
+    return one_group or a.shape[1] > target.shape[1]
 
 
 def _lines(view: TensorView, second: bool) -> int:

@@ -14,6 +14,7 @@ import errno
 import fcntl
 import json
 import os
+import re
 import resource
 import signal
 import sys
@@ -107,14 +108,19 @@ def _tensors(loaded: Any) -> tuple[dict[str, Any], list[str]]:
         return isinstance(value, dict) and any(isinstance(v, torch.Tensor) for v in value.values())
 
     warnings = []
-    if isinstance(loaded, dict) and not holds(loaded):
-        inner = [key for key, value in loaded.items() if holds(value)]
-        if len(inner) > 1:
-            _end(REFUSED, f"two answers to which tensors are meant: {inner[0]!r} and {inner[1]!r}")
+    inner = [k for k, v in loaded.items() if holds(v)] if isinstance(loaded, dict) else []
+    answers = [
+        *(["its own"] if holds(loaded) else []),
+        *(f"those of {_listed([k])}" for k in inner),
+    ]
+    if len(answers) > 1:
+        reason = f"two answers to which tensors are meant: {answers[0]} and {answers[1]}"
+        _end(REFUSED, reason)
+    if inner:
         others = [key for key in loaded if key not in inner]
-        if inner and others:
+        if others:
             warnings.append(f"only its entry {inner[0]!r} was read, not {_listed(others)}")
-        loaded = loaded[inner[0]] if inner else loaded
+        loaded = loaded[inner[0]]
     if not holds(loaded):
         _end(MALFORMED, "it holds no dictionary of tensors")
     others = [name for name, value in loaded.items() if not isinstance(value, torch.Tensor)]
@@ -210,7 +216,10 @@ def _tell(error: Exception, most: int, memory: int) -> NoReturn:
         _end(NO_ROOM, f"cannot write to the temporary directory: {error.strerror}")
     if isinstance(error, OSError) and error.errno == errno.EFBIG:
         _end(TOO_MUCH, f"its tensors take more than {most:,} bytes")
-    lines = [line for line in text.splitlines() if line.strip()]
+    unknown = re.search(r"Unsupported (?:global: GLOBAL|class) (\S+)", text)
+    if unknown:
+        _end(REFUSED, f"it asks for {unknown[1][:200]}, which weights do not need")
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
     plain = " ".join([one for one in lines if not one.startswith(_BOILERPLATE)][:2]).rstrip(".")
     if type(error).__name__ == "UnpicklingError":
         _end(REFUSED, f"torch's loader of weights refuses it: {plain}")

@@ -1,7 +1,8 @@
 """The journal of a sharded output: what is finished, so that an interrupted run can go on.
 
 It lies in the temporary directory: a line that says of which output, and a line for each finished
-weights file. Nothing in it is believed without taking the file's SHA-256 again.
+weights file, with the SHA-256 of the line before it. No line is believed that is not as it was
+written, nor without taking the file's SHA-256 again.
 """
 
 from __future__ import annotations
@@ -77,7 +78,7 @@ class Journal:
             found = _read(os.path.join(output.temporary, _NAME))
             self.finished = self._checked(found, first, plan, engine)
             self._tell(found, first, len(plan.shards))
-            lines += [dump_line(entry) for entry in self.finished.values()]
+            lines += [_sealed_line(entry) for entry in self.finished.values()]
             output.kept = list(self.finished)
         # A new one in one step: if this run is killed now, the old one still counts.
         output.clear((_NAME, *self.finished))
@@ -146,7 +147,7 @@ class Journal:
             del self._waiting[0]
             found = {name: resolved(entry) for name, entry in tensors.items()}
             line = {"file": shard.name, "output": resolved(output), "tensors": found}
-            self._file.write(dump_line(line))
+            self._file.write(_sealed_line(line))
             if self._resume:
                 self._output.kept.append(shard.name)
 
@@ -205,8 +206,17 @@ def _read(path: str) -> list[bytes]:
         return []
 
 
-def _parse(line: bytes) -> Entry:
+def _sealed_line(entry: Entry) -> bytes:
+    line = dump_line(entry)
+    return b"%s %s" % (hashlib.sha256(line).hexdigest().encode(), line)
+
+
+def _parse(sealed: bytes) -> Entry:
+    """The entry of a line; an empty one if the line is not as it was written."""
+    seal, _, line = sealed.partition(b" ")
+    if seal != hashlib.sha256(line).hexdigest().encode():
+        return {}
     try:
-        return parse_object(line, file=_NAME, what="journal") if line.endswith(b"\n") else {}
+        return parse_object(line, file=_NAME, what="journal")
     except SurgeryError:
         return {}

@@ -8,6 +8,7 @@ killed run is unlocked, and the next run clears it.
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import stat
 from collections.abc import Sequence
@@ -18,6 +19,7 @@ from weightsurgery.errors import (
     PolicyError,
     StorageError,
     SurgeryError,
+    counted,
     shown,
 )
 from weightsurgery.formats import disk
@@ -26,6 +28,7 @@ from weightsurgery.formats.layout import ADAPTER_CONFIG, CARD, RECORD, SIDE_FILE
 from weightsurgery.formats.place import (
     MARKER,
     clean,
+    identity,
     is_at,
     lock,
     lock_directory,
@@ -38,6 +41,7 @@ from weightsurgery.formats.place import (
 )
 from weightsurgery.formats.signals import signals_held
 
+_LOG = logging.getLogger(__name__)
 _WINDOW = 32 << 20  # bytes after which the system is told to begin writing to the disk
 _WINDOWS = 4  # of a file at most on their way there
 
@@ -158,6 +162,10 @@ class Output:
             if not self._stuck and any(is_at(held, self.temporary) for held in self._locks):
                 keep = (self.journal, *self.kept) if self.kept and _is_cut_off(error) else ()
                 clean(self.temporary, keep)
+                if keep:
+                    _LOG.warning(
+                        "%s; --resume goes on with them", counted(len(self.kept), "finished file")
+                    )
             while self._locks:
                 with contextlib.suppress(OSError):
                     disk.close(self._locks.pop())
@@ -217,7 +225,7 @@ class Output:
         # Two renames are two steps: whoever finds this file knows that the run died between.
         marker = OutputFile(os.path.join(self.temporary, MARKER))
         try:
-            marker.write("".join(f"{os.lstat(source).st_ino} " for source, _ in moves).encode())
+            marker.write(" ".join(identity(source) for source, _ in moves).encode())
             marker.finish()
         finally:
             marker.drop()

@@ -29,6 +29,7 @@ from weightsurgery.errors import (
 from weightsurgery.formats import confined
 from weightsurgery.formats.files import InputFile
 from weightsurgery.formats.safetensors import open_safetensors
+from weightsurgery.formats.strict_json import parse
 from weightsurgery.formats.temporary import private_folder
 from weightsurgery.formats.torch_zip import check_archive
 
@@ -63,14 +64,29 @@ def open_pickled(file: InputFile) -> tuple[dict[str, TensorView], list[str]]:
         _convert(file, made, private)
         file.check_unchanged()
         views, metadata = _open_product(made, file)
-    told = json.loads(metadata["told"])
+    shared, warnings = _told(metadata, file)
     name = shown(os.path.basename(file.path))
-    warnings = [
+    sharing = [
         f"{name}: {', '.join(map(shown, names[:5]))}{', …' if len(names) > 5 else ''} share memory;"
         " each is read as a tensor of its own"
-        for names in told["shared"]
+        for names in shared
     ]
-    return views, [*warnings, *(f"{name}: {shown(warning)}" for warning in told["warnings"])]
+    return views, [*sharing, *(f"{name}: {shown(warning)}" for warning in warnings)]
+
+
+def _told(metadata: dict[str, str], file: InputFile) -> tuple[list[list[str]], list[str]]:
+    """What the child tells beside the tensors: names that share memory, and warnings."""
+    told = parse(metadata.get("told", "").encode(), file=file.path, what="the child's report")
+    told = told if isinstance(told, dict) else {}
+    texts, groups = told.get("warnings"), told.get("shared")
+    lists = [texts, *(groups if isinstance(groups, list) else [None])]
+    if not all(isinstance(x, list) and all(isinstance(y, str) for y in x) for x in lists):
+        raise FormatError(
+            "the process that loaded it tells of it what is no list of texts",
+            file=file.path,
+            code="E-PICKLE-PRODUCT",
+        )
+    return lists[1:], lists[0]
 
 
 def _open_product(made: str, file: InputFile) -> tuple[dict[str, TensorView], dict[str, str]]:

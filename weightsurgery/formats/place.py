@@ -138,13 +138,26 @@ def undo(temporary: str, out: str) -> None:
     if not os.path.isfile(_marker(temporary)):
         return
     with open(_marker(temporary), "rb") as file:
-        new = {int(word) for word in file.read(1000).split() if word.isdigit()}
+        new = set(file.read(1000).decode("ascii", "replace").split())
     names = [record_name(out, is_directory=False), os.path.basename(out)]
-    places = [os.path.join(os.path.dirname(out), name) for name in names]
-    moved = [p for p in places if os.path.lexists(p) and os.lstat(p).st_ino in new]
-    for place in moved if len(moved) < len(new) else ():
-        move(place, os.path.join(temporary, os.path.basename(place)), overwrite=True)
+    # Half is done only while a new file still waits here; once all had moved, what lies at their
+    # places now is the output, or what somebody put there since.
+    if any(_is_one_of(new, os.path.join(temporary, name)) for name in names):
+        for name in names:
+            place = os.path.join(os.path.dirname(out), name)
+            if _is_one_of(new, place):
+                move(place, os.path.join(temporary, name), overwrite=True)
     disk.remove(_marker(temporary))
+
+
+def identity(path: str) -> str:
+    """What tells a file from all others, also where it was moved; a removed one's inode returns."""
+    found = os.lstat(path)
+    return f"{found.st_ino}:{found.st_size}:{found.st_mtime_ns}"
+
+
+def _is_one_of(identities: set[str], path: str) -> bool:
+    return os.path.lexists(path) and identity(path) in identities
 
 
 def move(source: str, target: str, *, overwrite: bool) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -10,9 +11,10 @@ from typing import Any
 
 from weightsurgery.dtypes import DTYPES
 from weightsurgery.errors import FormatError, StorageError, shown
-from weightsurgery.formats.files import InputFile
+from weightsurgery.formats.files import InputFile, open_member
 from weightsurgery.formats.json_cost import MEMORY_OF_MANY
 from weightsurgery.formats.layout import CARD, RECORD
+from weightsurgery.formats.place import record_name
 from weightsurgery.formats.record import SCHEMA, SEAL, sealed
 from weightsurgery.formats.safetensors import MAX_RANK
 from weightsurgery.formats.strict_json import dump, parse_object
@@ -56,6 +58,21 @@ class Recorded:
         return found
 
 
+def find_output(path: str) -> str:
+    """The output that is meant by its own path, or by that of its record."""
+    if os.path.basename(path) == RECORD:
+        return os.path.dirname(path) or "."
+    return path.removesuffix(f".{RECORD}")
+
+
+def find_record(path: str) -> str:
+    """The record that is meant by its own path, or by that of its output."""
+    is_directory = os.path.isdir(path)
+    folder = path if is_directory else os.path.dirname(path)
+    found = os.path.join(folder, record_name(path, is_directory=is_directory))
+    return found if is_directory or os.path.lexists(found) else path
+
+
 def read_record(path: str) -> Recorded:
     """Read a record and check that everything in it is what it should be.
 
@@ -69,8 +86,10 @@ def read_record(path: str) -> Recorded:
         StorageError: It cannot be read.
         FormatError: It is not JSON, or something in it is missing or of another kind.
     """
+    folder, name = os.path.split(path)
     try:
-        file = InputFile(path)
+        # One that lies in an output is a file of it, and links lead as little away as others'.
+        file = open_member(folder or ".", name) if name == RECORD else InputFile(path)
     except StorageError as error:
         hint = "every output of wsurg has one; give such an output"
         reason = f"no record: {error.reason}"

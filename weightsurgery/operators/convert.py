@@ -122,7 +122,8 @@ def _described(overflow: dict[str, int], views: dict[str, TensorView], target: D
     ]
     more = f" and {counted(len(several) - _TOLD, 'more tensor')}" if len(several) > _TOLD else ""
     total = sum(overflow.values())
+    are, become = ("is", "becomes") if total == 1 else ("are", "become")
     return (
-        f"{total:,} finite numbers are too large for {target.name} and become infinite: "
-        f"{', '.join(several[:_TOLD])}{more}"
+        f"{counted(total, 'finite number')} {are} too large for {target.name} and {become} "
+        f"infinite: {', '.join(several[:_TOLD])}{more}"
     )

@@ -17,9 +17,9 @@ from weightsurgery.errors import (
     SettingError,
     shown,
 )
-from weightsurgery.formats.layout import RECORD, is_adapter_layout
+from weightsurgery.formats.layout import is_adapter_layout
 from weightsurgery.formats.output import check_destination
-from weightsurgery.formats.recorded import Recorded, read_record
+from weightsurgery.formats.recorded import Recorded, find_record, read_record
 from weightsurgery.formats.save import save
 from weightsurgery.proof.inputs import Paths, check_inputs, find_counts, find_inputs, open_inputs
 from weightsurgery.proof.rebuild import check_replayable, rebuild
@@ -47,7 +47,7 @@ def replay(
     What comes out is written in any case; whether it has the same bytes, the report tells.
 
     Args:
-        record: The record, or the directory that it lies in.
+        record: The record, or the output that it is of.
         out: Where to write.
         inputs: An input's recorded name, its role (`base`, `tuned`, …) or its number, to where it
             is now; also the recorded name of a file of token counts, or of a corpus. What is not
@@ -68,7 +68,7 @@ def replay(
         StorageError: A file cannot be read or written.
     """
     path, out, engine = os.fspath(record), os.fspath(out), engine or Engine()
-    recorded = read_record(os.path.join(path, RECORD) if os.path.isdir(path) else path)
+    recorded = read_record(find_record(path))
     check_replayable(recorded)
     paths, further = find_inputs(recorded, inputs or {})
     # The work may take long; what can be said against `out` is said before.

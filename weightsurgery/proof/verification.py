@@ -17,7 +17,7 @@ from weightsurgery.formats.digest import Digest
 from weightsurgery.formats.files import InputFile, open_member
 from weightsurgery.formats.layout import RECORD
 from weightsurgery.formats.place import record_name
-from weightsurgery.formats.recorded import Recorded, read_record
+from weightsurgery.formats.recorded import Recorded, find_output, read_record
 from weightsurgery.formats.safetensors import file_order, open_safetensors
 from weightsurgery.proof.origin import Counts, Origin, count_origins, find_origin
 from weightsurgery.stream import Engine
@@ -78,7 +78,7 @@ def verify(
         StorageError: There is no record, or the system reports an error.
         ChangedError: A file changed meanwhile.
     """
-    out, engine = os.fspath(out), engine or Engine()
+    out, engine = find_output(os.fspath(out)), engine or Engine()
     if (base is None) != (tuned is None) or (mask is not None and base is None):
         raise SettingError("base and tuned go together, and mask with them")
     is_directory = os.path.isdir(out)
@@ -316,7 +316,9 @@ def check_verification(report: Mapping[str, Any]) -> None:
     if report["proved"]:
         return
     problems = report["problems"]
-    first = ", ".join(list(dict.fromkeys(map(_named, problems)))[:3])
+    named = list(dict.fromkeys(map(_named, problems)))
+    more = f" and {len(named) - 3:,} more" if len(named) > 3 else ""
+    first = f"{', '.join(named[:3])}{more}"
     what = "thing is" if len(problems) == 1 else "things are"
     reason = f"{len(problems)} {what} not as the record says: {first}"
     raise GateError(reason, file=report["out"], code="E-VERIFY")
