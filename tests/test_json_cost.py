@@ -127,6 +127,7 @@ def test_the_dearest_that_passes_takes_no_more_than_is_said(good: Path, tmp_path
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_no_bomb_takes_long_or_much(good: Path, tmp_path: Path) -> None:
     for share in (1.0, 1e9):
         for name, make in BOMBS.items():
