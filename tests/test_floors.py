@@ -27,7 +27,9 @@ FLOORS = {
         0,
     ),
     **dict.fromkeys(("checkpoint", "anatomy", "statistics", "tasks", "ties"), 1),
-    **dict.fromkeys(("alignment", "quantised", "stream", "select", "registry", "formats"), 2),
+    **dict.fromkeys(
+        ("alignment", "name_map", "quantised", "stream", "select", "registry", "formats"), 2
+    ),
     **dict.fromkeys(("models", "datasets", "token_counts", "masks", "diagnostics"), 2),
     **dict.fromkeys(
         ("adapters", "comparison", "gates", "inspection", "operators", "proof", "report"), 3

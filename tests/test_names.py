@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 
 from tests import cases
-from weightsurgery.alignment import align, match_names
+from weightsurgery.alignment import align
 from weightsurgery.checkpoint import Checkpoint, from_arrays
 from weightsurgery.errors import SettingError
+from weightsurgery.name_map import match_names
 
 
 def numbered(*names: str) -> Checkpoint:

@@ -22,7 +22,7 @@ _HOMES = {
     "align": "alignment",
     "Alignment": "alignment",
     "Pair": "alignment",
-    "match_names": "alignment",
+    "match_names": "name_map",
     "Checkpoint": "checkpoint",
     "TensorView": "checkpoint",
     "from_arrays": "checkpoint",

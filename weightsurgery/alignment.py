@@ -7,7 +7,7 @@ import fnmatch
 import math
 import re
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -178,7 +178,9 @@ def check_glob(glob: str, names: Sequence[str]) -> None:
         )
 
 
-def align(base: Checkpoint, tuned: Checkpoint, *, mismatched: str = "refuse") -> Alignment:
+def align(
+    base: Checkpoint, tuned: Checkpoint, *, mismatched: str = "refuse", called: str = "TUNED"
+) -> Alignment:
     """Pair the tensors of TUNED with those of BASE.
 
     Exact names first; the rest by one common prefix that either side has (`bert.`, `model.`,
@@ -192,6 +194,7 @@ def align(base: Checkpoint, tuned: Checkpoint, *, mismatched: str = "refuse") ->
         mismatched: "refuse" a pair of different shapes that is neither vocabulary nor head, and
             one of different dtypes that are not both floating; or "keep" TUNED's; or
             "keep integers", which does so where neither side is floating.
+        called: What errors call the second model. Only for TUNED do they advise options.
 
     Returns:
         The pairs, and all that stands alone.
@@ -200,7 +203,7 @@ def align(base: Checkpoint, tuned: Checkpoint, *, mismatched: str = "refuse") ->
         MismatchError: The models are of different types, a pair's shapes differ, or its dtypes
             where one of them is not floating, or nothing pairs at all.
     """
-    _check_types(base, tuned)
+    _check_types(base, tuned, called)
     prefix, side = _common_prefix(base, tuned)
     ties = tied_to(tuned)
     pairs, used = [], set()
@@ -208,7 +211,7 @@ def align(base: Checkpoint, tuned: Checkpoint, *, mismatched: str = "refuse") ->
         other, note = _counterpart(name, base, tuned, prefix, side)
         if other is not None:
             used.add(other.name)
-        pair = _judge(view, other, note, base=base, tuned=tuned)
+        pair = _judge(view, other, note, base=base, tuned=tuned, called=called)
         pairs.append(replace(pair, key=ties.get(name, name)))
     wrong = [p for p in pairs if p.reason.startswith(_WRONG)]
     if mismatched == "keep integers":
@@ -219,73 +222,24 @@ def align(base: Checkpoint, tuned: Checkpoint, *, mismatched: str = "refuse") ->
             f"{first.reason} ({counted(len(wrong), 'tensor')} like this)",
             file=tuned.label,
             tensor=first.name,
-            hint="are these the same architecture? --keep-mismatched keeps TUNED's",
+            hint=_doubt(called, "--keep-mismatched keeps TUNED's"),
             code="E-PAIR-SHAPE" if first.reason.startswith(_OTHER_SHAPE) else "E-PAIR-DTYPE",
         )
     # To be looked at ("keep"), integers will do; to be edited there must be something to edit.
     if not any(p.eligible or (mismatched == "keep" and p.base is not None) for p in pairs):
-        raise _nothing_pairs(base, tuned)
+        raise _nothing_pairs(base, tuned, called)
     unused = tuple((n, _why_unused(n, base, tuned)) for n in base if n not in used)
     return Alignment(base, tuned, tuple(pairs), unused, prefix, side)
 
 
-def match_names(
-    base: Checkpoint,
-    tuned: Checkpoint,
-    *,
-    strip_prefix: str = "",
-    name_map: Mapping[str, str] | None = None,
-) -> Checkpoint:
-    """BASE under TUNED's names, as the user says they correspond.
-
-    Args:
-        base: The checkpoint to rename.
-        tuned: The checkpoint whose names count.
-        strip_prefix: Ignored at the front of either side's names.
-        name_map: TUNED's name to BASE's name; wins over the prefix.
-
-    Returns:
-        BASE, lazily renamed; what no rule covers keeps its name.
-
-    Raises:
-        SettingError: The prefix occurs nowhere, or the map names a tensor that does not exist.
-    """
-    names: dict[str, str] = {}
-    if strip_prefix:
-        if not any(n.startswith(strip_prefix) for n in (*base, *tuned)):
-            raise SettingError(f"no tensor name begins with '{shown(strip_prefix)}'")
-        bare = {name.removeprefix(strip_prefix): name for name in tuned if name not in base}
-        for name in base:
-            if name not in tuned and name.removeprefix(strip_prefix) in bare:
-                names[name] = bare[name.removeprefix(strip_prefix)]
-    for tuned_name, base_name in (name_map or {}).items():
-        for name, side in ((tuned_name, tuned), (base_name, base)):
-            if name not in side:
-                near = difflib.get_close_matches(name, list(side), 1, 0.3)
-                raise SettingError(
-                    "the name map names a tensor that is not there",
-                    file=side.label,
-                    tensor=name,
-                    hint=f"did you mean '{shown(near[0])}'?" if near else "",
-                )
-        names = {b: t for b, t in names.items() if t != tuned_name}
-        names[base_name] = tuned_name
-    for displaced in (n for n in name_map or {} if n in base and n not in names):
-        names[displaced] = f"{displaced} (BASE's; the name map gives its place to another)"
-    taken = Counter(names.get(name, name) for name in base)
-    for name, count in taken.items():
-        if count > 1:
-            raise SettingError("two tensors of BASE would get this name", tensor=name)
-    return base.renamed(names)
-
-
-def _check_types(base: Checkpoint, tuned: Checkpoint) -> None:
+def _check_types(base: Checkpoint, tuned: Checkpoint, called: str) -> None:
     types = [checkpoint.config.get("model_type") for checkpoint in (base, tuned)]
+    made = "fine-tuned" if called == "TUNED" else "made"
     if all(types) and types[0] != types[1]:
         raise MismatchError(
-            f"model_type is {shown(types[0])} in BASE and {shown(types[1])} in TUNED",
+            f"model_type is {shown(types[0])} in BASE and {shown(types[1])} in {called}",
             file=tuned.label,
-            hint="give the model that TUNED was fine-tuned from",
+            hint=f"give the model that {called} was {made} from",
             code="E-PAIR-TYPE",
         )
 
@@ -329,7 +283,13 @@ def _counterpart(
 
 
 def _judge(
-    view: TensorView, other: TensorView | None, note: str, *, base: Checkpoint, tuned: Checkpoint
+    view: TensorView,
+    other: TensorView | None,
+    note: str,
+    *,
+    base: Checkpoint,
+    tuned: Checkpoint,
+    called: str,
 ) -> Pair:
     def kept(reason: str) -> Pair:
         return Pair(view, other, 0, reason, note=note)
@@ -337,7 +297,7 @@ def _judge(
     if other is None:
         is_head = kind_of(view.name) == "head"
         return kept("a task head that BASE lacks" if is_head else "BASE has no such tensor")
-    dtypes = f"{other.dtype.name} in BASE, {view.dtype.name} in TUNED"
+    dtypes = f"{other.dtype.name} in BASE, {view.dtype.name} in {called}"
     if view.dtype.arithmetic != other.dtype.arithmetic:
         return kept(f"floating on one side only ({dtypes})")
     if not view.dtype.arithmetic and view.dtype != other.dtype:
@@ -348,7 +308,7 @@ def _judge(
         note = dtypes + (note and f"; {note}")
     if view.shape == other.shape:
         return Pair(view, other, view.size, "" if view.size else "empty", note=note)
-    shapes = f"{list(other.shape)} in BASE, {list(view.shape)} in TUNED"
+    shapes = f"{list(other.shape)} in BASE, {list(view.shape)} in {called}"
     if view.dtype.arithmetic and _is_vocabulary(view, other, base, tuned):
         rows = min(view.shape[0], other.shape[0])
         reason = f"{rows:,} common rows ({shapes})"
@@ -381,12 +341,16 @@ def _why_unused(name: str, base: Checkpoint, tuned: Checkpoint) -> str:
     return "TUNED has no such tensor"
 
 
-def _nothing_pairs(base: Checkpoint, tuned: Checkpoint) -> MismatchError:
+def _nothing_pairs(base: Checkpoint, tuned: Checkpoint, called: str) -> MismatchError:
     names = [next(iter(checkpoint), "(no tensors)") for checkpoint in (base, tuned)]
     return MismatchError(
-        f"no tensor of BASE and TUNED belongs together (names such as '{shown(names[0])}' and "
+        f"no tensor of BASE and {called} belongs together (names such as '{shown(names[0])}' and "
         f"'{shown(names[1])}')",
         file=tuned.label,
-        hint="are these the same architecture? --strip-prefix or --map FILE can pair names",
+        hint=_doubt(called, "--strip-prefix or --map FILE can pair names"),
         code="E-PAIR-NONE",
     )
+
+
+def _doubt(called: str, advice: str) -> str:
+    return "are these the same architecture?" + (f" {advice}" if called == "TUNED" else "")

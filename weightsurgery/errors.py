@@ -49,6 +49,17 @@ def counted(count: int, one: str, many: str = "") -> str:
     return f"{count:,} {one if count == 1 else many or f'{one}s'}"
 
 
+def first_few(texts: list[str]) -> str:
+    """The first three of several, and how many more there are.
+
+    Example:
+        >>> first_few(["a", "b", "c", "d", "e"])
+        'a, b, c and 2 more'
+    """
+    more = f" and {len(texts) - 3:,} more" if len(texts) > 3 else ""
+    return f"{', '.join(texts[:3])}{more}"
+
+
 class SurgeryError(Exception):
     """Base class: one line that says what, where, and what to do.
 

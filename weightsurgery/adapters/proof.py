@@ -17,13 +17,12 @@ from weightsurgery.adapters.heads import Reading, read_adapters, stored_apart, s
 from weightsurgery.adapters.updates import Replace, Update
 from weightsurgery.alignment import Alignment, Pair, align
 from weightsurgery.checkpoint import Checkpoint, TensorView, require_checkpoints
-from weightsurgery.errors import GateError, MismatchError, counted, shown
+from weightsurgery.errors import GateError, counted, first_few, shown
 from weightsurgery.kernels import Block
 from weightsurgery.quantised import require_unquantised
 from weightsurgery.stream import Engine, fold
 from weightsurgery.ties import is_output_head, says_tied, tied_to
 
-_TOLD = 3  # tensors that an error names
 _NEAR = 0.1  # of the change's norm that may be left when a scale is said to explain a difference
 
 
@@ -105,7 +104,7 @@ def verify_adapter(
     require_unquantised(base, merged)
     reading = _reading(base, adapters, merged, weight, allow_nonfinite)
     updates = reading.updates()
-    paired = _paired(reading.base, merged)
+    paired = align(reading.base, merged, mismatched="keep integers", called="MERGED")
     pairs = [replace(p, key=p.name, eligible=_compared(p)) for p in paired.pairs if _compared(p)]
     found = {pair.name: _Sums() for pair in pairs}
 
@@ -155,25 +154,6 @@ def _reading(
     reading = read_adapters(base, adapters, weight, allow_nonfinite=allow_nonfinite)
     apart = reading.tie is not None and (reading.needs_untying or not _is_tied(merged))
     return (stored_apart if apart else stored_as_in_base)(reading, base)
-
-
-def _paired(base: Checkpoint, merged: Checkpoint) -> Alignment:
-    """The two side by side; what does not fit is told of MERGED, for no TUNED was given.
-
-    Raises:
-        MismatchError: The two do not fit each other.
-    """
-    try:
-        return align(base, merged, mismatched="keep integers")
-    except MismatchError as error:
-        hint = error.hint.replace("TUNED was fine-tuned from", "TUNED was made from")
-        raise MismatchError(
-            error.reason.replace("TUNED", "MERGED"),
-            file=error.file,
-            tensor=error.tensor,
-            hint=hint.replace("TUNED", "MERGED"),
-            code=error.code,
-        ) from error
 
 
 def _is_tied(merged: Checkpoint) -> bool:
@@ -249,12 +229,9 @@ def check_proof(report: Mapping[str, Any]) -> None:
     if report["proved"]:
         return
     wrong = [one for one in report["tensors"] if one["verdict"] not in ("proved", "untouched")]
-    first = ", ".join(f"'{shown(one['tensor'])}' ({one['verdict']})" for one in wrong[:_TOLD])
-    more = f" and {len(wrong) - _TOLD:,} more" if len(wrong) > _TOLD else ""
+    first = first_few([f"'{shown(one['tensor'])}' ({one['verdict']})" for one in wrong])
     those = counted(len(wrong), "tensor is", "tensors are")
-    raise GateError(
-        f"{those} not what BASE and the adapters give: {first}{more}", file=report["merged"]
-    )
+    raise GateError(f"{those} not what BASE and the adapters give: {first}", file=report["merged"])
 
 
 _COMPUTED = ("inv_freq", "original_inv_freq", "masked_bias", "cos_cached", "sin_cached")

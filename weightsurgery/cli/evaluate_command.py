@@ -13,7 +13,6 @@ from weightsurgery.datasets.read import label_ids, read_sentences
 from weightsurgery.evaluation.classification import check_classifier, evaluate
 from weightsurgery.models import load_model, require_directory
 from weightsurgery.report.evaluation import causal_tables, evaluation_tables
-from weightsurgery.report.tables import show
 from weightsurgery.tasks import CAUSAL, task_of
 
 
@@ -27,10 +26,7 @@ def _evaluate(model: str, weights: str | None, as_json: bool, **given: Any) -> N
     else:
         report, tables = _classify(context, opened[0], given), evaluation_tables
     options.warn(report["warnings"])
-    if as_json:
-        options.print_json(report)
-    else:
-        show(tables(report))
+    options.present(report, lambda: tables(report), as_json=as_json)
 
 
 def _generate(

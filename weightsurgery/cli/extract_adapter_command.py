@@ -71,10 +71,11 @@ def _show_plan(
     plan: dict[str, Any], adapter: Checkpoint, listed: int | None, as_json: bool
 ) -> None:
     alignment, report = adapter.notes["alignment"], adapter.notes["adapter"]
-    if as_json:
-        options.print_json({**plan, "alignment": alignment, "report": {"adapter": report}})
-    else:
-        show([*matrix_tables(report, listed), *plan_tables(plan, None)])
+    options.present(
+        {**plan, "alignment": alignment, "report": {"adapter": report}},
+        lambda: [*matrix_tables(report, listed), *plan_tables(plan, None)],
+        as_json=as_json,
+    )
 
 
 command = options.Command(

@@ -7,7 +7,6 @@ import click
 from weightsurgery.cli import options
 from weightsurgery.inspection import inspect
 from weightsurgery.report.description import description_tables
-from weightsurgery.report.tables import show
 
 
 def _inspect(
@@ -22,10 +21,7 @@ def _inspect(
     with options.running(workers, max_memory=max_memory, inputs=[checkpoint]) as engine:
         description = inspect(checkpoint, values=values, engine=engine)
     options.warn(description["warnings"])
-    if as_json:
-        options.print_json(description)
-    else:
-        show(description_tables(description))
+    options.present(description, lambda: description_tables(description), as_json=as_json)
 
 
 command = options.Command(

@@ -18,7 +18,6 @@ from weightsurgery.datasets.question_types import KEYWORDS, read_keywords
 from weightsurgery.datasets.read import read_instructions
 from weightsurgery.formats.output import check_destination
 from weightsurgery.report.mismatch import mismatch_check_tables, mismatch_tables
-from weightsurgery.report.tables import show
 
 
 def _mismatch(
@@ -38,10 +37,11 @@ def _mismatch(
     else:
         report = _make(context, data, out, table, **settings)
         options.warn(report["warnings"])
-    if as_json:
-        options.print_json(report)
-    else:
-        show(mismatch_tables(report) if check is None else mismatch_check_tables(report))
+    options.present(
+        report,
+        lambda: mismatch_tables(report) if check is None else mismatch_check_tables(report),
+        as_json=as_json,
+    )
     if check is not None:
         require_mismatched(report)
 

@@ -18,7 +18,6 @@ from weightsurgery.formats.plan import check_outputs_apart, input_paths, make_pl
 from weightsurgery.masks import changed_mask
 from weightsurgery.registry import OPERATORS, Operator, Setting
 from weightsurgery.report.outcome import plan_tables
-from weightsurgery.report.tables import show
 from weightsurgery.token_counts import TokenCounts
 
 
@@ -107,10 +106,7 @@ def _run(operator: Operator, given: dict[str, Any]) -> None:
         _show_plan(plan, result, given)
         return
     told = {"out": out, **record, **companion.found(inputs, given)}
-    if given["as_json"]:
-        options.print_json(told)
-    else:
-        show(companion.tables(out, told))
+    options.present(told, lambda: companion.tables(out, told), as_json=given["as_json"])
     companion.judge(told)
 
 
@@ -142,10 +138,11 @@ def _check_destinations(
 
 def _show_plan(plan: dict[str, Any], result: Checkpoint, given: Mapping[str, Any]) -> None:
     alignment = result.notes.get("alignment")
-    if given["as_json"]:
-        options.print_json({**plan, "alignment": alignment})
-    else:
-        show(plan_tables(plan, alignment))
+    options.present(
+        {**plan, "alignment": alignment},
+        lambda: plan_tables(plan, alignment),
+        as_json=given["as_json"],
+    )
 
 
 def read_settings(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from decimal import Decimal, InvalidOperation
 from types import MappingProxyType
@@ -13,7 +13,6 @@ from typing import Any
 
 import click
 
-from weightsurgery.alignment import match_names
 from weightsurgery.checkpoint import Checkpoint
 from weightsurgery.cli.progress import drawing
 from weightsurgery.cli.words import in_flags
@@ -23,6 +22,8 @@ from weightsurgery.formats.files import InputFile
 from weightsurgery.formats.plan import fit_workers, parse_size
 from weightsurgery.formats.strict_json import parse_object
 from weightsurgery.formats.vocabulary import read_vocabulary
+from weightsurgery.name_map import match_names
+from weightsurgery.report.tables import Table, show
 from weightsurgery.stream import Engine
 from weightsurgery.token_counts import TokenCounts, count_by_wordfreq, count_corpus, read_counts
 
@@ -329,6 +330,20 @@ def print_json(value: Any) -> None:
     except UnicodeEncodeError:
         text = json.dumps(value, indent=2, allow_nan=False)
     click.echo(text)
+
+
+def present(document: Any, tables: Callable[[], list[Table]], *, as_json: bool) -> None:
+    """What a command found: as one JSON document, or as tables.
+
+    Args:
+        document: For programs.
+        tables: Makes them, for people.
+        as_json: Which of the two.
+    """
+    if as_json:
+        print_json(document)
+    else:
+        show(tables())
 
 
 def warn(warnings: list[str]) -> None:

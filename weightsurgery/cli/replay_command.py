@@ -8,7 +8,6 @@ import click
 
 from weightsurgery.cli import options
 from weightsurgery.proof.replay import check_replay, replay
-from weightsurgery.report.tables import show
 from weightsurgery.report.verification import replay_tables
 
 
@@ -24,10 +23,7 @@ def _replay(
         found[name] = path
     with options.running(workers, max_memory=settings["max_memory"]) as engine:
         report = replay(record, out, inputs=found, engine=engine, **settings)
-    if as_json:
-        options.print_json(report)
-    else:
-        show(replay_tables(report))
+    options.present(report, lambda: replay_tables(report), as_json=as_json)
     check_replay(report)
 
 

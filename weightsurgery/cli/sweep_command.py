@@ -23,7 +23,6 @@ from weightsurgery.datasets.read import label_ids, read_sentences
 from weightsurgery.errors import PolicyError, StorageError
 from weightsurgery.registry import OPERATORS, Operator
 from weightsurgery.report.sweep import check_plot_path, plot_sweep, sweep_tables
-from weightsurgery.report.tables import show
 from weightsurgery.stream import Engine
 from weightsurgery.training.settings import Hyperparameters
 
@@ -94,10 +93,7 @@ def _sweep(base: str, tuned: str, **given: Any) -> None:
             progress=progress,
         )
     options.warn(report["warnings"])
-    if given["as_json"]:
-        options.print_json(report)
-    else:
-        show(sweep_tables(report))
+    options.present(report, lambda: sweep_tables(report), as_json=given["as_json"])
     if given["plot"] is not None:
         plot_sweep(report, given["plot"])
 

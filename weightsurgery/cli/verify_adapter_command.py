@@ -9,7 +9,6 @@ import click
 from weightsurgery.adapters.proof import check_proof, verify_adapter
 from weightsurgery.cli import options
 from weightsurgery.report.proof import LISTED, proof_tables
-from weightsurgery.report.tables import show
 
 
 def _verify(
@@ -25,10 +24,11 @@ def _verify(
     read = options.open_all((base, *adapters, merged), weights)
     with options.running(workers, inputs=read) as engine:
         report = verify_adapter(read[0], read[1:-1], read[-1], **settings, engine=engine)
-    if as_json:
-        options.print_json(report)
-    else:
-        show(proof_tables(report, limit=0 if show_all else LISTED, more="--all shows them"))
+    options.present(
+        report,
+        lambda: proof_tables(report, limit=0 if show_all else LISTED, more="--all shows them"),
+        as_json=as_json,
+    )
     check_proof(report)
 
 

@@ -7,7 +7,6 @@ import click
 from weightsurgery.cli import options
 from weightsurgery.formats import open_checkpoint
 from weightsurgery.proof.verification import check_verification, verify
-from weightsurgery.report.tables import show
 from weightsurgery.report.verification import verification_tables
 
 
@@ -32,10 +31,7 @@ def _verify(
         pair["mask"] = open_checkpoint(mask)
     with options.running(workers, inputs=list(pair.values())) as engine:
         report = verify(out, **pair, engine=engine)
-    if as_json:
-        options.print_json(report)
-    else:
-        show(verification_tables(report))
+    options.present(report, lambda: verification_tables(report), as_json=as_json)
     check_verification(report)
 
 

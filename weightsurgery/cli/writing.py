@@ -10,7 +10,7 @@ from weightsurgery.cli import options
 from weightsurgery.formats import save
 from weightsurgery.formats.plan import make_plan
 from weightsurgery.report.outcome import plan_tables
-from weightsurgery.report.tables import Table, show
+from weightsurgery.report.tables import Table
 from weightsurgery.stream import Engine
 
 
@@ -33,10 +33,7 @@ def write(
     """
     with options.running(0, inputs=[made]) as engine:
         record = save(made, out, engine=engine, **settings)
-    if as_json:
-        options.print_json({"out": out, **record})
-    else:
-        show(tables(out, record))
+    options.present({"out": out, **record}, lambda: tables(out, record), as_json=as_json)
 
 
 def show_plan(
@@ -59,7 +56,4 @@ def show_plan(
         settings: Of `make_plan`.
     """
     plan = make_plan(planned, out, engine=Engine(), **settings).to_json()
-    if as_json:
-        options.print_json({**plan, **told})
-    else:
-        show([*plan_tables(plan, None), *tables])
+    options.present({**plan, **told}, lambda: [*plan_tables(plan, None), *tables], as_json=as_json)

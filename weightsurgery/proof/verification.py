@@ -11,7 +11,15 @@ from functools import partial
 from typing import Any
 
 from weightsurgery.checkpoint import Checkpoint, TensorView
-from weightsurgery.errors import GateError, SettingError, StorageError, SurgeryError, counted, shown
+from weightsurgery.errors import (
+    GateError,
+    SettingError,
+    StorageError,
+    SurgeryError,
+    counted,
+    first_few,
+    shown,
+)
 from weightsurgery.formats import open_checkpoint
 from weightsurgery.formats.digest import Digest
 from weightsurgery.formats.files import InputFile, open_member
@@ -316,9 +324,7 @@ def check_verification(report: Mapping[str, Any]) -> None:
     if report["proved"]:
         return
     problems = report["problems"]
-    named = list(dict.fromkeys(map(_named, problems)))
-    more = f" and {len(named) - 3:,} more" if len(named) > 3 else ""
-    first = f"{', '.join(named[:3])}{more}"
+    first = first_few(list(dict.fromkeys(map(_named, problems))))
     what = "thing is" if len(problems) == 1 else "things are"
     reason = f"{len(problems)} {what} not as the record says: {first}"
     raise GateError(reason, file=report["out"], code="E-VERIFY")
