@@ -339,8 +339,42 @@ def test_other_bytes_are_told(pair: Pair) -> None:
     names = [one["file"] for one in report["differs"]]
     assert names[0] == "README.md"
     assert "config.json" not in names
-    with pytest.raises(GateError, match=r"recorded in 3 of the files: README.md"):
+    with pytest.raises(GateError, match=r"3 files have other bytes than recorded: README.md"):
         check_replay(report)
+
+
+TOLD_OTHERWISE: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
+    "warning gone": (lambda r: r["warnings"].append("x"), "warnings"),
+    "number": (lambda r: r.update(changed_dimensions=1), "changed_dimensions"),
+    "key gone": (lambda r: r.pop("changed_by"), "changed_by"),
+    "key more": (lambda r: r.update({"x\n": None}), "x\\n"),
+    "tensor": (lambda r: next(iter(r["tensors"].values())).update(changed=1), "tensors"),
+    "file of an input": (lambda r: r["inputs"][0]["files"].reverse(), "inputs"),
+}
+
+
+@pytest.mark.parametrize("name", TOLD_OTHERWISE)
+def test_a_record_that_tells_otherwise_is_named(pair: Pair, name: str) -> None:
+    """The files are as recorded; what else the record says of them is not."""
+    pair.save(mix(pair.base, pair.tuned, ratio=0))
+    change, key = TOLD_OTHERWISE[name]
+    pair.rewrite(change)
+    report = replay(pair.out, pair.root / "again")
+    assert (report["identical"], report["differs"], report["told_otherwise"]) == (False, [], [key])
+    with pytest.raises(GateError, match="the record tells otherwise of") as raised:
+        check_replay(report)
+    assert raised.value.code == "E-REPLAY"
+    assert "numpy" not in raised.value.hint
+
+
+@pytest.mark.parametrize("name", ["mix", "extracted"])
+def test_a_setting_that_is_left_out_is_not_guessed(pair: Pair, name: str) -> None:
+    pair.save(MADE[name](pair))
+    gone = "ratio" if name == "mix" else "rank"
+    pair.rewrite(lambda r: settings(r).pop(gone))
+    with pytest.raises(FormatError, match=r"settings are .*; expected") as raised:
+        replay(pair.out, pair.root / "again")
+    assert raised.value.code == "E-RECORD"
 
 
 def test_the_output_is_guarded(pair: Pair) -> None:

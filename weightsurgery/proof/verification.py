@@ -97,7 +97,7 @@ def verify(
     found = _Found(out, read_record(os.path.join(folder, name)))
     origin = None
     if base is not None and tuned is not None:
-        origin = find_origin(found.recorded, base, tuned, mask)
+        origin = find_origin(found.recorded, base, tuned, mask, engine)
     if not found.recorded.intact:
         found.wrong(name, None, "altered", "it does not have the SHA-256 that it says of itself")
     _open_files(found, folder, _present(out, is_directory=is_directory))
@@ -273,6 +273,9 @@ def _check_origins(found: _Found, origin: Origin, counts: Mapping[str, Counts]) 
         elif count.unlike_mask:
             detail = f"{count.unlike_mask:,} of {view.size:,} elements"
             found.wrong(file, name, "not as the mask says", detail)
+        elif count.unlike_recipe:
+            detail = f"{count.unlike_recipe:,} of {view.size:,} elements"
+            found.wrong(file, name, "not what its steps give", detail)
     for name in origin.tuned:
         if name not in recorded:
             found.wrong(found.out, name, "missing", "TUNED has it")

@@ -47,6 +47,7 @@ def replay_tables(report: Mapping[str, Any]) -> list[Table]:
         report: From `replay`.
     """
     rows = [[shown(d["file"]), d["recorded"] or "-", d["got"] or "-"] for d in report["differs"]]
+    rows += [[f"the record's {key}", "-", "another"] for key in report["told_otherwise"]]
     verdict = [
         ["written", shown(report["out"])],
         ["files", number(report["files"])],
@@ -55,6 +56,6 @@ def replay_tables(report: Mapping[str, Any]) -> list[Table]:
     same = report["identical"]
     title = "The same bytes as recorded" if same else "NOT the bytes that were recorded"
     return [
-        Table("Other than recorded", ("file", "recorded SHA-256", "this run's"), rows),
+        Table("Other than recorded", ("", "recorded SHA-256", "this run's"), rows),
         Table(title, ("", ""), verdict),
     ]
