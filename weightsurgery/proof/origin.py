@@ -11,7 +11,7 @@ import numpy as np
 
 from weightsurgery.alignment import Pair, align
 from weightsurgery.checkpoint import Checkpoint, TensorView
-from weightsurgery.errors import MismatchError, SettingError, shown
+from weightsurgery.errors import FormatError, MismatchError, SettingError, shown
 from weightsurgery.formats.recorded import Recorded
 from weightsurgery.kernels import Block, bits_of, to_dtype, to_float
 from weightsurgery.masks import KIND
@@ -113,11 +113,7 @@ def find_origin(
         FormatError: The recorded steps lack something, or have it of another kind.
     """
     renamings, places = _roles(recorded)
-    named, renamed = base, {name: name for name in base}
-    for renaming in renamings:
-        given = {n: str(other) for n, other in renaming.items()}
-        named = named.renamed(given)
-        renamed = {own: given.get(name, name) for own, name in renamed.items()}
+    named, renamed = _renamed(base, renamings, recorded.path)
     edited = {n for n, entry in recorded.tensors.items() if entry["status"] == "edited"}
     entries = {role: recorded.content["inputs"][place] for role, place in places.items()}
     pairs = {pair.name: pair for pair in align(named, tuned, mismatched="keep").pairs}
@@ -137,7 +133,7 @@ def find_origin(
         exact=exact,
         entries=entries,
         edited=edited,
-        renamed={own: name for own, name in renamed.items() if own != name},
+        renamed=renamed,
         expected=expected,
         why_not=why_not,
     )
@@ -237,6 +233,26 @@ def _leaf(step: Any, path: str) -> tuple[int, list[Mapping[str, Any]]]:
         names.insert(0, given)
         step = next(iter(step["inputs"].values()))
     return step["input"], names
+
+
+def _renamed(
+    base: Checkpoint, renamings: list[Mapping[str, Any]], path: str
+) -> tuple[Checkpoint, dict[str, str]]:
+    """BASE under the names that the record gives it, and its own to those that are others.
+
+    Raises:
+        FormatError: Two of its tensors would get the same name.
+    """
+    renamed = {name: name for name in base}
+    for renaming in renamings:
+        given = {name: str(other) for name, other in renaming.items()}
+        try:
+            base = base.renamed(given)
+        except SettingError as error:
+            reason = f"its base cannot be renamed so: {error.reason}"
+            raise FormatError(reason, file=path, tensor=error.tensor, code="E-RECORD") from error
+        renamed = {own: given.get(name, name) for own, name in renamed.items()}
+    return base, {own: name for own, name in renamed.items() if own != name}
 
 
 def _is_recorded(given: Checkpoint, entry: Mapping[str, Any]) -> bool:

@@ -197,8 +197,9 @@ def _apply(
         raise _WrongError(f"no setting is called {shown(min(unknown))}")
     values = dict(settings)
     for name, (kind, _, _) in operator.settings.items():
-        if (kind is TokenCounts or TokenCounts in get_args(kind)) and values.get(name) is not None:
-            values[name] = find_counts(values[name], given["tuned"])
+        optional = TokenCounts in get_args(kind) and values.get(name) is not None
+        if kind is TokenCounts or optional:
+            values[name] = find_counts(values.get(name), given["tuned"])
     return operator.function(*arguments, **values, **further, engine=engine)
 
 

@@ -55,7 +55,7 @@ def replay(
         out: Where to write.
         inputs: An input's recorded name, its role (`base`, `tuned`, …) or its number, to where it
             is now; also the recorded name of a file of token counts, or of a corpus. What is not
-            given is looked for by its name beside the output, then beside the record.
+            given is looked for by its name beside the output, then in it if it is a folder.
         overwrite: Replace what is there.
         max_memory: Bytes, or a size such as "1GB"; fewer workers are used to stay under it.
         engine: Workers and progress.
