@@ -49,7 +49,7 @@ def counted(count: int, one: str, many: str = "") -> str:
     return f"{count:,} {one if count == 1 else many or f'{one}s'}"
 
 
-def first_few(texts: list[str]) -> str:
+def first_few(texts: list[str], between: str = ", ") -> str:
     """The first three of several, and how many more there are.
 
     Example:
@@ -57,7 +57,7 @@ def first_few(texts: list[str]) -> str:
         'a, b, c and 2 more'
     """
     more = f" and {len(texts) - 3:,} more" if len(texts) > 3 else ""
-    return f"{', '.join(texts[:3])}{more}"
+    return f"{between.join(texts[:3])}{more}"
 
 
 class SurgeryError(Exception):

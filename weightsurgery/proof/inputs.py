@@ -177,7 +177,7 @@ def _refuse_others(
     ]
     if wrong:
         raise MismatchError(
-            f"not the recorded inputs: {first_few(wrong)}",
+            f"not the recorded inputs: {first_few(wrong, '; ')}",
             file=recorded.path,
             hint="give those that the output was made from",
             code="E-REPLAY-OTHER",
