@@ -1,7 +1,9 @@
 """The code of every error, what it means and what to do: one list, from which the reference comes.
 
 A code names the rule that was broken. It stays the same while messages get better, so that scripts
-can go by it. An error that breaks no rule of its own has the code of its kind.
+can go by it. A setting out of range, what the system says, and errors of operators that others
+write have the code of their kind. `error_rules` has the rules for settings, for data, and for
+models that are run.
 """
 
 from __future__ import annotations
