@@ -23,6 +23,7 @@ from weightsurgery.cli import _TerminatedError
 from weightsurgery.errors import FormatError, MismatchError, PolicyError
 from weightsurgery.formats import pickled
 from weightsurgery.formats.output import Output
+from weightsurgery.formats.place import temporary_of
 from weightsurgery.formats.record import sealed
 from weightsurgery.formats.strict_json import dump
 
@@ -375,6 +376,14 @@ def busy(place: Place) -> list[Any]:
     return arguments
 
 
+def squatted(place: Place) -> list[Any]:
+    """Somebody else made the folder first in which the output would be built."""
+    command = place.mix()
+    os.mkdir(temporary_of(os.fspath(command[-1])))
+    place.patch.setattr(os, "geteuid", lambda: os.getuid() + 1)
+    return command
+
+
 def foreign(place: Place) -> list[Any]:
     """An output that is a folder of other things."""
     arguments = place.mix("out.safetensors", "--overwrite")
@@ -451,6 +460,7 @@ REFUSALS: dict[str, Case] = {
     "E-PICKLE-ARCHIVE": archive,
     "E-RECORD": no_record,
     "E-PICKLE-REFUSED": ends(5, "it asks for posix.system"),
+    "E-PICKLE-UNFIT": ends(4, "two answers to which tensors are meant"),
     "E-PICKLE-LIMIT": confined("os.kill(os.getpid(), signal.SIGXCPU)"),
     "E-PICKLE-LOAD": ends(3, "no dictionary of tensors"),
     "E-PICKLE-PRODUCT": confined("open(sys.argv[2], 'wb').write(b'PK' * 9)"),
@@ -528,6 +538,7 @@ REFUSALS: dict[str, Case] = {
     "E-OUTPUT-EXISTS": existing,
     "E-OUTPUT-FOREIGN": foreign,
     "E-OUTPUT-OVERLAP": lambda place: place.mix("tuned.safetensors", "--overwrite"),
+    "E-OUTPUT-OWNER": squatted,
     "E-OUTPUT-FOLDER": lambda place: place.mix("none/out.safetensors"),
     "E-OUTPUT-SPACE": broken(
         "statvfs", lambda _: type("Room", (), {"f_bavail": 1, "f_frsize": 1}), mix=True

@@ -136,8 +136,13 @@ _PICKLE: Rows = {
     ),
     "E-PICKLE-REFUSED": (
         PolicyError,
-        "it asks for more than weights need, or holds what safetensors cannot",
+        "it asks for more than weights need",
         "do not load it in any other way",
+    ),
+    "E-PICKLE-UNFIT": (
+        PolicyError,
+        "it holds several models, or tensors that safetensors cannot hold",
+        "whoever made it can save what is meant, as plain tensors",
     ),
     "E-PICKLE-LIMIT": (
         PolicyError,
@@ -278,6 +283,7 @@ _OUTPUT: Rows = {
     "E-OUTPUT-FOREIGN": (PolicyError, "what is there is no model, and stays", _ELSEWHERE),
     "E-OUTPUT-OVERLAP": (PolicyError, "the output is an input, holds one or is in one", _ELSEWHERE),
     "E-OUTPUT-FOLDER": (StorageError, "the folder to write to is missing or closed", _ELSEWHERE),
+    "E-OUTPUT-OWNER": (PolicyError, "another user's folder is where it would be built", _ELSEWHERE),
     "E-OUTPUT-SPACE": (StorageError, "the disk has no room for the output", "make room"),
 }
 _PROOF: Rows = {
@@ -309,7 +315,7 @@ _PROOF: Rows = {
     ),
     "E-REPLAY-NOWHERE": (
         SettingError,
-        "an input is not beside the record",
+        "an input is not beside the output",
         "say where it is with `--input`",
     ),
     "E-REPLAY-OTHER": (

@@ -47,8 +47,8 @@ SETTINGS: Rows = {
     ),
     "E-NAME-MAP": (
         SettingError,
-        "the name map gives no name, or one name twice",
-        "give each tensor a name of its own",
+        "the name map gives something that is no name",
+        "give a name of BASE's for each of TUNED's",
     ),
     "E-EMBEDDING-NAME": (
         SettingError,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-from collections import Counter
 from collections.abc import Mapping
 
 from weightsurgery.checkpoint import Checkpoint
@@ -29,7 +28,8 @@ def match_names(
         BASE, lazily renamed; what no rule covers keeps its name.
 
     Raises:
-        SettingError: The prefix occurs nowhere, or the map names a tensor that does not exist.
+        SettingError: The prefix occurs nowhere, the map names a tensor that does not exist, or
+            two tensors of BASE would get the same name.
     """
     names: dict[str, str] = {}
     if strip_prefix:
@@ -56,10 +56,4 @@ def match_names(
         names[base_name] = tuned_name
     for displaced in (n for n in name_map or {} if n in base and n not in names):
         names[displaced] = f"{displaced} (BASE's; the name map gives its place to another)"
-    taken = Counter(names.get(name, name) for name in base)
-    for name, count in taken.items():
-        if count > 1:
-            raise SettingError(
-                "two tensors of BASE would get this name", tensor=name, code="E-NAME-MAP"
-            )
     return base.renamed(names)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from decimal import Decimal, InvalidOperation
 from types import MappingProxyType
@@ -33,9 +33,12 @@ class Command(click.Command):
 
     Attributes:
         complements: Parameter to another that stands for one minus it.
+        own: Options that a settings file gives in the command's own table alone; at the top their
+            names stand for something else, such as the inputs of other commands.
     """
 
     complements: Mapping[str, str] = MappingProxyType({})
+    own: Collection[str] = ()
 
     def __init__(self, name: str, *, params: list[click.Parameter], **given: Any) -> None:
         # Whoever opens models offers --weights, and with it --allow-pickle.

@@ -78,7 +78,8 @@ def read_settings(path: str, ctx: click.Context) -> dict[str, Any]:
             )
         _check(path, key, everywhere)
         for command, keys in known.items():
-            settings[command].update(_setting(path, key, key, value, keys))
+            if _plain(key) not in getattr(group.get_command(ctx, command), "own", ()):
+                settings[command].update(_setting(path, key, key, value, keys))
     for table, own in content.items():  # after the others, so that tables win
         if isinstance(own, dict):
             _check(path, table, sorted(known), "command")
