@@ -111,7 +111,19 @@ def not_installed(package: str, extra: str, otherwise: str = "") -> SettingError
     """
     hint = f"pip install 'weightsurgery[{extra}]' (in a clone: '.[{extra}]')"
     hint += f", or {otherwise}" if otherwise else ""
-    return SettingError(f"the package {package} is not installed", hint=hint)
+    return SettingError(
+        f"the package {package} is not installed", hint=hint, code="E-NOT-INSTALLED"
+    )
+
+
+def conflict(reason: str, hint: str = "") -> SettingError:
+    """The error for settings that exclude each other, or of which one needs another.
+
+    Args:
+        reason: Which.
+        hint: What to leave out, or to give besides.
+    """
+    return SettingError(reason, hint=hint, code="E-SETTING-CONFLICT")
 
 
 class FormatError(SurgeryError):

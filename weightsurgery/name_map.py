@@ -34,7 +34,9 @@ def match_names(
     names: dict[str, str] = {}
     if strip_prefix:
         if not any(n.startswith(strip_prefix) for n in (*base, *tuned)):
-            raise SettingError(f"no tensor name begins with '{shown(strip_prefix)}'")
+            raise SettingError(
+                f"no tensor name begins with '{shown(strip_prefix)}'", code="E-NO-MATCH"
+            )
         bare = {name.removeprefix(strip_prefix): name for name in tuned if name not in base}
         for name in base:
             if name not in tuned and name.removeprefix(strip_prefix) in bare:
@@ -48,6 +50,7 @@ def match_names(
                     file=side.label,
                     tensor=name,
                     hint=f"did you mean '{shown(near[0])}'?" if near else "",
+                    code="E-NO-MATCH",
                 )
         names = {b: t for b, t in names.items() if t != tuned_name}
         names[base_name] = tuned_name

@@ -263,7 +263,9 @@ def open_pair(
         names = parse_object(file.read_all(1 << 28), file=file.path, what="name map")
         for tensor, other in names.items():
             if not isinstance(other, str):
-                raise SettingError("the name map gives no name", file=name_map, tensor=tensor)
+                raise SettingError(
+                    "the name map gives no name", file=name_map, tensor=tensor, code="E-NAME-MAP"
+                )
     named = match_names(opened[0], opened[1], strip_prefix=strip_prefix, name_map=names)
     return named, opened[1]
 

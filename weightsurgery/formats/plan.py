@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from weightsurgery.checkpoint import BLOCK, Checkpoint, TensorView
-from weightsurgery.errors import PolicyError, SettingError, StorageError, shown
+from weightsurgery.errors import PolicyError, SettingError, StorageError, conflict, shown
 from weightsurgery.formats.apart import is_within
 from weightsurgery.formats.json_cost import MEMORY, parsing_cost
 from weightsurgery.formats.layout import ADAPTER, SINGLE, is_adapter_layout
@@ -199,6 +199,7 @@ def fit_workers(
                 f"a memory limit of {max_memory:,} bytes is too small; one worker needs "
                 f"{need(1):,}",
                 hint="raise the limit",
+                code="E-MEMORY-LIMIT",
             )
     return workers, need(workers)
 
@@ -214,25 +215,30 @@ def check_folder_name(out: str, reason: str) -> None:
         SettingError: It is one.
     """
     if out.endswith(".safetensors"):
-        raise SettingError(f"'{out}' names a file, but {reason}", hint="give a directory")
+        raise SettingError(
+            f"'{out}' names a file, but {reason}", hint="give a directory", code="E-OUTPUT-NAME"
+        )
 
 
 def _check_kind(checkpoint: Checkpoint, out: str, max_shard_size: int | None) -> None:
     try:
         out.encode()
     except UnicodeEncodeError:  # the record could not name it
-        raise SettingError(f"the output's name is not UTF-8: {shown(out)}") from None
+        raise SettingError(
+            f"the output's name is not UTF-8: {shown(out)}", code="E-OUTPUT-NAME"
+        ) from None
     if checkpoint.is_directory:
         check_folder_name(out, "the input is a model directory: outputs mirror the input")
     if not checkpoint.is_directory and not out.endswith(".safetensors"):
         raise SettingError(
             f"'{out}' does not end in .safetensors, but this output is a single file",
             hint="give a file name",
+            code="E-OUTPUT-NAME",
         )
     if max_shard_size is not None and not checkpoint.is_directory:
-        raise SettingError("a single file cannot be sharded", hint="give a model directory")
+        raise conflict("a single file cannot be sharded", "give a model directory")
     if max_shard_size is not None and is_adapter_layout(checkpoint.layout):
-        raise SettingError("an adapter cannot be sharded")
+        raise conflict("an adapter cannot be sharded")
 
 
 def _groups(
