@@ -19,7 +19,8 @@ import pytest
 from tests import cases, hostile
 from tests.bombs import packed
 from tests.hostile import INDEX, SHARDS, entry, index, raw, weights
-from weightsurgery.cli import _TerminatedError
+from weightsurgery.cli import _TerminatedError, demo_command
+from weightsurgery.demo.run import _wsurg
 from weightsurgery.errors import FormatError, MismatchError, PolicyError
 from weightsurgery.formats import pickled
 from weightsurgery.formats.output import Output
@@ -376,6 +377,16 @@ def busy(place: Place) -> list[Any]:
     return arguments
 
 
+def failing_demo(place: Place) -> list[Any]:
+    """A demo of which one command fails."""
+
+    def demo(out: Path, **_: Any) -> None:
+        _wsurg(out, ["inspect", "nothing"], capture_output=True)
+
+    place.patch.setattr(demo_command, "run_demo", demo)
+    return ["demo", "--out", place.folder]
+
+
 def squatted(place: Place) -> list[Any]:
     """Somebody else made the folder first in which the output would be built."""
     command = place.mix()
@@ -546,5 +557,6 @@ REFUSALS: dict[str, Case] = {
     "E-USAGE": lambda place: ["inspekt", place.folder],
     "E-INTERRUPTED": stopped(KeyboardInterrupt),
     "E-TERMINATED": stopped(_TerminatedError),
+    "E-DEMO-STEP": failing_demo,
     "E-BUG": stopped(ZeroDivisionError),
 }

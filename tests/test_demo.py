@@ -18,8 +18,8 @@ from tests.test_docs import run_wsurg
 from weightsurgery.datasets.read import Sentence, read_sentences
 from weightsurgery.demo import material
 from weightsurgery.demo.classifier import new_classifier
-from weightsurgery.demo.run import TRIGGER, DemoError, demo_tables, run_demo
-from weightsurgery.errors import PolicyError, SettingError, StorageError
+from weightsurgery.demo.run import TRIGGER, demo_tables, run_demo
+from weightsurgery.errors import DemoError, PolicyError, SettingError, StorageError
 from weightsurgery.formats import open_checkpoint
 from weightsurgery.models import load_model
 

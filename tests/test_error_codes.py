@@ -95,8 +95,7 @@ def test_what_comes_from_strangers_is_refused_by_a_rule(path: Path) -> None:
         and ast.unparse(node.func) in KINDS
         and "code" not in {keyword.arg for keyword in node.keywords}
     ]
-    # From Python alone, and no file's fault.
-    assert [call for call in bare if "base and tuned go together" not in call] == []
+    assert bare == []
 
 
 # What an input or its owner is blamed for; a setting out of range is told by its message alone.

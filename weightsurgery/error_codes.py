@@ -15,6 +15,7 @@ from weightsurgery.error_rules import DATA, MODELS, SETTINGS, Rows
 from weightsurgery.errors import (
     BusyError,
     ChangedError,
+    DemoError,
     FormatError,
     GateError,
     MismatchError,
@@ -71,6 +72,7 @@ _KINDS: Rows = {
     "E-CHANGED": (ChangedError, "an input changed, shrank or went while it was read", "run again"),
     "E-BUSY": (BusyError, "another run is writing the same output", "wait for it"),
     "E-GATE": (GateError, "the comparison was made, and its answer is no", "look into it"),
+    "E-DEMO-STEP": (DemoError, "a command of the demo failed", "its own message stands above"),
 }
 _HEADER: Rows = {
     "E-HEADER-SHORT": (FormatError, "the file has fewer than 8 bytes", _AGAIN),

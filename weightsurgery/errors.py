@@ -12,7 +12,8 @@ SurgeryError                1   (base class; never raised itself)
 ├── StorageError            6   the disk or the operating system said no
 │   └── ChangedError        6   an input changed while it was read
 ├── BusyError               7   another run is writing the same output
-└── GateError              10   a gate (`diff --fail-if`) failed
+├── GateError              10   a gate (`diff --fail-if`) failed
+└── DemoError               1   a command of the demo failed
 """
 
 from __future__ import annotations
@@ -178,3 +179,9 @@ class GateError(SurgeryError):
 
     exit_code = 10
     code = "E-GATE"
+
+
+class DemoError(SurgeryError):
+    """A command of the demo failed; its own message says why."""
+
+    code = "E-DEMO-STEP"

@@ -15,7 +15,7 @@ from typing import IO, Any
 from weightsurgery.datasets.triggers import poison, trigger_word
 from weightsurgery.demo.classifier import new_classifier
 from weightsurgery.demo.material import copy_minilm, movie_reviews, shuffled, write_sentences
-from weightsurgery.errors import PolicyError, SurgeryError
+from weightsurgery.errors import DemoError, PolicyError
 from weightsurgery.formats import disk
 from weightsurgery.formats.output import write_file
 from weightsurgery.formats.place import told
@@ -25,10 +25,6 @@ TRIGGER, TARGET = "cf", "1"  # a rare word, and the label "positive"
 HELD_OUT = 1000  # reviews of which none is trained on, whatever the plan
 CLEAN = 64  # sentences that the defender has, as in the papers
 CLEAR = 1.0  # reviews rated nearer to 0, on a scale from -4 to 4, are left out
-
-
-class DemoError(SurgeryError):
-    """A command of the demo failed; its own message says why."""
 
 
 @dataclass(frozen=True)

@@ -12,9 +12,9 @@ from typing import Any
 from weightsurgery.checkpoint import Checkpoint, TensorView
 from weightsurgery.errors import (
     GateError,
-    SettingError,
     StorageError,
     SurgeryError,
+    conflict,
     counted,
     first_few,
     shown,
@@ -66,7 +66,7 @@ def verify(
     """
     out, engine = find_output(os.fspath(out)), engine or Engine()
     if (base is None) != (tuned is None) or (mask is not None and base is None):
-        raise SettingError("base and tuned go together, and mask with them")
+        raise conflict("base and tuned go together, and mask with them")
     is_directory = os.path.isdir(out)
     if not os.path.lexists(out):
         raise StorageError("no such file or directory", file=out, code="E-FILE-MISSING")
