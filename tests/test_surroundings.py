@@ -81,7 +81,7 @@ SUITE: dict[str, list[str]] = {
     ],
 }
 WITHOUT_WORKERS = {"inspect", "mismatch"}
-# Sums of torch: the same bytes on one machine, with one number of its threads.
+# Sums of torch: the same bytes on one machine, with one number of its threads; they have a suite too.
 OF_TORCH = {"fisher", "finetune", "train-adapter", "meraser", "evaluate", "sweep", "demo"}
 
 # Runs several commands in one process, and tells on stderr what that process was like.
