@@ -81,7 +81,7 @@ SUITE: dict[str, list[str]] = {
     ],
 }
 WITHOUT_WORKERS = {"inspect", "mismatch"}
-# Sums of torch: the same bytes on one machine, with one number of its threads; they have a suite too.
+# Sums of torch: the same bytes on one machine, with one number of its threads; a suite for itself.
 OF_TORCH = {"fisher", "finetune", "train-adapter", "meraser", "evaluate", "sweep", "demo"}
 
 # Runs several commands in one process, and tells on stderr what that process was like.
@@ -217,7 +217,8 @@ def without_files(report: dict[str, Any]) -> dict[str, Any]:
     What else a command prints has neither.
     """
     report.pop("record_sha256", None)
-    for given in report.get("inputs", ()):
+    inputs = report.get("inputs", ())
+    for given in inputs if isinstance(inputs, list) else ():  # in a recipe they are roles
         given.pop("files", None)
     return report
 
