@@ -22,6 +22,7 @@ WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
 PICKLED, PICKLED_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
 PICKLES = (PICKLED, PICKLED_INDEX, "pytorch_model-*.bin")
 PICKLE_ENDINGS = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+FILE_ENDINGS = (".safetensors", *PICKLE_ENDINGS, ".gguf")  # of a name that means one file
 
 
 def fits(name: str, patterns: Iterable[str]) -> bool:

@@ -203,18 +203,17 @@ def fit_workers(
     return workers, need(workers)
 
 
-def check_folder_name(out: str, reason: str) -> None:
-    """Refuse a weights file's name for what will be a folder.
-
-    Args:
-        out: The name.
-        reason: Why it will be a folder.
+def check_file_name(out: str) -> None:
+    """Refuse a name for a single file of weights that says something else.
 
     Raises:
-        SettingError: It is one.
+        SettingError: It does not end in .safetensors.
     """
-    if out.endswith(".safetensors"):
-        raise SettingError(f"'{out}' names a file, but {reason}", hint="give a directory")
+    if not out.endswith(".safetensors"):
+        raise SettingError(
+            f"'{shown(out)}' does not end in .safetensors, but this output is a single file",
+            hint="give a name that ends in .safetensors",
+        )
 
 
 def _check_kind(checkpoint: Checkpoint, out: str, max_shard_size: int | None) -> None:
@@ -222,13 +221,8 @@ def _check_kind(checkpoint: Checkpoint, out: str, max_shard_size: int | None) ->
         out.encode()
     except UnicodeEncodeError:  # the record could not name it
         raise SettingError(f"the output's name is not UTF-8: {shown(out)}") from None
-    if checkpoint.is_directory:
-        check_folder_name(out, "the input is a model directory: outputs mirror the input")
-    if not checkpoint.is_directory and not out.endswith(".safetensors"):
-        raise SettingError(
-            f"'{out}' does not end in .safetensors, but this output is a single file",
-            hint="give a file name",
-        )
+    if not checkpoint.is_directory:
+        check_file_name(out)
     if max_shard_size is not None and not checkpoint.is_directory:
         raise SettingError("a single file cannot be sharded", hint="give a model directory")
     if max_shard_size is not None and is_adapter_layout(checkpoint.layout):
