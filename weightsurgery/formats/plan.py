@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,10 +12,11 @@ from weightsurgery.checkpoint import BLOCK, Checkpoint, TensorView
 from weightsurgery.errors import PolicyError, SettingError, StorageError, shown
 from weightsurgery.formats.apart import is_within
 from weightsurgery.formats.json_cost import MEMORY, parsing_cost
-from weightsurgery.formats.layout import ADAPTER, SINGLE, is_adapter_layout
+from weightsurgery.formats.layout import ADAPTER, CARD, INDEX, SINGLE, is_adapter_layout
 from weightsurgery.formats.output import check_destination
 from weightsurgery.formats.place import left_over, record_name
 from weightsurgery.formats.safetensors import file_order, header_bytes
+from weightsurgery.formats.strict_json import dump
 from weightsurgery.stream import Engine
 
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?", re.IGNORECASE)
@@ -51,6 +52,8 @@ class Plan:
         out: The destination as the user gave it.
         is_directory: Whether it is a model directory.
         shards: The weight files.
+        beside: The other files to their bytes, None where those depend on the work: the card and
+            the record.
         free: Bytes free on the destination's file system.
         memory: Estimated peak memory in bytes.
         workers: Blocks worked on at a time.
@@ -59,6 +62,7 @@ class Plan:
     out: str
     is_directory: bool
     shards: tuple[Shard, ...]
+    beside: Mapping[str, int | None]
     free: int
     memory: int
     workers: int
@@ -75,6 +79,7 @@ class Plan:
             "schema": "wsurg.plan/1",
             "out": self.out,
             "files": {shard.name: shard.nbytes for shard in self.shards},
+            "side_files": dict(self.beside),
             "bytes": self.nbytes,
             "bytes_free": self.free,
             "memory": self.memory,
@@ -138,7 +143,8 @@ def make_plan(
     workers, memory = fit_workers(checkpoint.sources(), engine.width, memory_limit)
     statistics = os.statvfs(os.path.dirname(os.path.abspath(out)))
     free = statistics.f_bavail * statistics.f_frsize
-    plan = Plan(out, checkpoint.is_directory, shards, free, memory, workers)
+    beside = _beside(checkpoint, shards, out)
+    plan = Plan(out, checkpoint.is_directory, shards, beside, free, memory, workers)
     need = plan.nbytes + sum(file.size for file in checkpoint.side_files) + _SLACK
     if need > free + left_over(out):
         raise StorageError(
@@ -148,6 +154,24 @@ def make_plan(
             code="E-OUTPUT-SPACE",
         )
     return plan
+
+
+def _beside(checkpoint: Checkpoint, shards: tuple[Shard, ...], out: str) -> dict[str, int | None]:
+    """What is written besides the weights: side files and index, card and record."""
+    if not checkpoint.is_directory:
+        return {record_name(out, is_directory=False): None}
+    found: dict[str, int | None] = {side.name: side.size for side in checkpoint.side_files}
+    if len(shards) > 1:
+        found[INDEX] = len(dump(index_of(checkpoint, shards)))
+    return {**found, CARD: None, record_name(out, is_directory=True): None}
+
+
+def index_of(checkpoint: Checkpoint, shards: Sequence[Shard]) -> dict[str, Any]:
+    """The index of a checkpoint in several files, as the hub has it."""
+    return {
+        "metadata": {"total_parameters": checkpoint.size, "total_size": checkpoint.nbytes},
+        "weight_map": {view.name: shard.name for shard in shards for view in shard.views},
+    }
 
 
 def _check_headers(shards: tuple[Shard, ...], out: str) -> None:
