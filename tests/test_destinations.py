@@ -153,7 +153,12 @@ def test_must_refuse_a_file_that_is_named_otherwise(scene: Scene, ending: str) -
 
 @pytest.mark.parametrize(
     "outs",
-    [["-o", "out.bin"], ["-o", "out", "--mask", "mask.bin"], ["-o", "out.gguf", "--dry-run"]],
+    [
+        ["-o", "out.bin"],
+        ["-o", "out", "--mask", "mask.bin"],
+        ["-o", "out.gguf", "--dry-run"],
+        ["-o", "out", "--mask", "mask.bin", "--dry-run"],
+    ],
     ids=" ".join,
 )
 @pytest.mark.parametrize("command", ["mix", "purify"])

@@ -131,7 +131,7 @@ def _check_destinations(
 ) -> None:
     """Refuse outputs before any work; saving checks again."""
     outs = [(given["out"], subject.is_directory)]
-    if given["mask"] is not None and not given["dry_run"]:
+    if given["mask"] is not None:
         outs.append((given["mask"], False))
     check_outputs_apart(outs)
     inputs = [path for checkpoint in read for path in input_paths(checkpoint)]
