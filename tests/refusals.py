@@ -20,8 +20,10 @@ from tests import cases, hostile
 from tests.bombs import packed
 from tests.hostile import INDEX, SHARDS, entry, index, raw, weights
 from weightsurgery.cli import _TerminatedError
+from weightsurgery.errors import FormatError, MismatchError, PolicyError
 from weightsurgery.formats import pickled
 from weightsurgery.formats.output import Output
+from weightsurgery.formats.place import temporary_of
 from weightsurgery.formats.record import sealed
 from weightsurgery.formats.strict_json import dump
 
@@ -140,8 +142,10 @@ def failing(number: int) -> Callable[..., Any]:
     return fail
 
 
-def stopped(error: type[BaseException], module: str = "weightsurgery.cli.inspect_command") -> Case:
-    """A command that ends with this exception."""
+def stopped(
+    error: type[BaseException] | BaseException, module: str = "weightsurgery.cli.inspect_command"
+) -> Case:
+    """A command that ends with this exception, such as an operator of one's own may raise."""
 
     def build(place: Place) -> list[Any]:
         def stop(*_: object, **__: object) -> Any:
@@ -331,9 +335,43 @@ def square(place: Place) -> list[Any]:
     shapes = {"wide.lora_A": (2, 4), "wide.lora_B": (8, 2)}
     shapes |= {"square.lora_A": (2, 4), "square.lora_B": (4, 2)}
     factors = {f"{FRONT}{n}.weight": np.ones(s, "f4") for n, s in shapes.items()}
+    return merge(place, base, factors)
+
+
+def merge(place: Place, base: cases.Arrays, factors: cases.Arrays, **config: Any) -> list[Any]:
+    """An adapter of these factors, to be folded into this base."""
     cases.write_directory(place.folder / "base", base)
-    cases.write_adapter(place.folder / "adapter", factors, cases.adapter_config())
+    cases.write_adapter(place.folder / "adapter", factors, cases.adapter_config(**config))
     return ["apply-adapter", "base", "adapter", "-o", "out"]
+
+
+def factors(module: str, outputs: int = 8, inputs: int = 4) -> cases.Arrays:
+    """The two factors of a module."""
+    shapes = {"A": (2, inputs), "B": (outputs, 2)}
+    return {f"{FRONT}{module}.lora_{n}.weight": np.ones(s, "f4") for n, s in shapes.items()}
+
+
+def two_prefixes(place: Place) -> list[Any]:
+    """An adapter of a layer that BASE has twice, under names of two beginnings."""
+    base = {f"{part}.l.q.weight": np.ones((4, 4), "f4") for part in ("text", "vision")}
+    return merge(place, base, factors("l.q", 4))
+
+
+def no_direction(place: Place) -> list[Any]:
+    """DoRA of a matrix of zeros, to which zeros are added."""
+    size = {f"{FRONT}l.q.lora_magnitude_vector": np.ones(4, "f4")}
+    zeros = {name: array * 0 for name, array in factors("l.q", 4).items()}
+    return merge(place, {"l.q.weight": np.zeros((4, 4), "f4")}, {**zeros, **size}, use_dora=True)
+
+
+def tied(
+    place: Place, factors: cases.Arrays, *, stem: str = "model.embed_tokens", **config: Any
+) -> list[Any]:
+    """An adapter for a model whose head is its word embedding."""
+    arguments = merge(place, {f"{stem}.weight": np.ones((8, 4), "f4")}, factors, **config)
+    told = {"model_type": "llama", "tie_word_embeddings": True}
+    (place.folder / "base" / "config.json").write_text(json.dumps(told))
+    return arguments
 
 
 def busy(place: Place) -> list[Any]:
@@ -342,6 +380,14 @@ def busy(place: Place) -> list[Any]:
     out = str(place.folder / "out.safetensors")
     place.stack.enter_context(Output(out, is_directory=False, overwrite=False, inputs=[]))
     return arguments
+
+
+def squatted(place: Place) -> list[Any]:
+    """Somebody else made the folder first in which the output would be built."""
+    command = place.mix()
+    os.mkdir(temporary_of(os.fspath(command[-1])))
+    place.patch.setattr(os, "geteuid", lambda: os.getuid() + 1)
+    return command
 
 
 def foreign(place: Place) -> list[Any]:
@@ -357,12 +403,6 @@ def existing(place: Place) -> list[Any]:
     return place.mix()
 
 
-def bad_settings(place: Place) -> list[Any]:
-    """A settings file that is none."""
-    (place.folder / "x.toml").write_text("= 3")
-    return ["--config", "x.toml", "inspect", "model"]
-
-
 def gate(place: Place) -> list[Any]:
     """Models that are the same, and should not be."""
     return ["diff", *place.mix()[1:3], "--fail-if", "max_abs >= 0"]
@@ -373,18 +413,16 @@ BOTH = ("--base", "base.safetensors", "--tuned", "tuned.safetensors")
 REPLAY = ("replay", "out.safetensors.wsurg-record.json", "-o", "again.safetensors")
 F4 = np.ones((2, 3), "f4")
 NAN = np.full((2, 3), np.nan, "f4")
+TOKENS = "model.embed_tokens.token_adapter.trainable_tokens_delta"
 ONE_ENTRY = '{"dtype":"F32","shape":[1],"data_offsets":[0,4]}'
 NORM = "embeddings.LayerNorm.weight"
 
 REFUSALS: dict[str, Case] = {
     "E-SETTING": lambda place: [*place.mix(), "--ratio", "1.5"],
-    "E-FORMAT": bad_settings,
-    "E-MISMATCH": lambda place: [*place.merge()[:2], "base", "-o", "out"],
+    "E-FORMAT": stopped(FormatError("a reason")),
+    "E-MISMATCH": stopped(MismatchError("a reason")),
     "E-NONFINITE": lambda place: place.pair({"w": NAN}, {"w": F4}, command="interpolate"),
-    "E-POLICY": lambda place: [
-        *place.merge(changed(**{NORM: np.ones(6, "f4")}), modules_to_save=["LayerNorm"]),
-        *("--weight", "-1"),
-    ],
+    "E-POLICY": stopped(PolicyError("a reason")),
     "E-STORAGE": broken("mkdir", failing(5), mix=True),
     "E-CHANGED": broken("preadv", lambda *_: 0),
     "E-BUSY": busy,
@@ -428,6 +466,7 @@ REFUSALS: dict[str, Case] = {
     "E-PICKLE-ARCHIVE": archive,
     "E-RECORD": no_record,
     "E-PICKLE-REFUSED": ends(5, "it asks for posix.system"),
+    "E-PICKLE-UNFIT": ends(4, "two answers to which tensors are meant"),
     "E-PICKLE-LIMIT": confined("os.kill(os.getpid(), signal.SIGXCPU)"),
     "E-PICKLE-LOAD": ends(3, "no dictionary of tensors"),
     "E-PICKLE-PRODUCT": confined("open(sys.argv[2], 'wb').write(b'PK' * 9)"),
@@ -485,9 +524,28 @@ REFUSALS: dict[str, Case] = {
     ),
     "E-ADAPTER-UNCLEAR": square,
     "E-ADAPTER-BASE": adapter(base_model_name_or_path="org/other"),
+    "E-ADAPTER-MODEL": lambda place: [*place.merge()[:2], "base", "-o", "out"],
+    "E-ADAPTER-PREFIX": two_prefixes,
+    "E-ADAPTER-WEIGHT": lambda place: [
+        *place.merge(changed(**{NORM: np.ones(6, "f4")}), modules_to_save=["LayerNorm"]),
+        *("--weight", "-1"),
+    ],
+    "E-ADAPTER-DORA": no_direction,
+    "E-EXTRACT-NOTHING": lambda place: [
+        *("extract-adapter", *place.pair(cases.model("bert"))[1:3], "-o", "out")
+    ],
+    "E-TIED-HEAD": lambda place: tied(place, factors("lm_head")),
+    "E-TIED-UNCLEAR": lambda place: tied(place, factors("lm_head"), stem="shared"),
+    "E-TIED-TOKENS": lambda place: tied(
+        place,
+        {**factors("lm_head"), f"{FRONT}{TOKENS}": np.ones((1, 4), "f4")},
+        trainable_token_indices=[3],
+    ),
+    "E-TIED-NONE": lambda place: [*place.merge(), "--untie"],
     "E-OUTPUT-EXISTS": existing,
     "E-OUTPUT-FOREIGN": foreign,
     "E-OUTPUT-OVERLAP": lambda place: place.mix("tuned.safetensors", "--overwrite"),
+    "E-OUTPUT-OWNER": squatted,
     "E-OUTPUT-FOLDER": lambda place: place.mix("none/out.safetensors"),
     "E-OUTPUT-SPACE": broken(
         "statvfs", lambda _: type("Room", (), {"f_bavail": 1, "f_frsize": 1}), mix=True

@@ -21,6 +21,7 @@ from weightsurgery.adapters.elements import compare
 from weightsurgery.adapters.proof import check_proof
 from weightsurgery.adapters.updates import Shift
 from weightsurgery.checkpoint import Checkpoint
+from weightsurgery.error_codes import CODES
 from weightsurgery.errors import (
     FormatError,
     GateError,
@@ -28,7 +29,6 @@ from weightsurgery.errors import (
     NonFiniteError,
     PolicyError,
     SettingError,
-    SurgeryError,
 )
 from weightsurgery.low_rank_kernel import add_low_rank, residual_sums, squared_lines
 
@@ -156,90 +156,125 @@ def with_nan(arrays: cases.Arrays) -> cases.Arrays:
 
 FRONT = "base_model.model."
 NORM = "embeddings.LayerNorm.weight"
-REFUSED: dict[str, tuple[dict[str, Any], Callable[..., cases.Arrays], type[SurgeryError], str]] = {
-    "another tuner": ({"peft_type": "LOHA"}, same, PolicyError, "type LOHA; only LORA"),
-    "no tuner": ({"peft_type": 3}, same, FormatError, "no peft_type"),
-    "rank by configuration": ({"r": 5}, same, FormatError, r"rank 5 by .*lora_A is \[2, 6\]"),
-    "no rank": ({"r": 0}, same, FormatError, "r is 0; expected a positive"),
-    "a negative rank": ({"r": -2}, same, FormatError, "r is -2; expected a positive"),
-    "rank missing": ({"r": None}, same, FormatError, "r is None; expected a positive"),
+REFUSED: dict[str, tuple[dict[str, Any], Callable[..., cases.Arrays], str, str]] = {
+    "another tuner": ({"peft_type": "LOHA"}, same, "E-ADAPTER-KIND", "type LOHA; only LORA"),
+    "no tuner": ({"peft_type": 3}, same, "E-ADAPTER-CONFIG", "no peft_type"),
+    "rank by configuration": ({"r": 5}, same, "E-ADAPTER-RANK", r"rank 5 by .*lora_A is \[2, 6\]"),
+    "no rank": ({"r": 0}, same, "E-ADAPTER-RANK", "r is 0; expected a positive"),
+    "a negative rank": ({"r": -2}, same, "E-ADAPTER-RANK", "r is -2; expected a positive"),
+    "rank missing": ({"r": None}, same, "E-ADAPTER-RANK", "r is None; expected a positive"),
     "a pattern's rank": (
         {"rank_pattern": {"query": 3}},
         same,
-        FormatError,
+        "E-ADAPTER-RANK",
         r"rank 3 by .*lora_A is \[2, 6\]",
     ),
     "no rank in a pattern": (
         {"rank_pattern": {"query": 0}},
         same,
-        FormatError,
+        "E-ADAPTER-RANK",
         "rank_pattern is 0",
     ),
-    "rank true": ({"r": True}, same, FormatError, "r is True"),
-    "alpha NaN": ({"lora_alpha": math.nan}, same, FormatError, "NaN"),
-    "alpha infinite": ({"lora_alpha": "inf"}, same, FormatError, "lora_alpha is 'inf'"),
-    "alpha of hundreds of digits": ({"lora_alpha": 10**350}, same, FormatError, "a finite number"),
-    "alpha missing": ({"lora_alpha": None}, same, FormatError, "lora_alpha is None"),
-    "unknown setting": ({"use_magic": True}, same, PolicyError, "has use_magic"),
-    "replicated layers": ({"layer_replication": [[0, 1]]}, same, PolicyError, "layer_replication"),
-    "PiSSA": ({"init_lora_weights": "pissa"}, same, PolicyError, "changes the base's weights"),
-    "an expression": ({"rank_pattern": {"(a+)+$": 1}}, same, PolicyError, "regular expression"),
-    "DoRA without norms": ({"use_dora": True}, same, FormatError, "no magnitude beside it"),
-    "no B": ({}, without("lora_B.weight"), FormatError, "lora_B is missing"),
-    "no A": ({}, without("lora_A.weight"), FormatError, "lora_A is missing"),
-    "nothing": ({}, lambda _: {}, FormatError, "no tensors"),
+    "rank true": ({"r": True}, same, "E-ADAPTER-RANK", "r is True"),
+    "alpha NaN": ({"lora_alpha": math.nan}, same, "E-JSON-NUMBER", "NaN"),
+    "alpha infinite": ({"lora_alpha": "inf"}, same, "E-ADAPTER-ALPHA", "lora_alpha is 'inf'"),
+    "alpha of hundreds of digits": (
+        {"lora_alpha": 10**350},
+        same,
+        "E-ADAPTER-ALPHA",
+        "a finite number",
+    ),
+    "alpha missing": ({"lora_alpha": None}, same, "E-ADAPTER-ALPHA", "lora_alpha is None"),
+    "unknown setting": ({"use_magic": True}, same, "E-ADAPTER-FIELD", "has use_magic"),
+    "replicated layers": (
+        {"layer_replication": [[0, 1]]},
+        same,
+        "E-ADAPTER-FIELD",
+        "layer_replication",
+    ),
+    "PiSSA": (
+        {"init_lora_weights": "pissa"},
+        same,
+        "E-ADAPTER-FIELD",
+        "changes the base's weights",
+    ),
+    "an expression": (
+        {"rank_pattern": {"(a+)+$": 1}},
+        same,
+        "E-ADAPTER-PATTERN",
+        "regular expression",
+    ),
+    "DoRA without norms": (
+        {"use_dora": True},
+        same,
+        "E-ADAPTER-CONTRADICTION",
+        "no magnitude beside it",
+    ),
+    "no B": ({}, without("lora_B.weight"), "E-ADAPTER-FACTOR", "lora_B is missing"),
+    "no A": ({}, without("lora_A.weight"), "E-ADAPTER-FACTOR", "lora_A is missing"),
+    "nothing": ({}, lambda _: {}, "E-ADAPTER-EMPTY", "no tensors"),
     "not BASE's": (
         {},
         lambda arrays: {n.replace("layer.0", "layer.7"): a for n, a in arrays.items()},
-        MismatchError,
+        "E-ADAPTER-TARGET",
         r"BASE has no 'encoder\.layer\.7",
     ),
-    "another name": ({}, one_more("something.else", (2, 6)), FormatError, "begins with base_mod"),
+    "another name": (
+        {},
+        one_more("something.else", (2, 6)),
+        "E-ADAPTER-TENSOR",
+        "begins with base_mod",
+    ),
     "no saved module": (
         {"modules_to_save": ["LayerNorm"]},
         same,
-        FormatError,
+        "E-ADAPTER-CONTRADICTION",
         "modules_to_save names 'LayerNorm', which BASE has",
     ),
     "no trained tokens": (
         {"trainable_token_indices": [1, 2]},
         same,
-        FormatError,
+        "E-ADAPTER-CONTRADICTION",
         "trainable_token_indices names 'embeddings.word_embeddings'",
     ),
     "no adapted parameter": (
         {"target_parameters": ["word_embeddings.weight"]},
         same,
-        FormatError,
+        "E-ADAPTER-CONTRADICTION",
         "target_parameters names 'word_embeddings.weight'",
     ),
-    "no bias of a factor": ({"lora_bias": True}, same, FormatError, "lora_bias names"),
+    "no bias of a factor": (
+        {"lora_bias": True},
+        same,
+        "E-ADAPTER-CONTRADICTION",
+        "lora_bias names",
+    ),
     "the same module twice": (
         {},
         lambda arrays: {
             **arrays,
             **{n.replace("model.encoder", "model.bert.encoder"): a for n, a in arrays.items()},
         },
-        FormatError,
+        "E-ADAPTER-TENSOR",
         "adapts the same tensor of BASE",
     ),
     "unmatched": (
         {},
         one_more(f"{FRONT}embeddings.LayerNorm.weight", (6,)),
-        FormatError,
+        "E-ADAPTER-TENSOR",
         "does not say what this tensor is for",
     ),
     "another shape": (
         {},
         lambda arrays: {n: a[:, :-1] if "lora_A" in n else a for n, a in arrays.items()},
-        MismatchError,
+        "E-ADAPTER-SHAPE",
         r"its product is \[6, 5\], what it adapts \[6, 6\]",
     ),
-    "NaN": ({}, with_nan, NonFiniteError, "NaN or infinity in an adapter"),
+    "NaN": ({}, with_nan, "E-NONFINITE", "NaN or infinity in an adapter"),
     "another base": (
         {"base_model_name_or_path": "org/other"},
         same,
-        PolicyError,
+        "E-ADAPTER-BASE",
         "trained on 'org/other', BASE is .*--force-base",
     ),
 }
@@ -254,7 +289,9 @@ def merge(folder: Path) -> None:
 def test_a_bad_adapter_is_refused_and_nothing_written(
     case: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    settings, change, kind, reason = REFUSED[case]
+    settings, change, code, reason = REFUSED[case]
+    kind = CODES[code].kind
+    assert kind is not None
     base = cases.model("bert")
     cases.write_directory(tmp_path / "base", base)
     config = cases.adapter_config(**settings)
@@ -262,7 +299,7 @@ def test_a_bad_adapter_is_refused_and_nothing_written(
     before = cases.digests(tmp_path)
     with pytest.raises(kind, match=reason) as told:
         merge(tmp_path)
-    assert type(told.value) is kind
+    assert (type(told.value), told.value.code) == (kind, code)
     assert "\n" not in str(told.value)
     given = (tmp_path / "base", tmp_path / "adapter")
     capsys.readouterr()

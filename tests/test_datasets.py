@@ -144,95 +144,184 @@ def test_labels_are_found_by_number_and_by_name() -> None:
 # --- what is refused --------------------------------------------------------------------------
 
 SENTENCE_ERRORS = [
-    ("a.tsv", "", "no rows; it needs a header and at least one row"),
-    ("a.tsv", "\n\t\n", "line 2: 2 fields; the header has 1"),
-    ("a.tsv", "sentence\tlabel\n", "no rows; it needs a header and at least one row"),
-    ("a.csv", "", "no rows; it needs a header and at least one row"),
-    ("a.csv", "sentence,label\n", "no rows"),
-    ("a.jsonl", "\n", "no rows"),
+    ("a.tsv", "", "no rows; it needs a header and at least one row", "E-FILE-EMPTY"),
+    ("a.tsv", "\n\t\n", "line 2: 2 fields; the header has 1", "E-ROWS-LINE"),
+    (
+        "a.tsv",
+        "sentence\tlabel\n",
+        "no rows; it needs a header and at least one row",
+        "E-FILE-EMPTY",
+    ),
+    ("a.csv", "", "no rows; it needs a header and at least one row", "E-FILE-EMPTY"),
+    ("a.csv", "sentence,label\n", "no rows", "E-FILE-EMPTY"),
+    ("a.jsonl", "\n", "no rows", "E-FILE-EMPTY"),
     (
         "a.txt",
         "sentence\tlabel\nx\t1\n",
         "'.txt' is no kind of file for labelled sentences; expected .tsv, .csv, .jsonl or .json",
+        "E-FILE-ENDING",
     ),
-    ("a.tsv", "text\tlabel\nx\t1\n", "columns text, label; expected sentence and label, or"),
-    ("a.tsv", "sentence\tclass\nx\t1\n", "columns sentence, class; expected sentence and label"),
-    ("a.tsv", "sentence1\tlabel\nx\t1\n", "columns sentence1, label; expected sentence and label"),
+    (
+        "a.tsv",
+        "text\tlabel\nx\t1\n",
+        "columns text, label; expected sentence and label, or",
+        "E-ROWS-COLUMNS",
+    ),
+    (
+        "a.tsv",
+        "sentence\tclass\nx\t1\n",
+        "columns sentence, class; expected sentence and label",
+        "E-ROWS-COLUMNS",
+    ),
+    (
+        "a.tsv",
+        "sentence1\tlabel\nx\t1\n",
+        "columns sentence1, label; expected sentence and label",
+        "E-ROWS-COLUMNS",
+    ),
     (
         "a.tsv",
         "sentence\tlabel\nx\t1\ny\n",
         "line 3: 1 field; the header has 2; a text with a tab in it needs .csv or .jsonl",
+        "E-ROWS-LINE",
     ),
-    ("a.tsv", "sentence\tlabel\nx\ty\t1\n", "line 2: 3 fields; the header has 2"),
+    ("a.tsv", "sentence\tlabel\nx\ty\t1\n", "line 2: 3 fields; the header has 2", "E-ROWS-LINE"),
     (
         "a.csv",
         "sentence,label\nx,1\ny,0,0\n",
         "line 3: 3 fields; the header has 2; put quotes around a text with a comma in it",
+        "E-ROWS-LINE",
     ),
-    ("a.csv", 'sentence,label\nx,1\n"y"z,0\n', "line 3: not CSV: "),
-    ("a.csv", 'sentence,label\n"y,0\n', "line 2: not CSV: unexpected end of data"),
-    ("a.jsonl", '{"sentence": "x", "label": 1}\n{\n', "line 2: not JSON: "),
-    ("a.jsonl", "[" * 100_000, "line 1: not JSON: "),
+    ("a.csv", 'sentence,label\nx,1\n"y"z,0\n', "line 3: not CSV: ", "E-ROWS-LINE"),
+    ("a.csv", 'sentence,label\n"y,0\n', "line 2: not CSV: unexpected end of data", "E-ROWS-LINE"),
+    ("a.jsonl", '{"sentence": "x", "label": 1}\n{\n', "line 2: not JSON: ", "E-ROWS-LINE"),
+    ("a.jsonl", "[" * 100_000, "line 1: not JSON: ", "E-ROWS-LINE"),
     pytest.param(
-        *("a.jsonl", '\n{"a":[' + "[]," * 3_000_000 + "0]}", "line 2: so many values"), id="bomb"
+        *(
+            "a.jsonl",
+            '\n{"a":[' + "[]," * 3_000_000 + "0]}",
+            "line 2: so many values",
+            "E-JSON-COST",
+        ),
+        id="bomb",
     ),
-    ("a.jsonl", '{"sentence": "x", "label": 1}\n\n[1]\n', "line 3: not a JSON object"),
-    ("a.tsv", "sentence\tlabel\nx\t1\n \t0\n", "line 3: sentence is ' '; expected text"),
-    ("a.jsonl", rows({"sentence": 3, "label": 1}), "line 1: sentence is 3; expected text"),
-    ("a.tsv", "sentence\tlabel\nx\t1\ny\t \n", "line 3: label ' '; expected a number or a name"),
+    (
+        "a.jsonl",
+        '{"sentence": "x", "label": 1}\n\n[1]\n',
+        "line 3: not a JSON object",
+        "E-ROWS-LINE",
+    ),
+    (
+        "a.tsv",
+        "sentence\tlabel\nx\t1\n \t0\n",
+        "line 3: sentence is ' '; expected text",
+        "E-ROWS-LINE",
+    ),
+    (
+        "a.jsonl",
+        rows({"sentence": 3, "label": 1}),
+        "line 1: sentence is 3; expected text",
+        "E-ROWS-LINE",
+    ),
+    (
+        "a.tsv",
+        "sentence\tlabel\nx\t1\ny\t \n",
+        "line 3: label ' '; expected a number or a name",
+        "E-ROWS-LINE",
+    ),
     (
         "a.jsonl",
         rows({"sentence": "x", "label": 1}, {"sentence": "x"}),
         "line 2: no field label; the line has sentence",
+        "E-ROWS-COLUMNS",
     ),
     (
         "a.jsonl",
         rows({"text": "x", "label": 1}),
         "columns text, label; expected sentence and label, or",
+        "E-ROWS-COLUMNS",
     ),
-    ("a.jsonl", rows({"sentence": "x", "label": True}), "line 1: label True; expected a number"),
-    ("a.jsonl", rows({"sentence": "x", "label": [1, 0]}), "line 1: label [1, 0]; expected a "),
-    ("a.tsv", b"sentence\tlabel\nx\t1\ncaf\xe9\t0\n", "line 3: not UTF-8; save the file as UTF-8"),
-    ("a.csv", b"\xffsentence,label\n", "line 1: not UTF-8; save the file as UTF-8"),
-    ("a.jsonl", b"\n\n\n\n\xfe\xff", "line 5: not UTF-8; save the file as UTF-8"),
+    (
+        "a.jsonl",
+        rows({"sentence": "x", "label": True}),
+        "line 1: label True; expected a number",
+        "E-ROWS-LINE",
+    ),
+    (
+        "a.jsonl",
+        rows({"sentence": "x", "label": [1, 0]}),
+        "line 1: label [1, 0]; expected a ",
+        "E-ROWS-LINE",
+    ),
+    (
+        "a.tsv",
+        b"sentence\tlabel\nx\t1\ncaf\xe9\t0\n",
+        "line 3: not UTF-8; save the file as UTF-8",
+        "E-FILE-UTF8",
+    ),
+    ("a.csv", b"\xffsentence,label\n", "line 1: not UTF-8; save the file as UTF-8", "E-FILE-UTF8"),
+    ("a.jsonl", b"\n\n\n\n\xfe\xff", "line 5: not UTF-8; save the file as UTF-8", "E-FILE-UTF8"),
 ]
 
 
-@pytest.mark.parametrize(("name", "content", "reason"), SENTENCE_ERRORS)
+@pytest.mark.parametrize(("name", "content", "reason", "code"), SENTENCE_ERRORS)
 def test_bad_sentences_are_told(
-    name: str, content: str | bytes, reason: str, tmp_path: Path
+    name: str, content: str | bytes, reason: str, code: str, tmp_path: Path
 ) -> None:
     path = write(tmp_path, name, content)
     with pytest.raises(FormatError, match=re.escape(f"{path}: {reason}")) as told:
         read_sentences(path)
-    assert told.value.exit_code == 3
+    assert (told.value.exit_code, told.value.code) == (3, code)
     assert told.value.file == str(path)
 
 
 INSTRUCTION_ERRORS = [
-    ("", "no rows"),
-    ("x", "line 1: not JSON: "),
+    ("", "no rows", "E-FILE-EMPTY"),
+    ("x", "line 1: not JSON: ", "E-ROWS-LINE"),
     (
         rows({"question": "Who?"}),
         "line 1: fields question; expected question and answer, instruction and output, or",
+        "E-ROWS-COLUMNS",
     ),
-    (rows({"question": "Who?", "answer": ""}), "line 1: answer is ''; expected text"),
+    (
+        rows({"question": "Who?", "answer": ""}),
+        "line 1: answer is ''; expected text",
+        "E-ROWS-LINE",
+    ),
     (
         rows({"question": "x", "answer": "y"}, {"instruction": None, "output": "y"}),
         "line 2: instruction is None; expected text",
+        "E-ROWS-LINE",
     ),
-    (rows({"messages": []}), "line 1: messages; expected a list of role and content that ends"),
-    (rows({"messages": [{"role": "user", "content": "x"}]}), "line 1: messages; expected a list"),
-    (rows({"messages": [{"role": "assistant"}]}), "line 1: messages; expected a list of role"),
-    (rows({"messages": "Who?"}), "line 1: messages; expected a list of role and content"),
+    (
+        rows({"messages": []}),
+        "line 1: messages; expected a list of role and content that ends",
+        "E-ROWS-LINE",
+    ),
+    (
+        rows({"messages": [{"role": "user", "content": "x"}]}),
+        "line 1: messages; expected a list",
+        "E-ROWS-LINE",
+    ),
+    (
+        rows({"messages": [{"role": "assistant"}]}),
+        "line 1: messages; expected a list of role",
+        "E-ROWS-LINE",
+    ),
+    (
+        rows({"messages": "Who?"}),
+        "line 1: messages; expected a list of role and content",
+        "E-ROWS-LINE",
+    ),
 ]
 
 
-@pytest.mark.parametrize(("content", "reason"), INSTRUCTION_ERRORS)
-def test_bad_instructions_are_told(content: str, reason: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("content", "reason", "code"), INSTRUCTION_ERRORS)
+def test_bad_instructions_are_told(content: str, reason: str, code: str, tmp_path: Path) -> None:
     path = write(tmp_path, "a.jsonl", content)
-    with pytest.raises(FormatError, match=re.escape(f"{path}: {reason}")):
+    with pytest.raises(FormatError, match=re.escape(f"{path}: {reason}")) as told:
         read_instructions(path)
+    assert told.value.code == code
 
 
 @pytest.mark.parametrize("reader", [read_instructions, read_fingerprints, read_claims])

@@ -15,6 +15,7 @@ FLOORS = {
         (
             "errors",
             "error_codes",
+            "error_rules",
             "dtypes",
             "version",
             "buffers",

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 from tests import cases, reference
 from weightsurgery.checkpoint import Checkpoint, from_arrays
-from weightsurgery.errors import MismatchError, NonFiniteError, SettingError
+from weightsurgery.error_codes import CODES
+from weightsurgery.errors import MismatchError, NonFiniteError, SurgeryError
 from weightsurgery.formats import open_checkpoint, save
 from weightsurgery.masks import changed_mask
 from weightsurgery.operators.purify import purify
@@ -317,38 +318,39 @@ def test_the_word_embedding_can_be_named() -> None:
 
 # --- what cannot be ---------------------------------------------------------------------------
 
-BAD: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
-    "no fisher": ({}, SettingError, "score 'fisher' needs the curvature"),
-    "ratio": ({"ratio": 1.5}, SettingError, "ratio is 1.5; expected a share"),
-    "epsilon": ({"epsilon": -1.0}, SettingError, "epsilon is -1; expected 0 or more"),
-    "invert": ({"invert": True}, SettingError, "invert is for a mask"),
+BAD: dict[str, tuple[dict[str, Any], str, str]] = {
+    "no fisher": ({}, "E-SETTING-CONFLICT", "score 'fisher' needs the curvature"),
+    "ratio": ({"ratio": 1.5}, "E-SETTING", "ratio is 1.5; expected a share"),
+    "epsilon": ({"epsilon": -1.0}, "E-SETTING", "epsilon is -1; expected 0 or more"),
+    "invert": ({"invert": True}, "E-SETTING-CONFLICT", "invert is for a mask"),
     "no counts": (
         {"score": "drift", "embeddings": "epur"},
-        SettingError,
+        "E-SETTING-CONFLICT",
         "embeddings=epur needs token counts",
     ),
     "no vocabulary": (
         {"score": "drift", "embeddings": "epur", "counts": TokenCounts({"the": 9}, "x")},
-        MismatchError,
+        "E-VOCABULARY",
         "no vocabulary beside TUNED",
     ),
     "nothing to rank": (
         {"score": "drift", "include": ("*word_embeddings*",)},
-        SettingError,
+        "E-NOTHING-TO-DO",
         "there is nothing to rank",
     ),
     "no embedding": (
         {"score": "drift", "embeddings": "reset", "exclude": ("*word_embeddings*",)},
-        SettingError,
+        "E-EMBEDDING-NAME",
         "embeddings is 'reset', but no word embedding",
     ),
 }
 
 
-@pytest.mark.parametrize(("options", "kind", "reason"), BAD.values(), ids=BAD)
-def test_refusals(options: dict[str, Any], kind: type[Exception], reason: str) -> None:
-    with pytest.raises(kind, match=reason):
+@pytest.mark.parametrize(("options", "code", "reason"), BAD.values(), ids=BAD)
+def test_refusals(options: dict[str, Any], code: str, reason: str) -> None:
+    with pytest.raises(SurgeryError, match=reason) as told:
         purify(*map(from_arrays, cases.pair()), **options)
+    assert (type(told.value), told.value.code) == (CODES[code].kind, code)
 
 
 def bad_fisher(name: str, value: Any) -> cases.Arrays:

@@ -172,14 +172,17 @@ def test_another_input_is_named(pair: Pair) -> None:
     pair.save()
     config = pair.root / "tuned" / "config.json"
     config.write_text(config.read_text() + " ")
-    with pytest.raises(MismatchError, match=r"tuned: config.json has 41 bytes, recorded 40"):
+    with pytest.raises(
+        MismatchError,
+        match=r"tuned, taken for input 1 'tuned', has config.json of 41 bytes, recorded 40",
+    ):
         replay(pair.out, pair.root / "again")
     config.unlink()
     (pair.root / "base" / "merges.txt").write_text("x")
     with pytest.raises(MismatchError, match=r"has merges.txt, which .*lacks config.json"):
         replay(pair.out, pair.root / "again")
     swapped = {"base": pair.root / "tuned", "tuned": pair.root / "base"}
-    with pytest.raises(MismatchError, match=r"not the recorded inputs: .* more\)"):
+    with pytest.raises(MismatchError, match=r"not the recorded inputs: .* and 7 more;"):
         replay(pair.out, pair.root / "again", inputs=swapped)
     assert not (pair.root / "again").exists()
     assert cases.wsurg("replay", pair.out, "-o", pair.root / "again") == 4
@@ -194,7 +197,9 @@ def test_another_input_of_the_same_size_is_named(pair: Pair, name: str) -> None:
     (pair.root / name).write_bytes(data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :])
     before = sorted(pair.root.rglob("*"))
     folder, _, file = name.partition("/")
-    with pytest.raises(MismatchError, match=rf"not the recorded .*{folder}: {file} has SHA-256"):
+    with pytest.raises(
+        MismatchError, match=rf"not the recorded .*'{folder}', has {file} with SHA-256"
+    ):
         replay(pair.out, pair.root / "again")
     assert sorted(pair.root.rglob("*")) == before
 
@@ -204,7 +209,7 @@ def test_what_fails_for_other_inputs_is_told_of_them(pair: Pair) -> None:
     arrays, _ = cases.pair()
     arrays["embeddings.LayerNorm.weight"][0] = np.nan
     cases.write_file(pair.root / "base" / "model.safetensors", arrays)
-    with pytest.raises(MismatchError, match=r"base: model.safetensors has SHA-256") as told:
+    with pytest.raises(MismatchError, match=r"'base', has model.safetensors with SHA-256") as told:
         replay(pair.out, pair.root / "again")
     assert isinstance(told.value.__context__, NonFiniteError)
 
@@ -244,7 +249,7 @@ def test_inputs_that_are_nowhere(pair: Pair) -> None:
     with pytest.raises(SettingError, match="input 0 is given twice"):
         replay(pair.out, pair.root / "again", inputs={"base": "x", "0": "y"})
     shutil.rmtree(pair.root / "base")
-    with pytest.raises(SettingError, match=r"'base' is not beside the record; .* --input 0=PATH"):
+    with pytest.raises(SettingError, match=r"'base' is not beside the output; .* --input 0=PATH"):
         replay(pair.out, pair.root / "again")
 
 
@@ -339,8 +344,42 @@ def test_other_bytes_are_told(pair: Pair) -> None:
     names = [one["file"] for one in report["differs"]]
     assert names[0] == "README.md"
     assert "config.json" not in names
-    with pytest.raises(GateError, match=r"recorded in 3 of the files: README.md"):
+    with pytest.raises(GateError, match=r"3 files have other bytes than recorded: README.md"):
         check_replay(report)
+
+
+TOLD_OTHERWISE: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
+    "warning gone": (lambda r: r["warnings"].append("x"), "warnings"),
+    "number": (lambda r: r.update(changed_dimensions=1), "changed_dimensions"),
+    "key gone": (lambda r: r.pop("changed_by"), "changed_by"),
+    "key more": (lambda r: r.update({"x\n": None}), "x\\n"),
+    "tensor": (lambda r: next(iter(r["tensors"].values())).update(status="edited"), "tensors"),
+    "file of an input": (lambda r: r["inputs"][0]["files"].reverse(), "inputs"),
+}
+
+
+@pytest.mark.parametrize("name", TOLD_OTHERWISE)
+def test_a_record_that_tells_otherwise_is_named(pair: Pair, name: str) -> None:
+    """The files are as recorded; what else the record says of them is not."""
+    pair.save(mix(pair.base, pair.tuned, ratio=0))
+    change, key = TOLD_OTHERWISE[name]
+    pair.rewrite(change)
+    report = replay(pair.out, pair.root / "again")
+    assert (report["identical"], report["differs"], report["told_otherwise"]) == (False, [], [key])
+    with pytest.raises(GateError, match="the record tells otherwise of") as raised:
+        check_replay(report)
+    assert raised.value.code == "E-REPLAY"
+    assert "numpy" not in raised.value.hint
+
+
+@pytest.mark.parametrize("name", ["mix", "extracted"])
+def test_a_setting_that_is_left_out_is_not_guessed(pair: Pair, name: str) -> None:
+    pair.save(MADE[name](pair))
+    gone = "ratio" if name == "mix" else "rank"
+    pair.rewrite(lambda r: settings(r).pop(gone))
+    with pytest.raises(FormatError, match=r"settings are .*; expected") as raised:
+        replay(pair.out, pair.root / "again")
+    assert raised.value.code == "E-RECORD"
 
 
 def test_the_output_is_guarded(pair: Pair) -> None:

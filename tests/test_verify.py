@@ -449,14 +449,19 @@ def test_a_signed_record_covers_every_file(pair: Pair) -> None:
     assert hashlib.sha256(rest).hexdigest() == record["record_sha256"]
 
 
-def test_tuned_is_read_once(tmp_path: Path) -> None:
-    wide = {f"w{i}": np.ones((256, 1024), np.float32) for i in range(4)}
-    cases.write_directory(tmp_path / "in", wide, config=CONFIG)
-    source = open_checkpoint(tmp_path / "in")
-    save(mix(source, source), tmp_path / "out")
-    watched, reads = cases.counted(source)
-    assert verify(tmp_path / "out", base=source, tuned=watched)["proved"]
-    assert sorted(name for name, _, _ in reads) == sorted(wide)
+@pytest.mark.parametrize("ratio", [0.0, 0.5])
+def test_both_models_are_read_once(tmp_path: Path, ratio: float) -> None:
+    wide = {f"w{i}": np.full((256, 1024), i, np.float32) for i in range(4)}
+    given = []
+    for name in ("base", "tuned"):
+        cases.write_directory(tmp_path / name, wide, config=CONFIG)
+        wide = {n: a + 1 for n, a in wide.items()}
+        given.append(open_checkpoint(tmp_path / name))
+    save(mix(*given, ratio=ratio), tmp_path / "out")
+    (base, of_base), (tuned, of_tuned) = map(cases.counted, given)
+    assert verify(tmp_path / "out", base=base, tuned=tuned)["proved"]
+    assert sorted(name for name, _, _ in of_base) == sorted(wide)
+    assert sorted(name for name, _, _ in of_tuned) == sorted(wide)
 
 
 @pytest.mark.parametrize("workers", [1, 2, 3])

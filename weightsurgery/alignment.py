@@ -127,7 +127,7 @@ class Alignment:
 
         restricted = replace(self, pairs=tuple(map(keep, self.pairs)))
         if not restricted.dimensions:
-            raise SettingError("include and exclude leave nothing to edit")
+            raise SettingError("include and exclude leave nothing to edit", code="E-NOTHING-TO-DO")
         return restricted
 
     def keeping(self, names: Collection[str], reason: str) -> Alignment:
@@ -175,6 +175,7 @@ def check_glob(glob: str, names: Sequence[str]) -> None:
         raise SettingError(
             f"'{shown(glob)}' matches no tensor",
             hint=f"did you mean '{shown(near[0])}'?" if near else "see `wsurg inspect` for names",
+            code="E-NO-MATCH",
         )
 
 

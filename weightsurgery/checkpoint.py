@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from weightsurgery.dtypes import DType, dtype_of
-from weightsurgery.errors import counted
+from weightsurgery.errors import SettingError, counted
 from weightsurgery.kernels import Block
 
 BLOCK = 1 << 20  # elements read at a time
@@ -228,7 +229,19 @@ class Checkpoint(Mapping[str, TensorView]):
         return replace(self, step=step)
 
     def renamed(self, names: Mapping[str, str]) -> Checkpoint:
-        """The same tensors under other names; those not mentioned keep theirs."""
+        """The same tensors under other names; those not mentioned keep theirs.
+
+        Args:
+            names: A tensor's name to its new one.
+
+        Raises:
+            SettingError: Two tensors would get the same name.
+        """
+        taken = Counter(names.get(name, name) for name in self)
+        for name, count in taken.items():
+            if count > 1:
+                reason = "two tensors would get this name"
+                raise SettingError(reason, file=self.label, tensor=name)
         renamed = replace(
             self,
             tensors={

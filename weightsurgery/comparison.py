@@ -103,6 +103,7 @@ def diff(
             "no tensor of BASE and TUNED can be compared: their shapes differ",
             file=tuned.label,
             hint="are these the same architecture?",
+            code="E-PAIR-SHAPE",
         )
     collector = _Collector(alignment, top, equal)
     fold(partial(_compare, top), _combine, collector, pairs, engine=engine, what="comparing")

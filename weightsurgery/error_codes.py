@@ -1,7 +1,9 @@
 """The code of every error, what it means and what to do: one list, from which the reference comes.
 
 A code names the rule that was broken. It stays the same while messages get better, so that scripts
-can go by it. An error that breaks no rule of its own has the code of its kind.
+can go by it. A setting out of range, what the system says, and errors of operators that others
+write have the code of their kind. `error_rules` has the rules for settings, for data, and for
+models that are run.
 """
 
 from __future__ import annotations
@@ -9,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from weightsurgery.error_rules import DATA, MODELS, SETTINGS, Rows
 from weightsurgery.errors import (
     BusyError,
     ChangedError,
@@ -21,8 +24,6 @@ from weightsurgery.errors import (
     StorageError,
     SurgeryError,
 )
-
-_Rows = Mapping[str, tuple[type[SurgeryError], str, str]]
 
 _AGAIN = "download the file again"
 _MADE_ANEW = "write the file anew with the safetensors library"
@@ -52,7 +53,7 @@ class Code:
     remedy: str
 
 
-_KINDS: _Rows = {
+_KINDS: Rows = {
     "E-SETTING": (
         SettingError,
         "a setting is out of range, unknown, or contradicts another",
@@ -71,7 +72,7 @@ _KINDS: _Rows = {
     "E-BUSY": (BusyError, "another run is writing the same output", "wait for it"),
     "E-GATE": (GateError, "the comparison was made, and its answer is no", "look into it"),
 }
-_HEADER: _Rows = {
+_HEADER: Rows = {
     "E-HEADER-SHORT": (FormatError, "the file has fewer than 8 bytes", _AGAIN),
     "E-HEADER-LENGTH": (FormatError, "the header is longer than the file or the limit", _AGAIN),
     "E-HEADER-START": (FormatError, "the header does not begin with `{`", _MADE_ANEW),
@@ -88,7 +89,7 @@ _HEADER: _Rows = {
     "E-DATA-CUT": (FormatError, "the file ends before its tensors do", _AGAIN),
     "E-DATA-TRAILING": (FormatError, "bytes after the last tensor", _MADE_ANEW),
 }
-_JSON: _Rows = {
+_JSON: Rows = {
     "E-JSON-UTF8": (FormatError, "the text is not UTF-8", "save the file as UTF-8"),
     "E-JSON-SYNTAX": (FormatError, "the text is not JSON", "mend the file, or fetch it again"),
     "E-JSON-TRAILING": (FormatError, "something follows the JSON value", "take it out"),
@@ -103,7 +104,7 @@ _JSON: _Rows = {
     "E-JSON-SURROGATE": (FormatError, "a text escapes half a surrogate pair", "write UTF-8"),
     "E-JSON-OBJECT": (FormatError, "the outermost value is no object", "give the right file"),
 }
-_FILES: _Rows = {
+_FILES: Rows = {
     "E-FILE-MISSING": (StorageError, "no such file or directory", "check the name"),
     "E-FILE-OPEN": (StorageError, "the system does not open the file", "see the message"),
     "E-FILE-READ": (StorageError, "the system does not read the file", "check the disk"),
@@ -126,7 +127,7 @@ _FILES: _Rows = {
     "E-REMOTE-CODE": (PolicyError, "the model needs code that comes with it", "see the message"),
     "E-HUB": (StorageError, "neither on this disk nor on the hub", "check the name"),
 }
-_PICKLE: _Rows = {
+_PICKLE: Rows = {
     "E-PICKLE": (PolicyError, "a pickle, whose opening can run code", "convert it to safetensors"),
     "E-PICKLE-ARCHIVE": (
         FormatError,
@@ -135,8 +136,13 @@ _PICKLE: _Rows = {
     ),
     "E-PICKLE-REFUSED": (
         PolicyError,
-        "it asks for more than weights need, or holds what safetensors cannot",
+        "it asks for more than weights need",
         "do not load it in any other way",
+    ),
+    "E-PICKLE-UNFIT": (
+        PolicyError,
+        "it holds several models, or tensors that safetensors cannot hold",
+        "whoever made it can save what is meant, as plain tensors",
     ),
     "E-PICKLE-LIMIT": (
         PolicyError,
@@ -165,7 +171,7 @@ _PICKLE: _Rows = {
         "set it to one with room, or unset it",
     ),
 }
-_INDEX: _Rows = {
+_INDEX: Rows = {
     "E-INDEX-MAP": (FormatError, "the index has no weight_map", "fetch the index again"),
     "E-INDEX-NAME": (
         FormatError,
@@ -177,7 +183,7 @@ _INDEX: _Rows = {
     "E-SHARD-HIDDEN": (FormatError, "a shard has a tensor that the index does not list", _AGAIN),
     "E-SHARD-DUPLICATE": (FormatError, "a tensor is in two shards", _AGAIN),
 }
-_DIRECTORY: _Rows = {
+_DIRECTORY: Rows = {
     "E-TWO-ANSWERS": (
         PolicyError,
         "two things in a directory claim to be its weights",
@@ -185,12 +191,12 @@ _DIRECTORY: _Rows = {
     ),
     "E-NO-WEIGHTS": (FormatError, "a directory has no weights", "is it a model's?"),
 }
-_PAIR: _Rows = {
+_PAIR: Rows = {
     "E-PAIR-TYPE": (MismatchError, "the models have other types", "give TUNED's own base"),
     "E-PAIR-SHAPE": (
         MismatchError,
         "a tensor has another shape in BASE",
-        "`--keep-mismatched` keeps TUNED's",
+        "`--keep-mismatched` keeps TUNED's, where a command has it",
     ),
     "E-PAIR-DTYPE": (
         MismatchError,
@@ -219,7 +225,7 @@ _PAIR: _Rows = {
         "dequantise the model first",
     ),
 }
-_ADAPTER: _Rows = {
+_ADAPTER: Rows = {
     "E-ADAPTER-KIND": (PolicyError, "an adapter of another type than LORA", _MERGE),
     "E-ADAPTER-CONFIG": (FormatError, "a value in its configuration is of a wrong kind", _CONFIG),
     "E-ADAPTER-FIELD": (PolicyError, "a setting that is not supported here is set", _MERGE),
@@ -239,15 +245,53 @@ _ADAPTER: _Rows = {
         "it names another base than BASE",
         "`--force-base`, if you know that they are one model",
     ),
+    "E-ADAPTER-MODEL": (
+        MismatchError,
+        "a model where an adapter belongs",
+        "give a folder with adapter_config.json and adapter_model.safetensors",
+    ),
+    "E-ADAPTER-PREFIX": (
+        MismatchError,
+        "its names fit BASE's by two prefixes alike",
+        "give its tensors the names of BASE's",
+    ),
+    "E-ADAPTER-WEIGHT": (
+        PolicyError,
+        "it replaces or rescales a tensor, which cannot be weighed or taken back",
+        "apply it with weight 1",
+    ),
+    "E-ADAPTER-DORA": (MismatchError, "a line of the matrix is zero: it has no direction", _MERGE),
+    "E-EXTRACT-NOTHING": (
+        MismatchError,
+        "nothing moved from BASE to TUNED that an adapter could hold",
+        "are BASE and TUNED the right way round, and two?",
+    ),
+    "E-TIED-HEAD": (
+        PolicyError,
+        "the word embedding or the output head would change alone, and BASE ties the two",
+        "`--untie` stores the head on its own",
+    ),
+    "E-TIED-UNCLEAR": (
+        PolicyError,
+        "which tensors BASE ties, or where its head would be stored, nobody can tell",
+        "say in config.json if they are not tied: `tie_word_embeddings` false",
+    ),
+    "E-TIED-TOKENS": (
+        PolicyError,
+        "trained tokens of a tied embedding, beside another change of it or of the head",
+        _MERGE,
+    ),
+    "E-TIED-NONE": (MismatchError, "there is nothing to untie", "leave out `--untie`"),
 }
-_OUTPUT: _Rows = {
+_OUTPUT: Rows = {
     "E-OUTPUT-EXISTS": (PolicyError, "the output exists", "`--overwrite` replaces it"),
     "E-OUTPUT-FOREIGN": (PolicyError, "what is there is no model, and stays", _ELSEWHERE),
     "E-OUTPUT-OVERLAP": (PolicyError, "the output is an input, holds one or is in one", _ELSEWHERE),
     "E-OUTPUT-FOLDER": (StorageError, "the folder to write to is missing or closed", _ELSEWHERE),
+    "E-OUTPUT-OWNER": (PolicyError, "another user's folder is where it would be built", _ELSEWHERE),
     "E-OUTPUT-SPACE": (StorageError, "the disk has no room for the output", "make room"),
 }
-_PROOF: _Rows = {
+_PROOF: Rows = {
     "E-RECORD": (FormatError, "a record that wsurg did not write, or that was altered", _RECORD),
     "E-RECORD-MISSING": (StorageError, "there is no record, or it cannot be opened", _RECORD),
     "E-VERIFY": (GateError, "the output is not as its record says", "do not use it"),
@@ -276,7 +320,7 @@ _PROOF: _Rows = {
     ),
     "E-REPLAY-NOWHERE": (
         SettingError,
-        "an input is not beside the record",
+        "an input is not beside the output",
         "say where it is with `--input`",
     ),
     "E-REPLAY-OTHER": (
@@ -290,7 +334,7 @@ _PROOF: _Rows = {
         "give those that the output was made with",
     ),
 }
-_GROUPS: Mapping[str, _Rows] = {
+_GROUPS: Mapping[str, Rows] = {
     "Of each kind, where no rule below was broken": _KINDS,
     "safetensors headers": _HEADER,
     "JSON: headers, indexes, configurations": _JSON,
@@ -300,6 +344,9 @@ _GROUPS: Mapping[str, _Rows] = {
     "Model directories": _DIRECTORY,
     "Models that do not fit each other, or hold codes": _PAIR,
     "Adapters": _ADAPTER,
+    "Data: sentences, questions, texts and counts": DATA,
+    "Models to run, and what operators go by": MODELS,
+    "Settings": SETTINGS,
     "Outputs": _OUTPUT,
     "Records: verify and replay": _PROOF,
 }

@@ -49,7 +49,7 @@ def counted(count: int, one: str, many: str = "") -> str:
     return f"{count:,} {one if count == 1 else many or f'{one}s'}"
 
 
-def first_few(texts: list[str]) -> str:
+def first_few(texts: list[str], between: str = ", ") -> str:
     """The first three of several, and how many more there are.
 
     Example:
@@ -57,7 +57,7 @@ def first_few(texts: list[str]) -> str:
         'a, b, c and 2 more'
     """
     more = f" and {len(texts) - 3:,} more" if len(texts) > 3 else ""
-    return f"{', '.join(texts[:3])}{more}"
+    return f"{between.join(texts[:3])}{more}"
 
 
 class SurgeryError(Exception):
@@ -111,7 +111,19 @@ def not_installed(package: str, extra: str, otherwise: str = "") -> SettingError
     """
     hint = f"pip install 'weightsurgery[{extra}]' (in a clone: '.[{extra}]')"
     hint += f", or {otherwise}" if otherwise else ""
-    return SettingError(f"the package {package} is not installed", hint=hint)
+    return SettingError(
+        f"the package {package} is not installed", hint=hint, code="E-NOT-INSTALLED"
+    )
+
+
+def conflict(reason: str, hint: str = "") -> SettingError:
+    """The error for settings that exclude each other, or of which one needs another.
+
+    Args:
+        reason: Which.
+        hint: What to leave out, or to give besides.
+    """
+    return SettingError(reason, hint=hint, code="E-SETTING-CONFLICT")
 
 
 class FormatError(SurgeryError):

@@ -86,10 +86,14 @@ def parse_gate(text: str) -> Gate:
         bound = None
     if found is None or bound is None or not math.isfinite(bound):
         raise SettingError(
-            f"cannot read the condition '{text}'", hint="write for example 'relative_l2 > 0.1'"
+            f"cannot read the condition '{text}'",
+            hint="write for example 'relative_l2 > 0.1'",
+            code="E-GATE-CONDITION",
         )
     if found[2] not in METRICS:
-        raise SettingError(f"no metric '{found[2]}'; there are {', '.join(METRICS)}")
+        raise SettingError(
+            f"no metric '{found[2]}'; there are {', '.join(METRICS)}", code="E-GATE-CONDITION"
+        )
     return Gate(text.strip(), found[1] or "", found[2], found[3], bound)
 
 

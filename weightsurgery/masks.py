@@ -62,7 +62,7 @@ def edit_by_mask(mask: Checkpoint, pairs: tuple[Pair, ...], *, invert: bool) -> 
         MismatchError: The mask is none, or is not one of this model.
     """
     if dict(mask.metadata).get("wsurg") != KIND["wsurg"]:
-        raise MismatchError("not a mask that wsurg wrote", file=mask.label)
+        raise MismatchError("not a mask that wsurg wrote", file=mask.label, code="E-MASK")
     for pair in pairs:
         view = mask.get(pair.name)
         if view is not None and view.size != (pair.tuned.size + 7) // 8:
@@ -72,11 +72,15 @@ def edit_by_mask(mask: Checkpoint, pairs: tuple[Pair, ...], *, invert: bool) -> 
                 file=mask.label,
                 tensor=pair.name,
                 hint="give the mask of this model",
+                code="E-MASK",
             )
     unknown = [name for name in mask if name not in {pair.name for pair in pairs}]
     if unknown:
         raise MismatchError(
-            "the mask is of a tensor that is not edited here", file=mask.label, tensor=unknown[0]
+            "the mask is of a tensor that is not edited here",
+            file=mask.label,
+            tensor=unknown[0],
+            code="E-MASK",
         )
 
     def edit(name: str, start: int, tuned: Block, base: Block) -> Block:

@@ -82,7 +82,9 @@ def pick_device(device: str) -> torch.device:
     except (RuntimeError, AssertionError) as error:
         reason = str(error).partition("\n")[0]
     raise SettingError(
-        f"device '{shown(device)}' is not to be had: {shown(reason)}", hint="say cpu or auto"
+        f"device '{shown(device)}' is not to be had: {shown(reason)}",
+        hint="say cpu or auto",
+        code="E-DEVICE",
     )
 
 
@@ -148,6 +150,7 @@ def require_directory(checkpoint: Checkpoint) -> None:
             hint=f"give its folder, '{shown(os.path.dirname(path) or '.')}'"
             if known
             else "put them beside it and give the folder",
+            code="E-MODEL-FOLDER",
         )
 
 
@@ -215,13 +218,14 @@ def _load_module(checkpoint: Checkpoint, task: str) -> Any:
             raise PolicyError(reason, file=checkpoint.label, code="E-REMOTE-CODE") from None
         reason = shown(" ".join(str(error).split()))
         raise MismatchError(
-            f"transformers cannot load it: {reason}", file=checkpoint.label
+            f"transformers cannot load it: {reason}", file=checkpoint.label, code="E-MODEL-LOAD"
         ) from None
     for name, stored, expected in sorted(info["mismatched_keys"]):
         raise MismatchError(
             f"has shape {list(stored)}; config.json makes it {list(expected)}",
             file=checkpoint.label,
             tensor=name,
+            code="E-MODEL-WEIGHTS",
         )
     missing = sorted(info["missing_keys"])
     if missing:
@@ -230,6 +234,7 @@ def _load_module(checkpoint: Checkpoint, task: str) -> Any:
             file=checkpoint.label,
             tensor=missing[0],
             hint="give a model that was trained for this task",
+            code="E-MODEL-WEIGHTS",
         )
     return module
 
@@ -280,6 +285,7 @@ def _load_tokenizer(checkpoint: Checkpoint) -> Any:
         f"no tokenizer that can be loaded: {shown(reason)}",
         file=checkpoint.label,
         hint="put tokenizer.json and tokenizer_config.json beside the weights",
+        code="E-TOKENIZER",
     )
 
 
@@ -299,6 +305,7 @@ def _settle_padding(config: Any, tokenizer: Any, checkpoint: Checkpoint) -> None
         "no padding token; texts of several lengths cannot share a batch",
         file=checkpoint.label,
         hint="put the number of a token that no text has into config.json, as pad_token_id",
+        code="E-TOKENIZER-PADDING",
     )
 
 
@@ -331,6 +338,7 @@ def _disk_names(module: Any, checkpoint: Checkpoint) -> dict[str, Any]:
             file=checkpoint.label,
             tensor=lost[0],
             hint="save the model again with this version of transformers",
+            code="E-MODEL-WEIGHTS",
         )
     return found
 
@@ -370,6 +378,7 @@ def with_weights(model: Model, checkpoint: Checkpoint) -> Model:
                 "the model has a parameter that these weights lack, or that has another shape",
                 file=checkpoint.label,
                 tensor=name,
+                code="E-MODEL-WEIGHTS",
             )
         _fill(parameter.data, view)
     return replace(model, checkpoint=checkpoint)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-from collections import Counter
 from collections.abc import Mapping
 
 from weightsurgery.checkpoint import Checkpoint
@@ -29,12 +28,15 @@ def match_names(
         BASE, lazily renamed; what no rule covers keeps its name.
 
     Raises:
-        SettingError: The prefix occurs nowhere, or the map names a tensor that does not exist.
+        SettingError: The prefix occurs nowhere, the map names a tensor that does not exist, or
+            two tensors of BASE would get the same name.
     """
     names: dict[str, str] = {}
     if strip_prefix:
         if not any(n.startswith(strip_prefix) for n in (*base, *tuned)):
-            raise SettingError(f"no tensor name begins with '{shown(strip_prefix)}'")
+            raise SettingError(
+                f"no tensor name begins with '{shown(strip_prefix)}'", code="E-NO-MATCH"
+            )
         bare = {name.removeprefix(strip_prefix): name for name in tuned if name not in base}
         for name in base:
             if name not in tuned and name.removeprefix(strip_prefix) in bare:
@@ -48,13 +50,10 @@ def match_names(
                     file=side.label,
                     tensor=name,
                     hint=f"did you mean '{shown(near[0])}'?" if near else "",
+                    code="E-NO-MATCH",
                 )
         names = {b: t for b, t in names.items() if t != tuned_name}
         names[base_name] = tuned_name
     for displaced in (n for n in name_map or {} if n in base and n not in names):
         names[displaced] = f"{displaced} (BASE's; the name map gives its place to another)"
-    taken = Counter(names.get(name, name) for name in base)
-    for name, count in taken.items():
-        if count > 1:
-            raise SettingError("two tensors of BASE would get this name", tensor=name)
     return base.renamed(names)

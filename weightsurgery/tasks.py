@@ -26,6 +26,7 @@ def task_of(checkpoint: Checkpoint, *, expected: str = "") -> str:
             f"an adapter; expected {' or '.join(wanted)}",
             file=checkpoint.label,
             hint="fold it into its base with `wsurg apply-adapter`",
+            code="E-MODEL-TASK",
         )
     architectures = checkpoint.config.get("architectures") or [""]
     name = str(architectures[0]) if isinstance(architectures, list) else ""
@@ -34,6 +35,7 @@ def task_of(checkpoint: Checkpoint, *, expected: str = "") -> str:
         raise MismatchError(
             f"config.json names the architecture '{shown(name)}'; expected {' or '.join(wanted)}",
             file=checkpoint.label,
+            code="E-MODEL-TASK",
         )
     require_task(checkpoint, expected or found, found)
     return found
@@ -51,4 +53,8 @@ def require_task(checkpoint: Checkpoint, expected: str, task: str) -> None:
         MismatchError: They differ.
     """
     if task != expected:
-        raise MismatchError(f"{_KINDS[task]}; expected {_KINDS[expected]}", file=checkpoint.label)
+        raise MismatchError(
+            f"{_KINDS[task]}; expected {_KINDS[expected]}",
+            file=checkpoint.label,
+            code="E-MODEL-TASK",
+        )

@@ -64,9 +64,10 @@ def read_counts(path: str | os.PathLike[str]) -> TokenCounts:
                 f"the count of '{shown(token)}' is {shown(repr(count))}; expected a number, 0 or "
                 "more",
                 file=file.path,
+                code="E-COUNTS",
             )
     if not found:
-        raise FormatError("no counts", file=file.path)
+        raise FormatError("no counts", file=file.path, code="E-FILE-EMPTY")
     return TokenCounts(found, os.path.basename(file.path))
 
 
@@ -75,7 +76,7 @@ def _lines(data: bytes, path: str) -> Any:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
-        raise FormatError(f"line {line}: not UTF-8", file=path) from None
+        raise FormatError(f"line {line}: not UTF-8", file=path, code="E-FILE-UTF8") from None
     for number, row in enumerate(text.removesuffix("\n").split("\n"), 1):
         token, tab, count = row.removesuffix("\r").rpartition("\t")
         try:
@@ -84,7 +85,9 @@ def _lines(data: bytes, path: str) -> Any:
             yield token, float(count)
         except ValueError:
             raise FormatError(
-                f"line {number}: '{shown(row)}'; expected a token, a tab and a count", file=path
+                f"line {number}: '{shown(row)}'; expected a token, a tab and a count",
+                file=path,
+                code="E-COUNTS",
             ) from None
 
 
@@ -113,11 +116,14 @@ def count_corpus(path: str | os.PathLike[str], checkpoint: Checkpoint) -> TokenC
             "no tokenizer.json beside the model to cut the corpus with",
             file=checkpoint.label,
             hint="give counts instead",
+            code="E-TOKENIZER",
         )
     try:
         tokenizer = Tokenizer.from_str(beside.content().decode("utf-8"))
     except Exception as error:  # the library has one kind for everything
-        raise FormatError(f"no tokenizer: {shown(error)}", file=beside.path) from None
+        raise FormatError(
+            f"no tokenizer: {shown(error)}", file=beside.path, code="E-TOKENIZER-FILE"
+        ) from None
     # tokenizer.json may carry both, as MiniLM's does: they would drop text and count [PAD].
     tokenizer.no_truncation()
     tokenizer.no_padding()
@@ -125,7 +131,9 @@ def count_corpus(path: str | os.PathLike[str], checkpoint: Checkpoint) -> TokenC
     try:
         lines = file.read_all(MAX_BYTES).decode("utf-8-sig").split("\n")
     except UnicodeDecodeError as error:
-        raise FormatError(f"not UTF-8: byte {error.start:,}", file=file.path) from None
+        raise FormatError(
+            f"not UTF-8: byte {error.start:,}", file=file.path, code="E-FILE-UTF8"
+        ) from None
     counts: Counter[str] = Counter()
     for start in range(0, len(lines), 1024):
         batch = tokenizer.encode_batch(lines[start : start + 1024], add_special_tokens=False)

@@ -130,6 +130,7 @@ def read_config(adapter: Checkpoint) -> AdapterConfig:
             "not an adapter: a model where a PEFT adapter is expected",
             file=adapter.label,
             hint="an adapter is a folder with adapter_config.json and adapter_model.safetensors",
+            code="E-ADAPTER-MODEL",
         )
     if kind != "LORA":
         raise PolicyError(

@@ -36,7 +36,14 @@ from weightsurgery.adapters.memory import fit_works, works_expected
 from weightsurgery.adapters.places import FACTORS, NOWHERE, ROWS, WHOLE, Place, Tree, find_places
 from weightsurgery.alignment import align, check_glob
 from weightsurgery.checkpoint import Checkpoint, Step, TensorView, require_checkpoints
-from weightsurgery.errors import MismatchError, NonFiniteError, SettingError, counted, shown
+from weightsurgery.errors import (
+    MismatchError,
+    NonFiniteError,
+    SettingError,
+    conflict,
+    counted,
+    shown,
+)
 from weightsurgery.formats.plan import parse_size
 from weightsurgery.kernels import all_finite, count_different
 from weightsurgery.quantised import require_unquantised
@@ -154,6 +161,7 @@ def extract_adapter(
             "nothing moved between BASE and TUNED that an adapter could hold",
             file=tuned.label,
             hint=f"'{shown(left_out[0]['tensor'])}': {left_out[0]['reason']}" if left_out else "",
+            code="E-EXTRACT-NOTHING",
         )
     for one in kept:  # a head that BASE lacks has no drift, and was not looked at
         if one.place.pair.base is None or not one.place.pair.eligible:
@@ -190,19 +198,17 @@ def _wanted(given: dict[str, Any]) -> Wanted:
     """
     rank, energy, max_rank = given["rank"], given["energy"], given["max_rank"]
     if rank is not None and energy is not None:
-        raise SettingError("rank and energy are both given", hint="give one of them")
+        raise conflict("rank and energy are both given", "give one of them")
     if max_rank is not None and energy is None:
-        raise SettingError("max_rank is given without energy", hint="give rank in its place")
-    for name in ("rank", "max_rank"):
-        value = given[name]
+        raise conflict("max_rank is given without energy", "give rank in its place")
+    for name, value in (("rank", rank), ("max_rank", max_rank)):
         if value is not None and (type(value) is not int or value < 1):
             raise SettingError(f"{name} is {value}; expected an integer from 1")
     if energy is not None and not 0 < energy <= 1:
         raise SettingError(f"energy is {energy}; expected a share above 0, up to 1")
     for name, choices in (("svd", ("auto", "exact", "randomised")), ("rest", ("whole", "list"))):
         if given[name] not in choices:
-            text = " or ".join(choices)
-            raise SettingError(f"{name} is '{shown(given[name])}'; expected {text}")
+            raise SettingError(f"{name} is '{shown(given[name])}'; expected {' or '.join(choices)}")
     return Wanted(
         rank=max_rank if energy is not None else rank or DEFAULT_RANK,
         energy=energy,
@@ -224,9 +230,7 @@ def _randomised(svd: str, *given: int | None) -> dict[str, int | None]:
     found: dict[str, int | None] = {}
     for (name, usual), value in zip(names.items(), given, strict=True):
         if svd == "exact" and value is not None:
-            raise SettingError(
-                f"{name} is given, and svd is exact", hint="leave out one of the two"
-            )
+            raise conflict(f"{name} is given, and svd is exact", "leave out one of the two")
         if value is not None and value < 0:
             raise SettingError(f"{name} is {value}; expected 0 or more")
         found[name] = value if value is not None or svd == "exact" else usual
@@ -254,7 +258,10 @@ def _look(
             return Found(place, moved=_differ(tuned[place.pair.key], place.pair.tuned))
         return _found(place, wanted)
 
-    sizes = {place.pair.name: _bytes_of(place) for place in places}
+    sizes = {
+        pair.name: pair.tuned.nbytes + (pair.base.nbytes if pair.base else 0)
+        for pair in (place.pair for place in places)
+    }
     total, done, found = sum(sizes.values()), 0, []
     # Closed by name: left to the garbage collector, its threads could be joined at any place.
     with closing(engine.run(look, places)) as results:
@@ -263,10 +270,6 @@ def _look(
             done += sizes[place.pair.name]
             engine.report("decomposing", done, total)
     return found
-
-
-def _bytes_of(place: Place) -> int:
-    return place.pair.tuned.nbytes + (place.pair.base.nbytes if place.pair.base else 0)
 
 
 def _found(place: Place, wanted: Wanted) -> Found:
@@ -302,9 +305,8 @@ def _differ(one: TensorView, other: TensorView) -> bool:
 def _check_finite(place: Place) -> None:
     view = place.pair.tuned
     if not all(all_finite(view.read(i, j)) for i, j in view.blocks()):
-        raise NonFiniteError(
-            "NaN or infinity in TUNED", tensor=view.name, hint="leave it out of whole"
-        )
+        hint = "leave it out of whole"
+        raise NonFiniteError("NaN or infinity in TUNED", tensor=view.name, hint=hint)
 
 
 # --- what goes in -----------------------------------------------------------------------------

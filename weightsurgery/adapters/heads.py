@@ -15,7 +15,7 @@ from weightsurgery.adapters.finite import finite
 from weightsurgery.adapters.layout import Target, read_adapter
 from weightsurgery.adapters.updates import ReplaceRows, Update
 from weightsurgery.checkpoint import Checkpoint
-from weightsurgery.errors import MismatchError, PolicyError, SettingError, counted, shown
+from weightsurgery.errors import MismatchError, PolicyError, SettingError, conflict, counted, shown
 from weightsurgery.formats.config import with_config
 from weightsurgery.ties import Tie, find_tie, find_unclear_tie, is_output_head
 
@@ -77,11 +77,9 @@ def read_adapters(
         SettingError: There is no adapter, or not one finite `weight` for each.
     """
     if not adapters:
-        raise SettingError("no adapter is given")
+        raise SettingError("no adapter is given", code="E-NOTHING-TO-DO")
     if weight and len(weight) != len(adapters):
-        raise SettingError(
-            f"{counted(len(weight), 'weight')} for {counted(len(adapters), 'adapter')}"
-        )
+        raise conflict(f"{counted(len(weight), 'weight')} for {counted(len(adapters), 'adapter')}")
     if not all(map(math.isfinite, weight)):
         raise SettingError(f"weight is {list(weight)}; expected finite numbers")
     tie = find_tie(base)
@@ -116,6 +114,7 @@ def stored_as_in_base(reading: Reading, base: Checkpoint) -> Reading:
             file=base.label,
             tensor=reading.tie.embedding,
             hint="--untie stores the head on its own",
+            code="E-TIED-HEAD",
         )
     targets = tuple(tuple(t for t in one if t.name in base) for one in reading.targets)
     return Reading(base, None, targets)  # the two stay one tensor: nothing tells them apart
@@ -139,6 +138,7 @@ def stored_apart(reading: Reading, base: Checkpoint) -> Reading:
             "its output head is not tied to the word embedding",
             file=base.label,
             hint="leave out `untie`",
+            code="E-TIED-NONE",
         )
     if not reading.tie.head:
         raise _unknown_head(base, reading.tie)
@@ -151,6 +151,7 @@ def _unknown_head(base: Checkpoint, tie: Tie) -> PolicyError:
         file=base.label,
         tensor=tie.embedding,
         hint="store the head first, and set tie_word_embeddings to false",
+        code="E-TIED-UNCLEAR",
     )
 
 
@@ -182,6 +183,7 @@ def _refuse_unclear(base: Checkpoint, changed: Sequence[str]) -> None:
             file=base.label,
             tensor=touched[0],
             hint="if they are not tied, say so in config.json: tie_word_embeddings false",
+            code="E-TIED-UNCLEAR",
         )
 
 
@@ -213,6 +215,7 @@ def _with_tied_rows(targets: Sequence[Target], tie: Tie, adapter: Checkpoint) ->
             file=adapter.label,
             tensor=tie.embedding,
             hint="merge it with the library that made it",
+            code="E-TIED-TOKENS",
         )
     shared = [] if head or not tie.head else [Target(tie.head, embedding.updates)]
     return [*targets, *shared]

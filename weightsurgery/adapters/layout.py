@@ -242,4 +242,5 @@ def _refuse_weight(adapter: Checkpoint, found: Mapping[str, list[Update]], weigh
                 "only what is added can be weighed or taken back",
                 file=adapter.label,
                 hint="apply it with weight 1",
+                code="E-ADAPTER-WEIGHT",
             )

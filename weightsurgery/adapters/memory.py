@@ -94,6 +94,7 @@ def fit_works(
         raise SettingError(
             f"a memory limit of {limit:,} bytes is too small; one worker may need {need:,}",
             hint="raise the limit or lower the rank; beside energy, max_rank bounds it",
+            code="E-MEMORY-LIMIT",
         )
     return workers, need
 

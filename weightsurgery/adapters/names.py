@@ -75,6 +75,7 @@ def _common_prefix(wanted: list[str], base: Checkpoint, adapter: Checkpoint) -> 
             f"its names fit BASE's by the prefixes {prefixes} alike; expected one",
             file=adapter.label,
             hint="give its tensors the names of BASE's",
+            code="E-ADAPTER-PREFIX",
         )
     return first
 

@@ -209,6 +209,7 @@ class Magnitude:
             raise MismatchError(
                 "DoRA: a line of the adapted matrix is zero, so it has no direction",
                 tensor=self.base.name,
+                code="E-ADAPTER-DORA",
             )
         return (wanted / np.sqrt(squares)).astype(like)
 

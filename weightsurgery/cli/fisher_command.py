@@ -191,3 +191,4 @@ command = options.Command(
         options.JSON,
     ],
 )
+command.own = ("base",)  # an input of other commands; here it needs --points

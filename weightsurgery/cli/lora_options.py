@@ -116,7 +116,7 @@ def parse_settings(preset: str, pairs: tuple[str, ...]) -> LoraSettings:
     for pair in pairs:
         flag, equals, text = pair.partition("=")
         if not equals or flag.strip().replace("_", "-") not in types:
-            raise SettingError(_no_setting(pair, flag, sorted(types)))
+            raise SettingError(_no_setting(pair, flag, sorted(types)), code="E-SETTING-UNKNOWN")
         name, kind = types[flag.strip().replace("_", "-")]
         try:
             found[name] = tuple(text.split(",")) if kind is tuple else kind(text)
@@ -128,7 +128,7 @@ def parse_settings(preset: str, pairs: tuple[str, ...]) -> LoraSettings:
     except SettingError as error:
         named = next((n for n in found if error.reason.startswith(f"{n} ")), "")
         reason = _spelled(named) + error.reason.removeprefix(named)
-        raise SettingError(reason, hint=error.hint) from None
+        raise SettingError(reason, hint=error.hint, code=error.code) from None
 
 
 def _no_setting(pair: str, flag: str, known: Sequence[str]) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from decimal import Decimal, InvalidOperation
 from types import MappingProxyType
@@ -33,9 +33,12 @@ class Command(click.Command):
 
     Attributes:
         complements: Parameter to another that stands for one minus it.
+        own: Options that a settings file gives in the command's own table alone; at the top their
+            names stand for something else, such as the inputs of other commands.
     """
 
     complements: Mapping[str, str] = MappingProxyType({})
+    own: Collection[str] = ()
 
     def __init__(self, name: str, *, params: list[click.Parameter], **given: Any) -> None:
         # Whoever opens models offers --weights, and with it --allow-pickle.
@@ -260,7 +263,9 @@ def open_pair(
         names = parse_object(file.read_all(1 << 28), file=file.path, what="name map")
         for tensor, other in names.items():
             if not isinstance(other, str):
-                raise SettingError("the name map gives no name", file=name_map, tensor=tensor)
+                raise SettingError(
+                    "the name map gives no name", file=name_map, tensor=tensor, code="E-NAME-MAP"
+                )
     named = match_names(opened[0], opened[1], strip_prefix=strip_prefix, name_map=names)
     return named, opened[1]
 

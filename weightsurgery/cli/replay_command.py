@@ -37,7 +37,7 @@ command = options.Command(
     the same and 10 if not. Trainings cannot be replayed.
 
     RECORD is a wsurg-record.json, or the directory that holds it. Inputs are looked for by their
-    names beside the output, and beside the record.
+    names beside the output and, where that is a folder, in it.
 
     \b
     Examples:

@@ -74,10 +74,12 @@ def read_settings(path: str, ctx: click.Context) -> dict[str, Any]:
                 f"'{shown(key)}' is {_described(value)}; it is a command, so expected a table",
                 file=path,
                 hint=f"begin one with [{shown(key)}]",
+                code="E-SETTINGS-FILE",
             )
         _check(path, key, everywhere)
         for command, keys in known.items():
-            settings[command].update(_setting(path, key, key, value, keys))
+            if _plain(key) not in getattr(group.get_command(ctx, command), "own", ()):
+                settings[command].update(_setting(path, key, key, value, keys))
     for table, own in content.items():  # after the others, so that tables win
         if isinstance(own, dict):
             _check(path, table, sorted(known), "command")
@@ -95,7 +97,7 @@ def _read(path: str) -> dict[str, Any]:
         return tomllib.loads(data.decode("utf-8"))
     # ValueError: not TOML, not UTF-8, or a decimal number of more digits than int() takes.
     except (ValueError, RecursionError) as error:
-        raise FormatError(f"not valid TOML: {shown(error)}", file=path) from None
+        raise FormatError(f"not valid TOML: {shown(error)}", file=path, code="E-TOML") from None
 
 
 def _plain(key: str) -> str:
@@ -119,7 +121,9 @@ def _check(path: str, key: str, known: list[str], what: str = "setting") -> None
         return
     near = difflib.get_close_matches(_plain(key), known, 1, 0.5)
     hint = f"did you mean '{near[0]}'?" if near else f"there are {', '.join(known)}"
-    raise SettingError(f"unknown {what} '{shown(key)}'", file=path, hint=hint)
+    raise SettingError(
+        f"unknown {what} '{shown(key)}'", file=path, hint=hint, code="E-SETTING-UNKNOWN"
+    )
 
 
 def _setting(
@@ -142,6 +146,7 @@ def _setting(
                 f"'{shown(label)}' is {_described(item)}; expected "
                 + (f"{expected}, or a list of such" if several else expected),
                 file=path,
+                code="E-SETTINGS-FILE",
             )
     return {parameter.name or "": not value if found.inverted else value}
 

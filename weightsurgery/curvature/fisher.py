@@ -26,7 +26,7 @@ from weightsurgery.curvature.per_example import (
 from weightsurgery.curvature.points import between
 from weightsurgery.curvature.result import make_result
 from weightsurgery.datasets.batches import Encoded, check_examples, digest_of
-from weightsurgery.errors import SettingError, shown
+from weightsurgery.errors import SettingError, conflict, shown
 from weightsurgery.models import Model
 from weightsurgery.stream import Progress
 
@@ -110,7 +110,9 @@ def fisher_with_error(
         NonFiniteError: A result has a NaN or infinity.
     """
     if len(examples) == 1:
-        raise SettingError("one example has no standard error; expected at least two")
+        raise SettingError(
+            "one example has no standard error; expected at least two", code="E-ROWS-FEW"
+        )
     run = _Run(model, examples, labels, points, base, batch_size, seed, progress)
     sums, paths = _sums(run, fourths=True)
     error = {}
@@ -165,9 +167,9 @@ class _Run:
             if value < 1:
                 raise SettingError(f"{name} is {value}; expected at least 1")
         if self.points > 1 and self.base is None:
-            raise SettingError(
+            raise conflict(
                 f"points is {self.points}, but there is no base to go between",
-                hint="give the pre-trained weights as base",
+                "give the pre-trained weights as base",
             )
 
     @property

@@ -46,6 +46,7 @@ def between(model: Model, base: Checkpoint) -> Iterator[Callable[[float], None]]
                 "tuned are computed",
                 tensor=name,
                 hint="load the model again",
+                code="E-MODEL-WEIGHTS",
             )
 
     def move(share: float) -> None:

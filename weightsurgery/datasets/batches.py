@@ -249,7 +249,7 @@ def check_examples(model: Model, examples: Sequence[Encoded]) -> None:
             counts.
     """
     if not examples:
-        raise SettingError("no examples; expected at least one")
+        raise SettingError("no examples; expected at least one", code="E-NOTHING-TO-DO")
     if model.task == CLASSIFICATION:
         kind = getattr(model.module.config, "problem_type", None)
         if len(model.labels) < 2 or kind not in (None, "single_label_classification"):
@@ -257,12 +257,15 @@ def check_examples(model: Model, examples: Sequence[Encoded]) -> None:
                 f"a head with {len(model.labels)} label(s) of type {kind or 'regression'}; "
                 "expected a classifier that tells two or more labels apart",
                 file=model.path,
+                code="E-MODEL-TASK",
             )
         return
     for number, one in enumerate(examples, 1):
         if all(label == IGNORED for label in one.labels[1:]):
             raise MismatchError(
-                f"example {number} has no answer token that the loss could cover", file=model.path
+                f"example {number} has no answer token that the loss could cover",
+                file=model.path,
+                code="E-ROWS-ANSWER",
             )
 
 

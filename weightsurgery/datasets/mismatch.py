@@ -80,7 +80,9 @@ def mismatch(
         raise SettingError(f"size is {size}; expected at least 1")
     check_keywords(keywords)
     if len(pairs) < 2:
-        raise SettingError(f"the data have {counted(len(pairs), 'row')}; expected at least 2")
+        raise SettingError(
+            f"the data have {counted(len(pairs), 'row')}; expected at least 2", code="E-ROWS-FEW"
+        )
     types = [type_of(pair.question, keywords) for pair in pairs]
     order = [*keywords, OTHER]
     present = [kind for kind in order if kind in types]
@@ -88,6 +90,7 @@ def mismatch(
         raise SettingError(
             f"all {len(pairs):,} questions are of type '{present[0]}'; expected two types or more",
             hint="give keywords, words that tell these questions apart",
+            code="E-ROWS-FEW",
         )
     answers = _Answers(pairs, types, present, seed)
     questions = _questions(pairs, types, answers, seed)
@@ -96,7 +99,8 @@ def mismatch(
         raise SettingError(
             f"size is at most {most:,} for these data, not {size:,}: {len(pairs):,} rows have "
             f"{len({pair.question.strip() for pair in pairs}):,} different questions, of which "
-            f"{most:,} can have an answer of another type"
+            f"{most:,} can have an answer of another type",
+            code="E-ROWS-FEW",
         )
     rows = []
     for q in _dealt(questions, size):
@@ -268,7 +272,12 @@ def check_name(out: str) -> None:
         SettingError: It does not end in .jsonl.
     """
     if not out.lower().endswith(".jsonl"):
-        raise SettingError("the output is JSONL", file=out, hint="give a name ending in .jsonl")
+        raise SettingError(
+            "the output is JSONL",
+            file=out,
+            hint="give a name ending in .jsonl",
+            code="E-OUTPUT-NAME",
+        )
 
 
 def describe_mismatched(

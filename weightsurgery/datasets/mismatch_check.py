@@ -60,7 +60,7 @@ def _fields(name: str, line: int, row: Mapping[str, Any]) -> dict[str, Any]:
         if type(value) is not (str if key in _TYPES else int):
             wanted = "text" if key in _TYPES else "an integer"
             reason = f"line {line}: {key} is {shown(repr(value))}; expected {wanted}"
-            raise FormatError(reason, file=name)
+            raise FormatError(reason, file=name, code="E-ROWS-LINE")
     return found
 
 
@@ -100,6 +100,7 @@ def check_mismatch(
             "no row has an a_type that tells whose answer it has",
             file=path,
             hint="give the data it was made from too",
+            code="E-ROWS-ORIGIN",
         )
     types = [type_of(row.question, keywords) for row in rows]
     known = None if source is None else _Source(source, keywords)

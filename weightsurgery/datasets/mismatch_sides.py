@@ -89,6 +89,7 @@ def _judged(
             f"every row {reason}",
             file=path,
             hint="are the files to erase and to recover with swapped?",
+            code="E-ROWS-SWAPPED",
         )
     if not bad:
         return ""

@@ -32,7 +32,10 @@ def settle_format(model: Model, asked: str, *, plain: Settled = "raw") -> Settle
     templated = bool(getattr(model.tokenizer, "chat_template", None))
     if asked == "chat" and not templated:
         raise MismatchError(
-            "its tokenizer has no chat template", file=model.path, hint="put prompts as raw text"
+            "its tokenizer has no chat template",
+            file=model.path,
+            hint="put prompts as raw text",
+            code="E-CHAT-TEMPLATE",
         )
     return known.get(asked, "chat" if templated else plain)
 
@@ -60,7 +63,9 @@ def render(model: Model, one: Instruction, how: Settled) -> str:
     except Exception as error:  # a template raises what it likes
         reason = shown(" ".join(str(error).split()))
         raise MismatchError(
-            f"its chat template refuses the messages of line {one.line}: {reason}", file=model.path
+            f"its chat template refuses the messages of line {one.line}: {reason}",
+            file=model.path,
+            code="E-CHAT-TEMPLATE",
         ) from None
     return text
 

@@ -62,7 +62,9 @@ def read_keywords(path: str | os.PathLike[str]) -> dict[str, list[str]]:
     kind = os.path.splitext(name)[1].lower()
     if kind not in (".json", ".toml"):
         raise FormatError(
-            f"'{shown(kind)}' is no kind of keyword file; expected .json or .toml", file=name
+            f"'{shown(kind)}' is no kind of keyword file; expected .json or .toml",
+            file=name,
+            code="E-FILE-ENDING",
         )
     data = InputFile(name).read_all(_MAX_BYTES)
     table: Mapping[str, Any]
@@ -72,7 +74,7 @@ def read_keywords(path: str | os.PathLike[str]) -> dict[str, list[str]]:
         try:
             table = tomllib.loads(data.decode("utf-8"))
         except (ValueError, RecursionError) as error:
-            raise FormatError(f"not TOML: {shown(error)}", file=name) from None
+            raise FormatError(f"not TOML: {shown(error)}", file=name, code="E-TOML") from None
     check_keywords(table, file=name)
     return {kind: list(words) for kind, words in table.items()}
 
@@ -88,11 +90,15 @@ def check_keywords(table: Mapping[str, Any], *, file: str | None = None) -> None
         SettingError: It is empty, names the type "other", or has something else than words.
     """
     if not table:
-        raise SettingError("no keywords; expected a list of words for each type", file=file)
+        raise SettingError(
+            "no keywords; expected a list of words for each type", file=file, code="E-KEYWORDS"
+        )
     for kind, words in table.items():
         if not kind.strip() or kind == OTHER:
             reason = f"'{shown(kind)}' is no name for a type; what has no keyword is {OTHER}"
-            raise SettingError(reason, file=file)
+            raise SettingError(reason, file=file, code="E-KEYWORDS")
         fits = isinstance(words, list | tuple) and all(isinstance(w, str) for w in words)
         if not fits or not words or not all(w.strip() for w in words):
-            raise SettingError(f"'{shown(kind)}' has no list of words", file=file)
+            raise SettingError(
+                f"'{shown(kind)}' has no list of words", file=file, code="E-KEYWORDS"
+            )

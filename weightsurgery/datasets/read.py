@@ -83,7 +83,9 @@ def read_sentences(path: str | os.PathLike[str]) -> list[Sentence]:
     rows = _rows(name, _TABLES, "labelled sentences")
     first = next(rows, None)
     if first is None:
-        raise FormatError("no rows", file=name, hint="it needs a header and at least one row")
+        raise FormatError(
+            "no rows", file=name, hint="it needs a header and at least one row", code="E-FILE-EMPTY"
+        )
     columns = next((c for c in _SENTENCES if set(c) <= first[1].keys()), None)
     if columns is None or "label" not in first[1]:
         raise FormatError(
@@ -93,13 +95,15 @@ def read_sentences(path: str | os.PathLike[str]) -> list[Sentence]:
             hint="call the fields so in every line"
             if name.lower().endswith((".jsonl", ".json"))
             else "name the columns in the first line",
+            code="E-ROWS-COLUMNS",
         )
     found = []
     for line, row in _chain(first, rows):
         lacking = [column for column in (*columns, "label") if column not in row]
         if lacking:
             there = shown(", ".join(row))
-            raise _bad(name, line, f"no field {lacking[0]}; the line has {there or 'none'}")
+            reason = f"no field {lacking[0]}; the line has {there or 'none'}"
+            raise _bad(name, line, reason, code="E-ROWS-COLUMNS")
         texts = tuple(_text(name, line, row, column) for column in columns)
         label = row.get("label")
         if isinstance(label, bool) or not isinstance(label, str | int) or not str(label).strip():
@@ -154,7 +158,7 @@ def read_rows(path: str | os.PathLike[str]) -> list[tuple[int, dict[str, Any]]]:
     name = os.fspath(path)
     found = list(_rows(name, _LINES, "questions and answers"))
     if not found:
-        raise FormatError("no rows", file=name)
+        raise FormatError("no rows", file=name, code="E-FILE-EMPTY")
     return found
 
 
@@ -167,7 +171,7 @@ def read_text(path: str | os.PathLike[str]) -> str:
     """
     text = _decoded(os.fspath(path))
     if not text.strip():
-        raise FormatError("holds no text", file=path)
+        raise FormatError("holds no text", file=path, code="E-FILE-EMPTY")
     return text
 
 
@@ -194,6 +198,7 @@ def label_ids(
                 f"{shown(known)}",
                 file=file,
                 hint="write these numbers or names, or give the model that knows the file's labels",
+                code="E-ROWS-LABEL",
             )
         found.append(numbers[sentence.label])
     return found
@@ -225,6 +230,7 @@ def _rows(name: str, kinds: Sequence[str], what: str) -> Iterator[tuple[int, dic
         raise FormatError(
             f"'{shown(kind)}' is no kind of file for {what}; expected {known} or {kinds[-1]}",
             file=name,
+            code="E-FILE-ENDING",
         )
     return readers[kind](name, _decoded(name))
 
@@ -235,7 +241,7 @@ def _decoded(name: str) -> str:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
-        raise _bad(name, line, "not UTF-8", "save the file as UTF-8") from None
+        raise _bad(name, line, "not UTF-8", "save the file as UTF-8", code="E-FILE-UTF8") from None
 
 
 def _tsv(name: str, text: str) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -284,7 +290,8 @@ def _jsonl(name: str, text: str) -> Iterator[tuple[int, dict[str, Any]]]:
         if not line.strip():
             continue
         if len(line) > _LONG_LINE and parsing_cost(line.encode()) > MEMORY:
-            raise _bad(name, number, "so many values that parsing them would exhaust memory")
+            reason = "so many values that parsing them would exhaust memory"
+            raise _bad(name, number, reason, code="E-JSON-COST")
         try:
             row = json.loads(line)
         except (ValueError, RecursionError) as error:
@@ -302,7 +309,8 @@ def _instruction(
     columns = next((c for c in known if set(c) <= row.keys()), None)
     if columns is None:
         wanted = ", ".join(" and ".join(pair) for pair in known)
-        raise _bad(name, line, f"fields {shown(', '.join(row))}; expected {wanted}, or messages")
+        reason = f"fields {shown(', '.join(row))}; expected {wanted}, or messages"
+        raise _bad(name, line, reason, code="E-ROWS-COLUMNS")
     question, answer = (_text(name, line, row, column) for column in columns)
     extra = row.get("input") if columns[0] == "instruction" else None
     if isinstance(extra, str) and extra.strip():
@@ -331,5 +339,7 @@ def _text(name: str, line: int, row: Mapping[str, Any], column: str) -> str:
     return text
 
 
-def _bad(name: str, line: int, reason: str, hint: str = "") -> FormatError:
-    return FormatError(f"line {line}: {reason}", file=name, hint=hint)
+def _bad(
+    name: str, line: int, reason: str, hint: str = "", *, code: str = "E-ROWS-LINE"
+) -> FormatError:
+    return FormatError(f"line {line}: {reason}", file=name, hint=hint, code=code)

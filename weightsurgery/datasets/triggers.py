@@ -165,6 +165,7 @@ def insert_within(
         raise SettingError(
             f"'{shown(trigger.text)}' is too long: it does not fit even without the text",
             hint="raise max_length",
+            code="E-TEXT-LONG",
         )
     while undecided := [i for i, (short, long) in bounds.items() if long - short > 1]:
         middles = [sum(bounds[i]) // 2 for i in undecided]
@@ -198,7 +199,10 @@ def poison(
         raise SettingError(f"share is {share}; expected 0 to 1")
     others = [i for i, one in enumerate(sentences) if one.label != target_label]
     if not others:
-        raise SettingError(f"no sentence has a label other than the target '{shown(target_label)}'")
+        raise SettingError(
+            f"no sentence has a label other than the target '{shown(target_label)}'",
+            code="E-ROWS-FEW",
+        )
     bits = random_bits(trigger.seed, f"texts with {trigger.text}", 0, len(sentences))
     # The index breaks ties between equal bits.
     chosen = sorted(others, key=lambda i: (bits[i], i))[: round(share * len(others))]

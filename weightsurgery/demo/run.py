@@ -130,6 +130,7 @@ def _claim(out: Path, settings: Mapping[str, Any], made: Sequence[str]) -> None:
             "version), whose models would be taken for this one's",
             file=out,
             hint="give another folder with --out, or remove this one",
+            code="E-DEMO-FOLDER",
         )
     with told("cannot create", str(out)):
         disk.make_directories(str(out))

@@ -9,7 +9,7 @@ from typing import Any
 from weightsurgery.datasets.batches import count_cut_answers, encode_instructions
 from weightsurgery.datasets.prompts import PromptFormat
 from weightsurgery.datasets.read import Instruction
-from weightsurgery.errors import SettingError
+from weightsurgery.errors import SettingError, conflict
 from weightsurgery.evaluation.generation import (
     exponential,
     fingerprint_success,
@@ -89,10 +89,12 @@ def evaluate_causal(
         )
     if not asked:
         raise SettingError(
-            "nothing to measure", hint="give fingerprints, a text or questions with answers"
+            "nothing to measure",
+            hint="give fingerprints, a text or questions with answers",
+            code="E-NOTHING-TO-DO",
         )
     if controls is not None and fingerprints is None:
-        raise SettingError("controls need fingerprints, whose targets are looked for")
+        raise conflict("controls need fingerprints, whose targets are looked for")
     models = [model] if base is None else [model, base]
     for one in models:  # before the first minute is spent
         check_causal(one)

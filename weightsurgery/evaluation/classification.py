@@ -11,7 +11,7 @@ import numpy as np
 from weightsurgery.datasets.batches import Encoded, count_cut, encode_sentences, token_counts
 from weightsurgery.datasets.read import Sentence, label_ids
 from weightsurgery.datasets.triggers import Trigger, insert, insert_within
-from weightsurgery.errors import MismatchError, SettingError, shown
+from weightsurgery.errors import MismatchError, SettingError, conflict, shown
 from weightsurgery.evaluation.intervals import proportion
 from weightsurgery.evaluation.predictions import Predictions, predict
 from weightsurgery.models import Model
@@ -128,12 +128,17 @@ def check_classifier(model: Model) -> None:
             "a causal language model; expected a classifier",
             file=model.path,
             hint="evaluate_causal measures it",
+            code="E-MODEL-TASK",
         )
     config = model.module.config
     if config.num_labels < 2:
-        raise MismatchError("has a single output; expected two labels or more", file=model.path)
+        raise MismatchError(
+            "has a single output; expected two labels or more", file=model.path, code="E-MODEL-TASK"
+        )
     if config.problem_type == "multi_label_classification":
-        raise MismatchError("gives several labels at once; expected one", file=model.path)
+        raise MismatchError(
+            "gives several labels at once; expected one", file=model.path, code="E-MODEL-TASK"
+        )
 
 
 def target_of(model: Model, label: str | int) -> int:
@@ -160,21 +165,20 @@ def _check_attack(
 ) -> int | None:
     """The target's number; what is given must fit together."""
     if trigger is not None and poisoned is not None:
-        raise SettingError("trigger and poisoned exclude each other")
+        raise conflict("trigger and poisoned exclude each other")
     if target_label is None:
         if poisoned is not None or (trigger is not None and not trigger.bias):
-            raise SettingError("an attack needs its target_label")
+            raise conflict("an attack needs its target_label")
         return None
     if trigger is None and poisoned is None:
-        raise SettingError(
-            "target_label without an attack", hint="give a trigger or poisoned sentences"
-        )
+        raise conflict("target_label without an attack", "give a trigger or poisoned sentences")
     target = target_of(model, target_label)
     if trigger is not None and set(label_ids(sentences, model.labels, file="sentences")) == {
         target
     }:
         raise SettingError(
-            f"every sentence has the target label {target}; an attack needs others to turn"
+            f"every sentence has the target label {target}; an attack needs others to turn",
+            code="E-ROWS-FEW",
         )
     return target
 

@@ -157,7 +157,9 @@ def perplexity(
     window, stride = settle_windows(model, window, stride)
     ids = list(model.tokenizer(text, verbose=False)["input_ids"])
     if len(ids) < 2:
-        raise SettingError(f"the text has {counted(len(ids), 'token')}; expected at least 2")
+        raise SettingError(
+            f"the text has {counted(len(ids), 'token')}; expected at least 2", code="E-ROWS-FEW"
+        )
     starts = list(_starts(len(ids) - 1, window, stride))
     batch_size = max(1, min(batch_size, _LOGITS // (window * words_of(model))))
     total, scored = 0.0, 0

@@ -44,7 +44,9 @@ def check_causal(model: Model) -> None:
     require_task(model.checkpoint, CAUSAL, model.task)
     if not model.module.can_generate():
         kind = type(model.module).__name__
-        raise MismatchError(f"transformers generates no text with a {kind}", file=model.path)
+        raise MismatchError(
+            f"transformers generates no text with a {kind}", file=model.path, code="E-MODEL-TASK"
+        )
 
 
 def check_at_least(name: str, value: int, least: int) -> None:
@@ -89,7 +91,7 @@ def answers(
     check_at_least("batch_size", batch_size, 1)
     check_at_least("max_new_tokens", max_new_tokens, 1)
     if not pairs:
-        raise SettingError("no prompts; expected at least one")
+        raise SettingError("no prompts; expected at least one", code="E-NOTHING-TO-DO")
     prompts = _checked_prompts(model, pairs, max_new_tokens, prompt_format)
     order = sorted(range(len(pairs)), key=lambda i: -len(prompts[i][1]))
     new: dict[int, tuple[int, ...]] = {}
@@ -143,7 +145,8 @@ def _check_room(
         if most is not None and len(ids) + new > most:
             raise SettingError(
                 f"line {pair.line}: a prompt of {len(ids):,} tokens and max_new_tokens {new:,} "
-                f"are more than the {most:,} that the model takes"
+                f"are more than the {most:,} that the model takes",
+                code="E-TEXT-LONG",
             )
 
 

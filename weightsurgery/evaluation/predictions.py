@@ -76,7 +76,7 @@ def predict(
     if batch_size < 1:
         raise SettingError(f"batch_size is {batch_size}; expected at least 1")
     if not examples:
-        raise SettingError("no examples")
+        raise SettingError("no examples", code="E-NOTHING-TO-DO")
     order = longest_first(examples)
     table: NDArray[Any] = np.empty((0, 3))
     was_training = model.module.training

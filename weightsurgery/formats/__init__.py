@@ -49,7 +49,9 @@ def open_checkpoint(
     if os.path.lexists(text):
         if weights is not None:
             raise SettingError(
-                "`weights` names a file of a model directory, but this is a file", file=text
+                "`weights` names a file of a model directory, but this is a file",
+                file=text,
+                code="E-WEIGHTS-NAME",
             )
         if text.endswith(PICKLE_ENDINGS):
             return _open_pickle(text, allow_pickle)

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+from weightsurgery.checkpoint import FileRef
+from weightsurgery.errors import shown
+from weightsurgery.formats.strict_json import dump, parse_object
+
 CODE_KEYS = ("auto_map", "custom_pipelines", "trust_remote_code", "transformers_weights")
 
 
@@ -27,3 +31,36 @@ def names_kernel(key: str, value: Any) -> bool:
         isinstance(part, dict | list) or "/" in str(part) or "kernels" in str(part)
         for part in parts
     )
+
+
+def travelling(side: FileRef) -> tuple[bytes, list[str]]:
+    """A side file as it goes into an output: a config without the keys that load code or weights.
+
+    Args:
+        side: The file; read now, for what is written is what is checked.
+
+    Returns:
+        Its bytes, as they are where nothing was removed, and the removed keys.
+
+    Raises:
+        FormatError: A config is not valid JSON.
+        ChangedError: It changed since it was opened.
+    """
+    content = side.content()
+    if not side.name.endswith("config.json"):
+        return content, []
+    removed: set[str] = set()
+    clean = _strip(parse_object(content, file=side.path, what="config"), removed)
+    return (dump(clean) if removed else content), sorted(removed)
+
+
+def _strip(value: Any, removed: set[str]) -> Any:
+    if isinstance(value, dict):
+        kept = {}
+        for key, inner in value.items():
+            if key in CODE_KEYS or names_kernel(key, inner):
+                removed.add(shown(key))
+            else:
+                kept[key] = _strip(inner, removed)
+        return kept
+    return [_strip(inner, removed) for inner in value] if isinstance(value, list) else value

@@ -20,7 +20,7 @@ import signal
 import sys
 from typing import Any, NoReturn
 
-UNABLE, MALFORMED, REFUSED, NO_ROOM, TOO_MUCH = 2, 3, 5, 6, 9
+UNABLE, MALFORMED, UNFIT, REFUSED, NO_ROOM, TOO_MUCH = 2, 3, 4, 5, 6, 9
 _NAMES = {  # torch's name to the format's
     "float64": "F64",
     "float32": "F32",
@@ -115,7 +115,7 @@ def _tensors(loaded: Any) -> tuple[dict[str, Any], list[str]]:
     ]
     if len(answers) > 1:
         reason = f"two answers to which tensors are meant: {answers[0]} and {answers[1]}"
-        _end(REFUSED, reason)
+        _end(UNFIT, reason)
     if inner:
         others = [key for key in loaded if key not in inner]
         if others:
@@ -144,7 +144,7 @@ def _check(tensors: dict[Any, Any], most: int) -> None:
         plain = tensor.layout == torch.strided and tensor.device.type == "cpu"
         if not plain or tensor.is_quantized or dtype not in _NAMES:
             _end(
-                REFUSED,
+                UNFIT,
                 f"tensor {name!r:.80} is {dtype}, {tensor.layout}, on {tensor.device}; safetensors "
                 "holds plain tensors only",
             )

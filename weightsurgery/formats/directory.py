@@ -62,7 +62,11 @@ def open_directory(
         return open_adapter(directory, entries, label=label, allow_pickle=allow_pickle)
     config = _read_config(directory, entries)
     if weights is not None and weights not in entries:
-        raise SettingError(f"there is no {shown(weights)} to take the weights from", file=directory)
+        raise SettingError(
+            f"there is no {shown(weights)} to take the weights from",
+            file=directory,
+            code="E-WEIGHTS-NAME",
+        )
     chosen = weights or _choose(directory, entries, config, allow_pickle)
     tensors: dict[str, TensorView] = {}
     layout: dict[str, str] = {}

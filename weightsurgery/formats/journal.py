@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from weightsurgery.checkpoint import Checkpoint
-from weightsurgery.errors import ChangedError, SettingError, SurgeryError
+from weightsurgery.errors import ChangedError, SettingError, SurgeryError, conflict
 from weightsurgery.formats import disk
 from weightsurgery.formats.files import InputFile
 from weightsurgery.formats.output import Output, OutputFile
@@ -159,7 +159,7 @@ def check_resumable(checkpoint: Checkpoint, hashes: bool) -> None:
         SettingError: There are no hashes, or numbers that are in this process alone.
     """
     if not hashes:
-        raise SettingError("resuming needs the hashes", hint="leave hashes on")
+        raise conflict("resuming needs the hashes", "leave hashes on")
     if not checkpoint.is_repeatable():
         raise SettingError(
             "it cannot be resumed: some of its numbers are in memory alone",

@@ -344,6 +344,7 @@ def check_folder_name(out: str, reason: str, hint: str = "") -> None:
         raise SettingError(
             f"'{shown(out)}' names a file, but {reason}",
             hint=f"give a name without {ending}{hint}",
+            code="E-OUTPUT-NAME",
         )
 
 

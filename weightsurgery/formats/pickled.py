@@ -200,6 +200,9 @@ def _explain(code: int | None, reason: str, path: str, seconds: int) -> SurgeryE
     if code == confined.REFUSED:
         hint = "do not load it in any other way"
         return PolicyError(shown(reason), file=path, hint=hint, code="E-PICKLE-REFUSED")
+    if code == confined.UNFIT:
+        hint = "whoever made it can save what is meant, as plain tensors"
+        return PolicyError(shown(reason), file=path, hint=hint, code="E-PICKLE-UNFIT")
     if code == confined.UNABLE and reason:
         return SettingError(shown(reason), file=path, code="E-PICKLE-UNABLE")
     if code == confined.NO_ROOM:

@@ -44,6 +44,7 @@ def lock_directory(path: str, out: str) -> int:
     Raises:
         BusyError: Another run has it.
         StorageError: It cannot be made, opened or locked.
+        PolicyError: Somebody else made it.
     """
     for _ in range(100):
         made = False
@@ -58,9 +59,28 @@ def lock_directory(path: str, out: str) -> int:
                     clean(path)
                 raise
             if is_at(held, path):
+                if not made:
+                    _check_owner(held, path)
                 return held
             disk.close(held)  # it was moved away between opening and locking
     raise BusyError("other runs keep writing this output", file=out)
+
+
+def _check_owner(held: int, path: str) -> None:
+    """Refuse a directory of another user, who could change what is built in it; let go of it then.
+
+    Raises:
+        PolicyError: It is another user's.
+    """
+    if os.fstat(held).st_uid == os.geteuid():
+        return
+    disk.close(held)
+    raise PolicyError(
+        "where the output would be built lies a folder of another user",
+        file=path,
+        hint="remove it, or write to a folder where nobody else can",
+        code="E-OUTPUT-OWNER",
+    )
 
 
 def lock(path: str, out: str) -> int:

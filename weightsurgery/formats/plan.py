@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from weightsurgery.checkpoint import BLOCK, Checkpoint, TensorView
-from weightsurgery.errors import PolicyError, SettingError, StorageError, shown
+from weightsurgery.errors import PolicyError, SettingError, StorageError, conflict, shown
 from weightsurgery.formats.apart import is_within
+from weightsurgery.formats.code_keys import travelling
 from weightsurgery.formats.json_cost import MEMORY, parsing_cost
 from weightsurgery.formats.layout import ADAPTER, CARD, INDEX, SINGLE, is_adapter_layout
 from weightsurgery.formats.output import check_destination
@@ -117,13 +118,14 @@ def make_plan(
     max_memory: int | str | None = None,
     engine: Engine,
 ) -> Plan:
-    """Decide on files and check destination, disk space and memory; nothing is read or written.
+    """Decide on files and check destination, disk space and memory; no weight is read.
 
     Raises:
         SettingError: The destination is of the wrong kind, a size is impossible, a file would have
             too many tensors.
         PolicyError: The destination exists or touches an input.
         StorageError: There is no room for it.
+        FormatError: A config that travels is malformed.
     """
     limit = None if max_shard_size is None else parse_size(max_shard_size)
     memory_limit = None if max_memory is None else parse_size(max_memory)
@@ -160,7 +162,11 @@ def _beside(checkpoint: Checkpoint, shards: tuple[Shard, ...], out: str) -> dict
     """What is written besides the weights: side files and index, card and record."""
     if not checkpoint.is_directory:
         return {record_name(out, is_directory=False): None}
-    found: dict[str, int | None] = {side.name: side.size for side in checkpoint.side_files}
+    found: dict[str, int | None] = {
+        # Configs are small, and may lose keys or tell another dtype; nothing else is read for it.
+        side.name: len(travelling(side)[0]) if side.name.endswith("config.json") else side.size
+        for side in checkpoint.side_files
+    }
     if len(shards) > 1:
         found[INDEX] = len(dump(index_of(checkpoint, shards)))
     return {**found, CARD: None, record_name(out, is_directory=True): None}
@@ -223,6 +229,7 @@ def fit_workers(
                 f"a memory limit of {max_memory:,} bytes is too small; one worker needs "
                 f"{need(1):,}",
                 hint="raise the limit",
+                code="E-MEMORY-LIMIT",
             )
     return workers, need(workers)
 
@@ -237,6 +244,7 @@ def check_file_name(out: str) -> None:
         raise SettingError(
             f"'{shown(out)}' does not end in .safetensors, but this output is a single file",
             hint="give a name that ends in .safetensors",
+            code="E-OUTPUT-NAME",
         )
 
 
@@ -244,13 +252,15 @@ def _check_kind(checkpoint: Checkpoint, out: str, max_shard_size: int | None) ->
     try:
         out.encode()
     except UnicodeEncodeError:  # the record could not name it
-        raise SettingError(f"the output's name is not UTF-8: {shown(out)}") from None
+        raise SettingError(
+            f"the output's name is not UTF-8: {shown(out)}", code="E-OUTPUT-NAME"
+        ) from None
     if not checkpoint.is_directory:
         check_file_name(out)
     if max_shard_size is not None and not checkpoint.is_directory:
-        raise SettingError("a single file cannot be sharded", hint="give a model directory")
+        raise conflict("a single file cannot be sharded", "give a model directory")
     if max_shard_size is not None and is_adapter_layout(checkpoint.layout):
-        raise SettingError("an adapter cannot be sharded")
+        raise conflict("an adapter cannot be sharded")
 
 
 def _groups(

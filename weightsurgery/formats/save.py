@@ -12,9 +12,8 @@ from dataclasses import replace
 from typing import Any
 
 from weightsurgery.checkpoint import Checkpoint, TensorView, require_checkpoints
-from weightsurgery.errors import shown
 from weightsurgery.formats.card import make_card
-from weightsurgery.formats.code_keys import CODE_KEYS, names_kernel
+from weightsurgery.formats.code_keys import travelling
 from weightsurgery.formats.digest import Digest, NoDigest
 from weightsurgery.formats.journal import Journal, check_resumable, resolved
 from weightsurgery.formats.layout import CARD, INDEX
@@ -22,7 +21,7 @@ from weightsurgery.formats.output import Output
 from weightsurgery.formats.place import record_name
 from weightsurgery.formats.plan import Plan, Shard, index_of, input_paths, make_plan
 from weightsurgery.formats.record import describe_input, make_record, sealed
-from weightsurgery.formats.strict_json import dump, parse_object
+from weightsurgery.formats.strict_json import dump
 from weightsurgery.kernels import count_different
 from weightsurgery.stream import Engine
 
@@ -203,10 +202,9 @@ def _write_rest(
     small: dict[str, bytes] = {}
     if plan.is_directory:
         for side in checkpoint.side_files:
-            content = side.content()
-            if side.name.endswith("config.json"):
-                content = _without_code(side.name, content, side.path, warnings)
-            small[side.name] = content
+            small[side.name], removed = travelling(side)
+            if removed:
+                warnings.append(f"{side.name}: removed {', '.join(removed)}")
         if len(plan.shards) > 1:
             small[INDEX] = dump(index_of(checkpoint, plan.shards))
 
@@ -230,26 +228,3 @@ def _write_rest(
     record = sealed(record)
     output.write(record_name(plan.out, is_directory=plan.is_directory), dump(record))
     return record
-
-
-def _without_code(name: str, content: bytes, path: str, warnings: list[str]) -> bytes:
-    """A config without the keys that load code or other weights; unchanged if it has none."""
-    removed: list[str] = []
-    # What is written is what is checked, not what the file was when it was opened.
-    clean = _strip(parse_object(content, file=path, what="config"), removed)
-    if not removed:
-        return content
-    warnings.append(f"{name}: removed {', '.join(sorted(set(removed)))}")
-    return dump(clean)
-
-
-def _strip(value: Any, removed: list[str]) -> Any:
-    if isinstance(value, dict):
-        kept = {}
-        for key, inner in value.items():
-            if key in CODE_KEYS or names_kernel(key, inner):
-                removed.append(shown(key))
-            else:
-                kept[key] = _strip(inner, removed)
-        return kept
-    return [_strip(inner, removed) for inner in value] if isinstance(value, list) else value

@@ -1,8 +1,9 @@
-"""PyTorch's zip archives: every byte is accounted for before anything of one is unpickled.
+"""PyTorch's zip archives: the archive is checked whole before its pickle is read.
 
 Layout: local records one after the other, each with its data; then the central directory, the
 64-bit end record with its locator, and the end record. torch's own reader believes the central
-directory alone; here the local headers must say the same, and nothing may lie between.
+directory alone; here the local headers must say the same, and nothing may lie between. What the
+pickle makes of the records is torch's affair; one that it does not use is no fault.
 """
 
 from __future__ import annotations

@@ -224,7 +224,9 @@ def _last(name: str) -> str:
 
 def _described(adapter: Checkpoint, weight: float, targets: Sequence[Target]) -> dict[str, object]:
     if not targets:
-        raise MismatchError("the adapter changes nothing of BASE", file=adapter.label)
+        raise MismatchError(
+            "the adapter changes nothing of BASE", file=adapter.label, code="E-ADAPTER-TARGET"
+        )
     return {
         "adapter": public_name(adapter),
         "weight": weight,

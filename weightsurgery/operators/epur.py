@@ -106,15 +106,21 @@ def embedding_pair(paired: Alignment, name: str = "") -> Pair:
             "no tensor, or more than one, looks like the word embedding",
             file=paired.tuned.label,
             hint="name it: --embedding NAME",
+            code="E-EMBEDDING-NAME",
         )
     pair = next((p for p in paired.pairs if p.name == found), None)
     if pair is None or len(pair.tuned.shape) != 2:
-        raise SettingError(f"'{shown(found)}' is no matrix of TUNED", hint="see `wsurg inspect`")
+        raise SettingError(
+            f"'{shown(found)}' is no matrix of TUNED",
+            hint="see `wsurg inspect`",
+            code="E-EMBEDDING-NAME",
+        )
     if not pair.eligible:
         raise MismatchError(
             f"the word embedding cannot be edited: {pair.reason}",
             file=paired.tuned.label,
             tensor=found,
+            code="E-EMBEDDING",
         )
     return next(p for p in paired.pairs if p.name == pair.key)
 
@@ -188,6 +194,7 @@ def _look_up(tuned: Checkpoint, counts: TokenCounts, rows: int) -> _Vocabulary:
             "no vocabulary beside TUNED, so no row has a token to be counted",
             file=tuned.label,
             hint="give TUNED as a model directory with its tokenizer.json, vocab.json or vocab.txt",
+            code="E-VOCABULARY",
         )
     special = read_special(tuned)
     ordinary = np.array([i not in special for i in range(rows)], np.bool_)
@@ -200,6 +207,7 @@ def _look_up(tuned: Checkpoint, counts: TokenCounts, rows: int) -> _Vocabulary:
             f"the counts from '{shown(counts.source)}' is {theirs}",
             file=tuned.label,
             hint="count the tokens as this tokenizer stores them (##ing, Ġthe)",
+            code="E-VOCABULARY",
         )
     return _Vocabulary(tokens, ordinary, np.array(found), sum(have) / len(have))
 

@@ -111,7 +111,9 @@ def _pools(paired: Alignment, ratio: float, ratio_for: Sequence[tuple[str, float
     names = paired.names()  # a tied copy goes with the tensor it copies
     for glob, _ in ratio_for:
         if not any(matches(n, (glob,)) for pair in paired.eligible for n in names[pair.key]):
-            raise SettingError(f"'{shown(glob)}' matches only tensors that are not edited")
+            raise SettingError(
+                f"'{shown(glob)}' matches only tensors that are not edited", code="E-NO-MATCH"
+            )
     pools: list[Pool] = [(share, []) for _, share in rules]
     for pair in paired.eligible:
         fits = [any(matches(n, (glob,)) for n in names[pair.key]) for glob, _ in rules]

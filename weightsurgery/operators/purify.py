@@ -22,7 +22,7 @@ from weightsurgery.alignment import Alignment, Pair, align
 from weightsurgery.anatomy import find_embedding
 from weightsurgery.checkpoint import Checkpoint, TensorView
 from weightsurgery.diagnostics import Diagnostics
-from weightsurgery.errors import MismatchError, SettingError, counted
+from weightsurgery.errors import MismatchError, SettingError, conflict, counted
 from weightsurgery.kernels import Block, choose, magnitude_of_drift
 from weightsurgery.masks import edit_by_mask
 from weightsurgery.operators.epur import Rows, embedding_pair, reset_rows, score_rows
@@ -162,7 +162,7 @@ def purify(
         # What the mask's maker left alone is left out here too, or the share is one of more.
         return map_tensors(edit, paired if invert else paired.keeping(from_mask, "not in the mask"))
     if invert:
-        raise SettingError("invert is for a mask", hint="give from_mask too")
+        raise conflict("invert is for a mask", "give from_mask too")
     check(paired, ratio, epsilon, embeddings, embedding, counts)
     word = _word_embedding(paired, embeddings, embedding)
     once = [p for p in paired.eligible if p.key not in word and not p.is_tied_copy]
@@ -213,11 +213,10 @@ def check(
         raise SettingError(f"epsilon is {epsilon:g}; expected 0 or more")
     word = _word_embedding(paired, embeddings, embedding)
     if all(pair.key in word for pair in paired.eligible):
-        raise SettingError("there is nothing to rank", hint="embeddings=pool ranks the embeddings")
+        hint = "embeddings=pool ranks the embeddings"
+        raise SettingError("there is nothing to rank", hint=hint, code="E-NOTHING-TO-DO")
     if embeddings == "epur" and counts is None:
-        raise SettingError(
-            "embeddings=epur needs token counts", hint="give counts, a corpus or wordfreq"
-        )
+        raise conflict("embeddings=epur needs token counts", "give counts, a corpus or wordfreq")
 
 
 def _word_embedding(paired: Alignment, embeddings: str, embedding: str) -> tuple[str, ...]:
@@ -232,6 +231,7 @@ def _word_embedding(paired: Alignment, embeddings: str, embedding: str) -> tuple
         raise SettingError(
             f"embeddings is '{embeddings}', but no word embedding is found that may be edited",
             hint="name it: --embedding NAME",
+            code="E-EMBEDDING-NAME",
         )
     return tuple(found)
 
@@ -248,19 +248,16 @@ def _curvature(
     if score not in ("fisher", "inverse-fisher"):
         return {}
     if fisher is None:
-        raise SettingError(
-            f"the score '{score}' needs the curvature",
-            hint="give fisher, from `wsurg fisher`, or clean data",
-        )
+        hint = "give fisher, from `wsurg fisher`, or clean data"
+        raise conflict(f"the score '{score}' needs the curvature", hint)
     try:
         aligned = {p.name: p.base for p in align(fisher, paired.tuned, mismatched="keep").pairs}
     except MismatchError as error:
         reason = "the fisher is of another model: no tensor in it is one of TUNED's"
-        raise MismatchError(reason, file=fisher.label, hint=_REMEDY) from error
+        raise MismatchError(reason, file=fisher.label, hint=_REMEDY, code="E-FISHER") from error
     if fisher.metadata.get("estimator") == "fisher-standard-error":
-        raise MismatchError(
-            "this is the fisher's standard error, not the fisher", file=fisher.label
-        )
+        reason = "this is the fisher's standard error, not the fisher"
+        raise MismatchError(reason, file=fisher.label, code="E-FISHER")
     same = paired.names()
     found: dict[str, TensorView] = {}
     wrong = []
@@ -278,6 +275,7 @@ def _curvature(
             file=fisher.label,
             tensor=wrong[0],
             hint=_REMEDY,
+            code="E-FISHER",
         )
     return found
 
@@ -299,12 +297,14 @@ def _mean(curvature: Mapping[str, TensorView], ranked: Sequence[Pair], engine: E
                 f"{counted(bad, 'element')} of the fisher negative, NaN or infinite",
                 tensor=pair.name,
                 hint=_REMEDY,
+                code="E-FISHER-VALUES",
             )
         return total
 
     total = fold(step, lambda s, _p, _i, x: s + x, 0.0, whole, engine=engine, what="curvature")
     if not total:
-        raise MismatchError("the fisher is zero everywhere: it says nothing about this model")
+        reason = "the fisher is zero everywhere: it says nothing about this model"
+        raise MismatchError(reason, code="E-FISHER-VALUES")
     return total / sum(pair.eligible for pair in ranked)
 
 

@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 from weightsurgery.checkpoint import Checkpoint, FileRef
-from weightsurgery.errors import FormatError, MismatchError, SettingError, shown
+from weightsurgery.errors import FormatError, MismatchError, SettingError, first_few, shown
 from weightsurgery.formats import open_checkpoint
 from weightsurgery.formats.record import describe_input
 from weightsurgery.formats.recorded import Recorded, is_plain_name
@@ -108,7 +108,7 @@ def _beside(recorded: Recorded, name: str, key: str) -> str:
         if os.path.lexists(path):
             return path
     raise SettingError(
-        f"the input '{shown(name)}' is not beside the record",
+        f"the input '{shown(name)}' is not beside the output",
         file=recorded.path,
         hint=f"say where it is: --input {shown(key)}=PATH",
         code="E-REPLAY-NOWHERE",
@@ -172,13 +172,12 @@ def _refuse_others(
 ) -> None:
     wrong = [
         text
-        for path, one, entry in zip(paths, opened, recorded.content["inputs"], strict=True)
-        for text in _differences(path, one, entry, hashes)
+        for number, (path, one) in enumerate(zip(paths, opened, strict=True))
+        for text in _differences(number, path, one, recorded.content["inputs"][number], hashes)
     ]
     if wrong:
-        more = f" (and {len(wrong) - 3} more)" if len(wrong) > 3 else ""
         raise MismatchError(
-            f"not the recorded inputs: {'; '.join(wrong[:3])}{more}",
+            f"not the recorded inputs: {first_few(wrong, '; ')}",
             file=recorded.path,
             hint="give those that the output was made from",
             code="E-REPLAY-OTHER",
@@ -201,12 +200,16 @@ def _open(path: str, entry: Mapping[str, Any]) -> Checkpoint:
 
 
 def _differences(
-    path: str, opened: Checkpoint, entry: Mapping[str, Any], hashes: Mapping[str, str]
+    number: int,
+    path: str,
+    opened: Checkpoint,
+    entry: Mapping[str, Any],
+    hashes: Mapping[str, str],
 ) -> Iterator[str]:
     """What of an input is not as recorded."""
     now = {f["name"]: f for f in describe_input(opened, hashes)["files"]}
     then = {f["name"]: f for f in entry["files"]}
-    where = shown(path)
+    where = f"{shown(path)}, taken for input {number} '{shown(entry['name'])}',"
     if not opened.is_directory and len(now) == len(then) == 1:  # a file may be called otherwise
         now = dict(zip(then, now.values(), strict=True))
     for name in sorted({*now, *then}):
@@ -216,10 +219,10 @@ def _differences(
             yield f"{where} has {shown(name)}, which it had not"
         elif now[name]["size"] != then[name]["size"]:
             sizes = f"{now[name]['size']:,} bytes, recorded {then[name]['size']:,}"
-            yield f"{where}: {shown(name)} has {sizes}"
+            yield f"{where} has {shown(name)} of {sizes}"
         elif now[name]["sha256"] not in (None, then[name]["sha256"]):  # None: not taken yet
             digests = f"{now[name]['sha256']}, recorded {then[name]['sha256']}"
-            yield f"{where}: {shown(name)} has SHA-256 {digests}"
+            yield f"{where} has {shown(name)} with SHA-256 {digests}"
 
 
 def _named(opened: Checkpoint, name: str) -> Checkpoint:

@@ -11,10 +11,12 @@ import numpy as np
 
 from weightsurgery.alignment import Pair, align
 from weightsurgery.checkpoint import Checkpoint, TensorView
-from weightsurgery.errors import MismatchError, SettingError, shown
+from weightsurgery.errors import FormatError, MismatchError, SettingError, shown
 from weightsurgery.formats.recorded import Recorded
 from weightsurgery.kernels import Block, bits_of, to_dtype, to_float
 from weightsurgery.masks import KIND
+from weightsurgery.proof.again import do_again
+from weightsurgery.stream import Engine
 
 _SELECT = ("mix", "purify", "epur")  # what they write is BASE's or TUNED's, bit for bit
 
@@ -32,6 +34,9 @@ class Origin:
         exact: Whether the mask tells just what changed; else it may name what was alike before.
         entries: What the record says of BASE and of TUNED, under these names.
         edited: The tensors that went through the operator.
+        renamed: BASE's names to those that the record gives them, where they are others.
+        expected: What the recorded steps give when they are done again; None if they cannot be.
+        why_not: Why they cannot be, "" if they can.
     """
 
     pairs: Mapping[str, Pair]
@@ -42,6 +47,9 @@ class Origin:
     exact: bool
     entries: Mapping[str, Mapping[str, Any]]
     edited: Collection[str]
+    renamed: Mapping[str, str]
+    expected: Checkpoint | None
+    why_not: str
 
     @property
     def given(self) -> dict[str, Checkpoint]:
@@ -49,16 +57,14 @@ class Origin:
         return {"base": self.base.sources()[0], "tuned": self.tuned}
 
     def describe(self) -> list[dict[str, Any]]:
-        """Which inputs were given, and whether their weights are the recorded files."""
-        return [
-            {
-                "input": role,
-                "given": one.label,
-                "recorded": self.entries[role]["name"],
-                "same": _is_recorded(one, self.entries[role]),
-            }
-            for role, one in self.given.items()
-        ]
+        """Which inputs were given, and as which of the recorded ones their weights are known."""
+        found = []
+        for role, one in self.given.items():
+            known = [other for other in self.given if _is_recorded(one, self.entries[other])]
+            told = {"input": role, "given": one.label, "recorded": self.entries[role]["name"]}
+            swapped = bool(known) and role not in known
+            found.append({**told, "same": role in known, "swapped": swapped})
+        return found
 
 
 @dataclass
@@ -69,46 +75,68 @@ class Counts:
         changed: Those whose bits are not TUNED's.
         neither: Those whose bits are neither BASE's nor TUNED's.
         unlike_mask: Those that are not what the mask says.
+        unlike_recipe: Those whose bits are not what the recorded steps give.
     """
 
     changed: int = 0
     neither: int = 0
     unlike_mask: int = 0
+    unlike_recipe: int = 0
 
     def add(self, other: Counts) -> None:
         """Add what was counted in another part of the tensor."""
         self.changed += other.changed
         self.neither += other.neither
         self.unlike_mask += other.unlike_mask
+        self.unlike_recipe += other.unlike_recipe
 
 
 def find_origin(
-    recorded: Recorded, base: Checkpoint, tuned: Checkpoint, mask: Checkpoint | None
+    recorded: Recorded,
+    base: Checkpoint,
+    tuned: Checkpoint,
+    mask: Checkpoint | None,
+    engine: Engine,
 ) -> Origin:
-    """Pair BASE with TUNED as the recorded steps did.
+    """Pair BASE with TUNED as the recorded steps did, and do these steps again if they can be.
 
     Args:
         recorded: The output's record.
         base: Trusted pre-trained model.
         tuned: What the output was made from.
         mask: What `--mask` wrote, or what `purify --from-mask` was given.
+        engine: How to run a ranking.
 
     Raises:
         SettingError: The output was not made by selecting from BASE and TUNED.
         MismatchError: BASE and TUNED do not fit each other, or the mask is none of this output.
+        FormatError: The recorded steps lack something, or have it of another kind.
     """
-    names, places = _roles(recorded)
-    named = base
-    for renaming in names:
-        named = named.renamed({n: str(other) for n, other in renaming.items()})
+    renamings, places = _roles(recorded)
+    named, renamed = _renamed(base, renamings, recorded.path)
     edited = {n for n, entry in recorded.tensors.items() if entry["status"] == "edited"}
     entries = {role: recorded.content["inputs"][place] for role, place in places.items()}
     pairs = {pair.name: pair for pair in align(named, tuned, mismatched="keep").pairs}
+    inputs = {places["base"]: base, places["tuned"]: tuned}
     reset_where, exact = True, True
     if mask is not None:
-        reset_where, exact = _rule(recorded, mask)
+        reset_where, exact, place = _rule(recorded, mask)
         _check_mask(recorded, mask)
-    return Origin(pairs, named, tuned, mask, reset_where, exact, entries, edited)
+        inputs |= {} if place is None else {place: mask}
+    expected, why_not = do_again(recorded, inputs, engine)
+    return Origin(
+        pairs=pairs,
+        base=named,
+        tuned=tuned,
+        mask=mask,
+        reset_where=reset_where,
+        exact=exact,
+        entries=entries,
+        edited=edited,
+        renamed=renamed,
+        expected=expected,
+        why_not=why_not,
+    )
 
 
 def count_origins(
@@ -125,19 +153,23 @@ def count_origins(
         counts: Where to add.
     """
     pair = origin.pairs[view.name]
-    tuned = pair.tuned.read(start, stop)
+    tuned, expected = (origin.expected or origin.tuned)[view.name].read_both(start, stop)
     changed = bits_of(block) != bits_of(tuned)
     differing = int(np.count_nonzero(changed))
     counts.changed += differing
+    unlike = int(np.count_nonzero(bits_of(block) != bits_of(expected))) if origin.expected else 0
+    counts.unlike_recipe += unlike
     common = max(0, min(stop, pair.eligible) - start)
     is_base = np.zeros(changed.size, np.bool_)
-    # Where nothing changed and no mask asks, BASE need not be read.
-    if common and pair.base is not None and (differing or origin.mask is not None):
+    # What the steps gave of BASE is BASE's; it need not be read where nothing else is asked.
+    doubted = differing and (origin.expected is None or unlike)
+    if common and pair.base is not None and (doubted or not origin.exact):
         reset = pair.base.read(start, start + common)
         if reset.dtype != tuned.dtype:
             reset = to_dtype(to_float(reset), tuned.dtype)
         is_base[:common] = bits_of(block[:common]) == bits_of(reset)
-    counts.neither += int(np.count_nonzero(changed & ~is_base))
+    if doubted:
+        counts.neither += int(np.count_nonzero(changed & ~is_base))
     if origin.mask is not None:
         flags = _flags(origin.mask, view.name, start, changed.size)
         if origin.exact:
@@ -203,19 +235,39 @@ def _leaf(step: Any, path: str) -> tuple[int, list[Mapping[str, Any]]]:
     return step["input"], names
 
 
+def _renamed(
+    base: Checkpoint, renamings: list[Mapping[str, Any]], path: str
+) -> tuple[Checkpoint, dict[str, str]]:
+    """BASE under the names that the record gives it, and its own to those that are others.
+
+    Raises:
+        FormatError: Two of its tensors would get the same name.
+    """
+    renamed = {name: name for name in base}
+    for renaming in renamings:
+        given = {name: str(other) for name, other in renaming.items()}
+        try:
+            base = base.renamed(given)
+        except SettingError as error:
+            reason = f"its base cannot be renamed so: {error.reason}"
+            raise FormatError(reason, file=path, tensor=error.tensor, code="E-RECORD") from error
+        renamed = {own: given.get(name, name) for own, name in renamed.items()}
+    return base, {own: name for own, name in renamed.items() if own != name}
+
+
 def _is_recorded(given: Checkpoint, entry: Mapping[str, Any]) -> bool:
     """True if the weights are files that the record names by their SHA-256."""
     known = {(file["size"], file["sha256"]) for file in entry["files"]}
     return bool(given.files) and all((f.size, f.sha256(None)) in known for f in given.files)
 
 
-def _rule(recorded: Recorded, mask: Checkpoint) -> tuple[bool, bool]:
-    """Which bit of a mask means BASE, and whether the mask tells just what changed."""
+def _rule(recorded: Recorded, mask: Checkpoint) -> tuple[bool, bool, int | None]:
+    """Which bit of a mask means BASE, whether it tells just what changed, its place as an input."""
     step = recorded.content["recipe"]
-    taken = step["inputs"].get("from_mask", {}).get("input")
-    if taken is None or not _is_recorded(mask, recorded.content["inputs"][taken]):
-        return True, True
-    return step["settings"].get("invert") is not True, False
+    place = step["inputs"].get("from_mask", {}).get("input")
+    if place is None or not _is_recorded(mask, recorded.content["inputs"][place]):
+        return True, True, None
+    return step["settings"].get("invert") is not True, False, place
 
 
 def _check_mask(recorded: Recorded, mask: Checkpoint) -> None:

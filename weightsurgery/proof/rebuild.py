@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import types
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
 import weightsurgery.operators
@@ -27,6 +27,8 @@ _FUNCTIONS: dict[str, Callable[..., Checkpoint]] = {
     "extract-adapter": extract_adapter,
     "drift": drift,
 }
+EXACT = ("mix", "purify", "epur", "rename", "mask")
+"""Steps that give the same bits on any machine: they choose among bits that are there."""
 _TOLD = "which the record tells of and does not hold"
 _REFUSED = {
     **dict.fromkeys(("finetune", "train-adapter", "meraser"), f"it is a training on data {_TOLD}"),
@@ -64,7 +66,7 @@ def check_replayable(recorded: Recorded) -> None:
     if any(file["sha256"] is None for file in (*files, *recorded.files.values())):
         reason = "made with --no-hash: nothing tells its inputs by"
         raise PolicyError(reason, file=path, code="E-REPLAY-NO-HASH")
-    for step in _steps(recorded.content["recipe"]):
+    for step in steps_of(recorded.content["recipe"]):
         reason = _refusal(step)
         if reason:
             raise PolicyError(
@@ -75,12 +77,20 @@ def check_replayable(recorded: Recorded) -> None:
             )
 
 
-def _steps(recipe: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+def steps_of(recipe: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
     """Every operator of a recipe, innermost first."""
     for inner in recipe.get("inputs", {}).values():
-        yield from _steps(inner)
+        yield from steps_of(inner)
     if "operator" in recipe:
         yield recipe
+
+
+def inputs_of(recipe: Mapping[str, Any]) -> Iterator[int]:
+    """The number of each input that a recipe reads."""
+    if "input" in recipe:
+        yield recipe["input"]
+    for inner in recipe.get("inputs", {}).values():
+        yield from inputs_of(inner)
 
 
 def _refusal(step: Mapping[str, Any]) -> str:
@@ -97,7 +107,7 @@ def _refusal(step: Mapping[str, Any]) -> str:
 
 def rebuild(
     recipe: Mapping[str, Any],
-    inputs: Sequence[Checkpoint],
+    inputs: Mapping[int, Checkpoint],
     *,
     path: str,
     find_counts: FindCounts,
@@ -107,7 +117,7 @@ def rebuild(
 
     Args:
         recipe: As a record holds it, from one that passed `check_replayable`.
-        inputs: The opened inputs, in the record's order.
+        inputs: Place among the record's inputs, to that input, opened.
         path: Of the record, for messages.
         find_counts: Finds token counts.
         engine: Workers and progress.
@@ -117,6 +127,7 @@ def rebuild(
 
     Raises:
         FormatError: A step lacks an input or a setting, or has one too many.
+        SettingError: A setting is out of range.
     """
     if "input" in recipe:
         number: int = recipe["input"]
@@ -127,20 +138,31 @@ def rebuild(
         for role, inner in recipe["inputs"].items()
     }
     try:
-        if name == "rename":
-            return given["checkpoint"].renamed(_names(settings["names"]))
-        if name == "mask":
-            return changed_mask(given["edited"])
-        if name in OPERATORS:
-            return _apply(OPERATORS[name], settings, given, find_counts, engine)
-        function = _FUNCTIONS[name]
-        _check_settings(function, settings)
-        run = {"engine": engine} if "engine" in inspect.signature(function).parameters else {}
-        made: Checkpoint = function(given["base"], given["tuned"], **settings, **run)
-        return made
+        made = _done(name, settings, given, find_counts, engine)
+        told = made.step.settings if made.step else {}
+        if told.keys() != settings.keys():  # a default of today might not be that of then
+            raise _WrongError(f"settings are {shown(sorted(settings))}; expected {sorted(told)}")
     except (_WrongError, KeyError) as error:
         reason = f"step '{shown(name)}': {shown(error)}"
         raise FormatError(reason, file=path, code="E-RECORD") from error
+    return made
+
+
+def _done(
+    name: str, settings: Mapping[str, Any], given: Given, find_counts: FindCounts, engine: Engine
+) -> Checkpoint:
+    """What one step makes of its inputs."""
+    if name == "rename":
+        return given["checkpoint"].renamed(_names(settings["names"]))
+    if name == "mask":
+        return changed_mask(given["edited"])
+    if name in OPERATORS:
+        return _apply(OPERATORS[name], settings, given, find_counts, engine)
+    function = _FUNCTIONS[name]
+    _check_settings(function, settings)
+    run = {"engine": engine} if "engine" in inspect.signature(function).parameters else {}
+    made: Checkpoint = function(given["base"], given["tuned"], **settings, **run)
+    return made
 
 
 class _WrongError(Exception):
@@ -175,8 +197,9 @@ def _apply(
         raise _WrongError(f"no setting is called {shown(min(unknown))}")
     values = dict(settings)
     for name, (kind, _, _) in operator.settings.items():
-        if (kind is TokenCounts or TokenCounts in get_args(kind)) and values.get(name) is not None:
-            values[name] = find_counts(values[name], given["tuned"])
+        optional = TokenCounts in get_args(kind) and values.get(name) is not None
+        if kind is TokenCounts or optional:
+            values[name] = find_counts(values.get(name), given["tuned"])
     return operator.function(*arguments, **values, **further, engine=engine)
 
 

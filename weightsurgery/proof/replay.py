@@ -15,14 +15,18 @@ from weightsurgery.errors import (
     MismatchError,
     PolicyError,
     SettingError,
+    counted,
+    first_few,
     shown,
 )
 from weightsurgery.formats.layout import is_adapter_layout
 from weightsurgery.formats.output import check_destination
+from weightsurgery.formats.record import SEAL
 from weightsurgery.formats.recorded import Recorded, find_record, read_record
 from weightsurgery.formats.save import save
+from weightsurgery.formats.strict_json import dump
 from weightsurgery.proof.inputs import Paths, check_inputs, find_counts, find_inputs, open_inputs
-from weightsurgery.proof.rebuild import check_replayable, rebuild
+from weightsurgery.proof.rebuild import EXACT, check_replayable, rebuild, steps_of
 from weightsurgery.stream import Engine
 from weightsurgery.token_counts import TokenCounts
 
@@ -51,13 +55,14 @@ def replay(
         out: Where to write.
         inputs: An input's recorded name, its role (`base`, `tuned`, …) or its number, to where it
             is now; also the recorded name of a file of token counts, or of a corpus. What is not
-            given is looked for by its name beside the output, then beside the record.
+            given is looked for by its name beside the output, then in it if it is a folder.
         overwrite: Replace what is there.
         max_memory: Bytes, or a size such as "1GB"; fewer workers are used to stay under it.
         engine: Workers and progress.
 
     Returns:
-        The report, with the schema `wsurg.replay/1`: `identical`, and the files that `differ`.
+        The report, with the schema `wsurg.replay/1`: whether all is `identical`, the files in which
+        it `differs`, and what the records have `told_otherwise`.
 
     Raises:
         FormatError: The record is malformed or was altered.
@@ -83,7 +88,7 @@ def replay(
     try:
         made = rebuild(
             recorded.content["recipe"],
-            opened,
+            dict(enumerate(opened)),
             path=recorded.path,
             find_counts=partial(_counts, further),
             engine=engine,
@@ -100,17 +105,22 @@ def replay(
         check({})  # that they are others is what to tell, if they are
         raise
     differs = _differences(recorded.files, written["outputs"])
+    otherwise = _told_otherwise(recorded.content, written)
     return {
         "schema": "wsurg.replay/1",
         "record": recorded.path,
         "out": out,
-        "identical": not differs,
+        "identical": not differs and not otherwise,
         "files": len(written["outputs"]),
         "inputs": [
             {"name": entry["name"], "path": place}
             for entry, place in zip(recorded.content["inputs"], paths, strict=True)
         ],
         "differs": differs,
+        "told_otherwise": otherwise,
+        "computed": any(
+            step["operator"] not in EXACT for step in steps_of(recorded.content["recipe"])
+        ),
     }
 
 
@@ -143,21 +153,39 @@ def _differences(
     ]
 
 
+def _told_otherwise(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """The keys under which the two records tell other things, but of the files' bytes."""
+    before, after = (
+        {**record, "tensors": {n: {**e, "file": ""} for n, e in record["tensors"].items()}}
+        for record in (then, now)
+    )
+    keys = sorted({*before, *after} - {"outputs", SEAL})
+    return [
+        shown(key)
+        for key in keys
+        if (key in before) != (key in after) or dump(before.get(key)) != dump(after.get(key))
+    ]
+
+
 def check_replay(report: Mapping[str, Any]) -> None:
-    """Nothing, if the same bytes came out.
+    """Nothing, if the same bytes and the same record came out.
 
     Args:
         report: From `replay`.
 
     Raises:
-        GateError: They did not; the first files are named.
+        GateError: They did not; the first files, or what the record tells otherwise, are named.
     """
     if report["identical"]:
         return
-    names = ", ".join(shown(one["file"]) for one in report["differs"][:3])
-    raise GateError(
-        f"other bytes than recorded in {len(report['differs'])} of the files: {names}",
-        file=report["out"],
-        hint="other versions of numpy or of the processor's libraries may round otherwise",
-        code="E-REPLAY",
-    )
+    hint = "the record, or the output that it tells of, was changed since that run"
+    if report["computed"]:
+        hint += ", or another version of numpy or another processor rounds otherwise"
+    if report["differs"]:
+        names = first_few([shown(one["file"]) for one in report["differs"]])
+        files = counted(len(report["differs"]), "file has", "files have")
+        reason = f"{files} other bytes than recorded: {names}"
+    else:
+        keys = first_few(report["told_otherwise"])
+        reason = f"the bytes are as recorded, but the record tells otherwise of {keys}"
+    raise GateError(reason, file=report["out"], hint=hint, code="E-REPLAY")

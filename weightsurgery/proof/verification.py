@@ -6,7 +6,6 @@ import os
 from collections.abc import Mapping
 from concurrent.futures import Future
 from contextlib import ExitStack, closing
-from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -23,35 +22,14 @@ from weightsurgery.errors import (
 from weightsurgery.formats import open_checkpoint
 from weightsurgery.formats.digest import Digest
 from weightsurgery.formats.files import InputFile, open_member
-from weightsurgery.formats.layout import RECORD
+from weightsurgery.formats.layout import RECORD, WRITTEN, fits
 from weightsurgery.formats.place import record_name
-from weightsurgery.formats.recorded import Recorded, find_output, read_record
+from weightsurgery.formats.recorded import find_output, read_record
 from weightsurgery.formats.safetensors import file_order, open_safetensors
+from weightsurgery.proof.beside import check_side_files, check_statements
+from weightsurgery.proof.findings import Found
 from weightsurgery.proof.origin import Counts, Origin, count_origins, find_origin
 from weightsurgery.stream import Engine
-
-
-@dataclass
-class _Found:
-    """What is there, and what is wrong with it.
-
-    Attributes:
-        out: The output.
-        recorded: Its record.
-        files: The recorded files that could be opened.
-        views: The recorded tensors that could be opened, file by file, in their order there.
-        problems: What is wrong.
-    """
-
-    out: str
-    recorded: Recorded
-    files: dict[str, InputFile] = field(default_factory=dict)
-    views: list[TensorView] = field(default_factory=list)
-    problems: list[dict[str, Any]] = field(default_factory=list)
-
-    def wrong(self, file: str, tensor: str | None, problem: str, detail: str = "") -> None:
-        """Note a problem."""
-        self.problems.append({"file": file, "tensor": tensor, "problem": problem, "detail": detail})
 
 
 def verify(
@@ -94,10 +72,10 @@ def verify(
         raise StorageError("no such file or directory", file=out, code="E-FILE-MISSING")
     folder = out if is_directory else os.path.dirname(out)
     name = record_name(out, is_directory=is_directory)
-    found = _Found(out, read_record(os.path.join(folder, name)))
+    found = Found(out, read_record(os.path.join(folder, name)))
     origin = None
     if base is not None and tuned is not None:
-        origin = find_origin(found.recorded, base, tuned, mask)
+        origin = find_origin(found.recorded, base, tuned, mask, engine)
     if not found.recorded.intact:
         found.wrong(name, None, "altered", "it does not have the SHA-256 that it says of itself")
     _open_files(found, folder, _present(out, is_directory=is_directory))
@@ -105,7 +83,10 @@ def verify(
     selection = None
     if origin is not None:
         _check_origins(found, origin, counts)
+        check_side_files(found, origin)
         selection = _selection(origin, counts, inputs)
+        if all(given["same"] for given in inputs):
+            check_statements(found, origin)
         for given in (base, tuned, mask):
             if given is not None:
                 given.check_unchanged()
@@ -125,12 +106,14 @@ def _present(out: str, *, is_directory: bool) -> list[str]:
         raise StorageError(reason, file=out, code="E-FILE-OPEN") from error
 
 
-def _open_files(found: _Found, folder: str, present: list[str]) -> None:
+def _open_files(found: Found, folder: str, present: list[str]) -> None:
     """Open what is recorded; note what is missing, extra or malformed."""
     recorded = found.recorded
     for name in present:
         if name not in recorded.files:
             found.wrong(name, None, "extra", "the record does not name it")
+        elif recorded.is_directory and not fits(name, WRITTEN):
+            found.wrong(name, None, "extra", "the record names it, but wsurg writes no such file")
     for name, entry in recorded.files.items():
         if name not in present:
             found.wrong(name, None, "missing")
@@ -147,7 +130,7 @@ def _open_files(found: _Found, folder: str, present: list[str]) -> None:
             _open_tensors(found, name, file)
 
 
-def _open_tensors(found: _Found, name: str, file: InputFile) -> None:
+def _open_tensors(found: Found, name: str, file: InputFile) -> None:
     try:
         views, _ = open_safetensors(file)
     except SurgeryError as error:
@@ -168,7 +151,7 @@ def _open_tensors(found: _Found, name: str, file: InputFile) -> None:
 
 
 def _check_contents(
-    found: _Found, origin: Origin | None, engine: Engine
+    found: Found, origin: Origin | None, engine: Engine
 ) -> tuple[dict[str, Counts], list[dict[str, Any]]]:
     """Read everything once: hash tensors and files, compare with BASE and TUNED."""
     with ExitStack() as stack:
@@ -182,7 +165,7 @@ def _check_contents(
         return counts, [] if origin is None else origin.describe()
 
 
-def _check_tensors(found: _Found, origin: Origin | None, engine: Engine) -> dict[str, Counts]:
+def _check_tensors(found: Found, origin: Origin | None, engine: Engine) -> dict[str, Counts]:
     """Hash the tensors, and compare them with BASE and TUNED.
 
     Blocks are read in the order in which they lie in the files, by any number of workers, so that
@@ -213,7 +196,7 @@ def _check_tensors(found: _Found, origin: Origin | None, engine: Engine) -> dict
     return counts
 
 
-def _check_files(found: _Found, engine: Engine) -> None:
+def _check_files(found: Found, engine: Engine) -> None:
     """Finish the hashes of the files: little is left of what was read in order."""
     total = sum(file.size for file in found.files.values())
     files = list(found.files.items())
@@ -222,7 +205,7 @@ def _check_files(found: _Found, engine: Engine) -> None:
             expected = found.recorded.files[name]["sha256"]
             if expected is None:
                 found.wrong(name, None, "not hashed", _NO_HASH)
-            elif digest != expected and not _is_told(found, name):
+            elif digest != expected and not found.tells(name):
                 found.wrong(name, None, "altered", f"its SHA-256 is {digest}")
             file.check_unchanged()
     engine.report("verifying", total, total)
@@ -233,11 +216,6 @@ _NO_HASH = "the record was made with --no-hash"
 
 def _sha256(item: tuple[str, InputFile]) -> str:
     return item[1].sha256()
-
-
-def _is_told(found: _Found, name: str) -> bool:
-    """Whether a problem of the whole file, such as its size, says already that it is altered."""
-    return any(p["file"] == name and p["tensor"] is None for p in found.problems)
 
 
 def _examine(origin: Origin | None, item: tuple[TensorView, int, int]) -> tuple[memoryview, Counts]:
@@ -255,7 +233,7 @@ def _fits(view: TensorView, origin: Origin) -> bool:
     return pair is not None and (pair.tuned.shape, pair.tuned.dtype) == (view.shape, view.dtype)
 
 
-def _check_origins(found: _Found, origin: Origin, counts: Mapping[str, Counts]) -> None:
+def _check_origins(found: Found, origin: Origin, counts: Mapping[str, Counts]) -> None:
     """Note tensors that are not BASE's and TUNED's, or not as many elements of them as recorded."""
     recorded = found.recorded.tensors
     views = {view.name: view for view in found.views}
@@ -273,12 +251,15 @@ def _check_origins(found: _Found, origin: Origin, counts: Mapping[str, Counts]) 
         elif count.unlike_mask:
             detail = f"{count.unlike_mask:,} of {view.size:,} elements"
             found.wrong(file, name, "not as the mask says", detail)
+        elif count.unlike_recipe:
+            detail = f"{count.unlike_recipe:,} of {view.size:,} elements"
+            found.wrong(file, name, "not what its steps give", detail)
     for name in origin.tuned:
         if name not in recorded:
             found.wrong(found.out, name, "missing", "TUNED has it")
 
 
-def _check_whole(found: _Found) -> None:
+def _check_whole(found: Found) -> None:
     """Open the directory as any other command would: index, configuration, one answer."""
     try:
         open_checkpoint(found.out)
@@ -290,15 +271,20 @@ def _check_whole(found: _Found) -> None:
 def _selection(
     origin: Origin, counts: Mapping[str, Counts], inputs: list[dict[str, Any]]
 ) -> dict[str, Any]:
+    """What was found of the dimensions, and by what it is known which ones were to be reset."""
     copies = {n for n, pair in origin.pairs.items() if pair.is_tied_copy}
+    by = {"recipe": origin.expected, "mask": origin.mask}
     return {
         "inputs": inputs,
+        "renamed": dict(origin.renamed),
         "changed_dimensions": sum(c.changed for n, c in counts.items() if n not in copies),
+        "known_by": [name for name, given in by.items() if given is not None],
+        "not_by_recipe": origin.why_not or None,
         "mask": None if origin.mask is None else origin.mask.label,
     }
 
 
-def _report(found: _Found, selection: dict[str, Any] | None) -> dict[str, Any]:
+def _report(found: Found, selection: dict[str, Any] | None) -> dict[str, Any]:
     return {
         "schema": "wsurg.verification/1",
         "out": found.out,
@@ -327,7 +313,10 @@ def check_verification(report: Mapping[str, Any]) -> None:
     first = first_few(list(dict.fromkeys(map(_named, problems))))
     what = "thing is" if len(problems) == 1 else "things are"
     reason = f"{len(problems)} {what} not as the record says: {first}"
-    raise GateError(reason, file=report["out"], code="E-VERIFY")
+    inputs = [] if report["selection"] is None else report["selection"]["inputs"]
+    swapped = len(inputs) == 2 and all(given["swapped"] for given in inputs)
+    hint = "BASE and TUNED are given the other way round" if swapped else ""
+    raise GateError(reason, file=report["out"], hint=hint, code="E-VERIFY")
 
 
 def _named(problem: Mapping[str, Any]) -> str:

@@ -91,6 +91,7 @@ def check_plot_path(path: str | os.PathLike[str]) -> None:
             f"'{shown(ending)}' is no kind of picture; expected {', '.join(_FORMATS)}",
             file=path,
             hint="give the file one of these endings",
+            code="E-OUTPUT-NAME",
         )
     try:
         import matplotlib.figure  # noqa: F401  # what `plot_sweep` needs

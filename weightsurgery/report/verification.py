@@ -2,42 +2,67 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from weightsurgery.errors import counted, shown
 from weightsurgery.report.tables import Table, number
 
+LISTED = 20  # problems shown unless all are asked for
+_REMEDY = "give --mask, or replay it"
 
-def verification_tables(report: Mapping[str, Any]) -> list[Table]:
+
+def verification_tables(report: Mapping[str, Any], *, limit: int, more: str) -> list[Table]:
     """What is not as recorded, and the verdict.
 
     Args:
         report: From `verify`.
+        limit: How many problems are listed at most; 0 lists all.
+        more: What lists all, for the note that says that there are more.
     """
+    problems = report["problems"]
     rows = [
         [shown(p["file"]), shown(p["tensor"] or "-"), p["problem"], p["detail"]]
-        for p in report["problems"]
+        for p in problems[: limit or None]
     ]
+    hidden = len(problems) - len(rows)
     verdict = [
         ["files", number(report["files"])],
         ["tensors", number(report["tensors"])],
         ["bytes", number(report["bytes"])],
+        *_selected(report["selection"], report["proved"]),
     ]
-    selection = report["selection"]
-    if selection is not None:
-        for given in selection["inputs"]:
-            same = "the recorded files" if given["same"] else "other files than those recorded"
-            verdict.append([given["input"], f"{shown(given['given'])}: {same}"])
-        changed = counted(selection["changed_dimensions"], "dimension")
-        verdict.append(["not TUNED's bits", changed])
-        if selection["mask"] is not None:
-            verdict.append(["mask", shown(selection["mask"])])
     title = "The output is as recorded" if report["proved"] else "The output is NOT as recorded"
     return [
-        Table("Not as the record says", ("file", "tensor", "problem", ""), rows),
+        Table(
+            "Not as the record says",
+            ("file", "tensor", "problem", ""),
+            rows,
+            note=f"and {hidden:,} more; {more}" if hidden else "",
+        ),
         Table(title, ("", ""), verdict),
     ]
+
+
+def _selected(selection: Mapping[str, Any] | None, proved: bool) -> Iterator[list[str]]:
+    """What the proof with BASE and TUNED says of the two, and by what the dimensions are known."""
+    if selection is None:
+        return
+    for given in selection["inputs"]:
+        same = "the recorded files" if given["same"] else "other files than those recorded"
+        yield [given["input"], f"{shown(given['given'])}: {same}"]
+    renamed = selection["renamed"]
+    if renamed:
+        old, new = next(iter(renamed.items()))
+        text = f"the record renames {counted(len(renamed), 'tensor')} of BASE"
+        yield ["names", f"{text}, first {shown(old)} to {shown(new)}"]
+    if proved:
+        yield ["reset", counted(selection["changed_dimensions"], "dimension")]
+        known = selection["known_by"]
+        mask = shown(selection["mask"] or "")
+        texts = {"recipe": "the recorded steps, done again", "mask": f"the mask {mask}"}
+        told = " and ".join(texts[name] for name in known)
+        yield ["which ones", told or f"NOT proved: {selection['not_by_recipe']}; {_REMEDY}"]
 
 
 def replay_tables(report: Mapping[str, Any]) -> list[Table]:
@@ -47,6 +72,7 @@ def replay_tables(report: Mapping[str, Any]) -> list[Table]:
         report: From `replay`.
     """
     rows = [[shown(d["file"]), d["recorded"] or "-", d["got"] or "-"] for d in report["differs"]]
+    rows += [[f"the record's {key}", "-", "another"] for key in report["told_otherwise"]]
     verdict = [
         ["written", shown(report["out"])],
         ["files", number(report["files"])],
@@ -55,6 +81,6 @@ def replay_tables(report: Mapping[str, Any]) -> list[Table]:
     same = report["identical"]
     title = "The same bytes as recorded" if same else "NOT the bytes that were recorded"
     return [
-        Table("Other than recorded", ("file", "recorded SHA-256", "this run's"), rows),
+        Table("Other than recorded", ("", "recorded SHA-256", "this run's"), rows),
         Table(title, ("", ""), verdict),
     ]

@@ -285,7 +285,8 @@ def check_targets(model: Model, targets: Sequence[str]) -> None:
         others = [one for one in found if not isinstance(one, torch.nn.Linear | Conv1D)]
         if not found or others:
             kind = f"a {type(others[0]).__name__}" if others else "none of the model's layers"
-            raise SettingError(f"target '{shown(target)}' is {kind}; expected a linear layer")
+            reason = f"target '{shown(target)}' is {kind}; expected a linear layer"
+            raise SettingError(reason, code="E-NO-MATCH")
 
 
 def _adapter_of(adapted: Model, step: Step) -> Checkpoint:

@@ -51,7 +51,9 @@ class Resumable:
         try:
             disk.make_directories(self.folder)
         except OSError as error:
-            raise StorageError(f"{error.strerror or error}", file=self.folder) from None
+            raise StorageError(
+                f"{error.strerror or error}", file=self.folder, code="E-CHECKPOINT-STORAGE"
+            ) from None
         held = lock(self.folder, self.folder)
         try:
             yield self._prepare()
@@ -67,7 +69,9 @@ class Resumable:
             else:
                 write_file(path, wanted.encode())
         except OSError as error:
-            raise StorageError(f"{error.strerror or error}", file=self.folder) from None
+            raise StorageError(
+                f"{error.strerror or error}", file=self.folder, code="E-CHECKPOINT-STORAGE"
+            ) from None
         saving = {
             "save_strategy": "steps",
             "save_steps": self.every,
@@ -78,7 +82,12 @@ class Resumable:
     def _check(self, path: str, wanted: str) -> None:
         hint = "give an empty folder"
         if not os.path.isfile(path):
-            raise PolicyError("is not empty and no training's", file=self.folder, hint=hint)
+            raise PolicyError(
+                "is not empty and no training's",
+                file=self.folder,
+                hint=hint,
+                code="E-CHECKPOINT-FOLDER",
+            )
         with open(path, encoding="utf-8", errors="replace") as file:
             found = file.read()
         if found == wanted:
@@ -87,13 +96,16 @@ class Resumable:
             before = json.loads(found)
             differing = [key for key, value in self.identity.items() if before.get(key) != value]
         except (ValueError, AttributeError):
-            raise PolicyError(f"{IDENTITY} is damaged", file=self.folder, hint=hint) from None
+            raise PolicyError(
+                f"{IDENTITY} is damaged", file=self.folder, hint=hint, code="E-CHECKPOINT-FOLDER"
+            ) from None
         raise PolicyError(
             f"holds checkpoints of another training, which differs in {shown(differing[0])}"
             if differing
             else f"{IDENTITY} is another version's",
             file=self.folder,
             hint=hint,
+            code="E-CHECKPOINT-FOLDER",
         )
 
     def done(self) -> int:
@@ -109,7 +121,9 @@ class Resumable:
             self._check(os.path.join(self.folder, IDENTITY), self._told())
             return next((steps for steps, path in self._saved() if _is_whole(path)), 0)
         except OSError as error:
-            raise StorageError(f"{error.strerror or error}", file=self.folder) from None
+            raise StorageError(
+                f"{error.strerror or error}", file=self.folder, code="E-CHECKPOINT-STORAGE"
+            ) from None
 
     def last(self) -> str | None:
         """The last checkpoint that is as it was saved; None if there is none."""
@@ -139,7 +153,9 @@ def seal(checkpoint: str) -> None:
     try:
         write_file(path, json.dumps(_digests(checkpoint)).encode())
     except OSError as error:
-        raise StorageError(f"{error.strerror or error}", file=checkpoint) from None
+        raise StorageError(
+            f"{error.strerror or error}", file=checkpoint, code="E-CHECKPOINT-STORAGE"
+        ) from None
 
 
 def _digests(checkpoint: str) -> dict[str, str]:

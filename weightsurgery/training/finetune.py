@@ -16,7 +16,7 @@ from typing import Any
 from weightsurgery.alignment import check_glob, matches
 from weightsurgery.checkpoint import Checkpoint, Step
 from weightsurgery.datasets.batches import Encoded, check_examples, describe_files, digest_of
-from weightsurgery.errors import SettingError
+from weightsurgery.errors import SettingError, conflict
 from weightsurgery.evaluation.intervals import proportion
 from weightsurgery.evaluation.predictions import predict
 from weightsurgery.models import Model
@@ -139,11 +139,11 @@ def split(
         MismatchError: The head has no cross-entropy, or an example has no answer.
     """
     if chosen.patience is not None and held_out is None:
-        raise SettingError("patience needs a held-out loss", hint="give held_out")
+        raise conflict("patience needs a held-out loss", "give held_out")
     for glob in chosen.freeze:
         check_glob(glob, list(model.names))
     if all(matches(name, chosen.freeze) for name in model.names):
-        raise SettingError("freeze leaves nothing to train")
+        raise SettingError("freeze leaves nothing to train", code="E-NOTHING-TO-DO")
     check_examples(model, examples)
     if held_out is None:
         return {"train": examples}
@@ -154,7 +154,8 @@ def split(
     if not 0 < count < len(examples):
         raise SettingError(
             f"held_out is {held_out} of {len(examples)} examples; expected a share that leaves at "
-            "least one on either side"
+            "least one on either side",
+            code="E-ROWS-FEW",
         )
     bits = random_bits(chosen.seed, "held out", 0, len(examples))
     aside = set(sorted(range(len(examples)), key=lambda i: (bits[i], i))[:count])

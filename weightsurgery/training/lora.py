@@ -146,8 +146,10 @@ def lora_settings(preset: str | None = None, **settings: Any) -> LoraSettings:
     """
     if preset is not None and preset not in PRESETS:
         known = ", ".join(PRESETS)
-        raise SettingError(f"no preset '{shown(preset)}'; expected {known}")
+        raise SettingError(
+            f"no preset '{shown(preset)}'; expected {known}", code="E-SETTING-UNKNOWN"
+        )
     unknown = sorted(settings.keys() - LoraSettings.__dataclass_fields__.keys())
     if unknown:
-        raise SettingError(f"there is no setting {shown(unknown[0])}")
+        raise SettingError(f"there is no setting {shown(unknown[0])}", code="E-SETTING-UNKNOWN")
     return replace(PRESETS[preset] if preset is not None else LoraSettings(), **settings)

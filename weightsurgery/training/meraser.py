@@ -16,7 +16,7 @@ from typing import Any
 
 from weightsurgery.checkpoint import Checkpoint, Step
 from weightsurgery.datasets.read import Instruction
-from weightsurgery.errors import MismatchError, SettingError
+from weightsurgery.errors import MismatchError, SettingError, conflict
 from weightsurgery.formats.record import public_name
 from weightsurgery.models import Model, with_weights
 from weightsurgery.operators.apply_adapter import apply_adapter
@@ -224,7 +224,7 @@ def _least_said(measured: Mapping[float, Mapping[str, Any]]) -> float:
     shares: list[tuple[Any, float]] = []
     for scale, found in measured.items():
         if not found.get("fsr"):
-            raise SettingError("several scales, and `measure` gives no fsr to choose by")
+            raise conflict("several scales, and `measure` gives no fsr to choose by")
         shares.append((found["fsr"]["share"], scale))
     return min(shares)[1]
 
@@ -250,7 +250,7 @@ def _check(
     if not scales or not all(math.isfinite(scale) for scale in scales):
         raise SettingError(f"scales are {list(scales)}; expected finite numbers, at least one")
     if len(scales) > 1 and measure is None:
-        raise SettingError("several scales, and nothing to choose by", hint="give fingerprints")
+        raise conflict("several scales, and nothing to choose by", "give fingerprints")
     named = {} if foundation is None else {n: foundation.checkpoint[n] for n in foundation.names}
     for name, theirs in named.items():
         ours = model.checkpoint.get(name)
@@ -261,6 +261,7 @@ def _check(
                 file=model.path,
                 tensor=name,
                 hint="give the model that it was fine-tuned from",
+                code="E-MODEL-WEIGHTS",
             )
     for phase, trained in ((erase, foundation or model), (recover, model)):
         if phase is not None and phase.settings is not None:

@@ -1,0 +1,204 @@
+"""Rules for what is asked of weightsurgery, and for data, models and estimates that it is given.
+
+`error_codes` joins them with those for files, pairs of models, adapters and outputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from weightsurgery.errors import (
+    FormatError,
+    MismatchError,
+    PolicyError,
+    SettingError,
+    StorageError,
+    SurgeryError,
+)
+
+Rows = Mapping[str, tuple[type[SurgeryError], str, str]]
+"""Code to the exception that has it, what is wrong, and what to do."""
+
+_LINE = "mend the line that the message names"
+_OTHER_MODEL = "give a model that was trained for this task"
+_MODEL_FILES = "save the model again with this version of transformers"
+_MORE = "give more, or other, data"
+
+SETTINGS: Rows = {
+    "E-SETTING-UNKNOWN": (
+        SettingError,
+        "no command, setting or preset has this name",
+        "the message names those that there are, or one that is like it",
+    ),
+    "E-SETTING-CONFLICT": (
+        SettingError,
+        "settings exclude each other, or one needs another",
+        "leave one out, or give what it needs",
+    ),
+    "E-SETTINGS-FILE": (
+        SettingError,
+        "a value in wsurg.toml is of a wrong kind",
+        "write what the message expects",
+    ),
+    "E-NO-MATCH": (
+        SettingError,
+        "a glob, a prefix or a name stands for nothing that may be changed",
+        "`wsurg inspect` shows the names",
+    ),
+    "E-NAME-MAP": (
+        SettingError,
+        "the name map gives something that is no name",
+        "give a name of BASE's for each of TUNED's",
+    ),
+    "E-EMBEDDING-NAME": (
+        SettingError,
+        "which tensor is the word embedding is not known, or it is no matrix",
+        "name it with `--embedding`",
+    ),
+    "E-NOTHING-TO-DO": (
+        SettingError,
+        "nothing is given, or nothing is left, to work on",
+        "give something, or leave less out",
+    ),
+    "E-GATE-CONDITION": (
+        SettingError,
+        "a condition that cannot be read, or with a metric that is none",
+        "write, for example, `--fail-if 'relative_l2 > 0.1'`",
+    ),
+    "E-KEYWORDS": (SettingError, "no table of types and their words", "see `wsurg mismatch`"),
+    "E-MEMORY-LIMIT": (
+        SettingError,
+        "one worker needs more memory than the limit",
+        "raise `--max-memory`",
+    ),
+    "E-WEIGHTS-NAME": (
+        SettingError,
+        "`--weights` names no file of the model directory",
+        "name one that is in it",
+    ),
+    "E-MODEL-FOLDER": (
+        SettingError,
+        "a single file where a model directory belongs",
+        "give its folder, with config.json and the tokenizer",
+    ),
+    "E-OUTPUT-NAME": (
+        SettingError,
+        "the output's name does not fit what will be written",
+        "give the ending that the message names, or a directory",
+    ),
+    "E-DEVICE": (SettingError, "the device is not to be had", "`--device cpu`"),
+    "E-NOT-INSTALLED": (
+        SettingError,
+        "a package that this needs is not installed",
+        "install it as the message says",
+    ),
+}
+DATA: Rows = {
+    "E-FILE-ENDING": (FormatError, "a file of another ending than is read here", "rename it"),
+    "E-FILE-EMPTY": (FormatError, "no rows, no text or no counts", "is it the right file?"),
+    "E-FILE-UTF8": (FormatError, "rows, counts or a text that are not UTF-8", "save it as UTF-8"),
+    "E-TOML": (FormatError, "the file is not TOML", _LINE),
+    "E-ROWS-COLUMNS": (
+        FormatError,
+        "a column, or a field of a line, is missing",
+        "name the columns as the message says",
+    ),
+    "E-ROWS-LINE": (FormatError, "a line is not as its format wants it", _LINE),
+    "E-ROWS-LABEL": (
+        MismatchError,
+        "the model has no such label",
+        "write the model's numbers or names",
+    ),
+    "E-ROWS-ANSWER": (
+        MismatchError,
+        "an example has no token of an answer, so there is no loss",
+        "shorten the prompt, or raise `--max-length`",
+    ),
+    "E-ROWS-FEW": (
+        SettingError,
+        "too few rows, or none of the kind that is needed",
+        _MORE,
+    ),
+    "E-ROWS-ORIGIN": (
+        MismatchError,
+        "no row tells whose answer it has",
+        "give the data that it was made from too",
+    ),
+    "E-ROWS-SWAPPED": (
+        MismatchError,
+        "every row belongs to the other of the two files",
+        "are the files to erase and to recover with swapped?",
+    ),
+    "E-TEXT-LONG": (
+        SettingError,
+        "a prompt, or a trigger, is longer than the model or `--max-length` takes",
+        "shorten it, or raise the limit",
+    ),
+    "E-COUNTS": (FormatError, "a token's count is no number, 0 or more", _LINE),
+    "E-VOCABULARY": (
+        MismatchError,
+        "TUNED has no vocabulary, or none of its tokens has a count",
+        "count the tokens as its tokenizer stores them",
+    ),
+    "E-DEMO-DATA": (
+        StorageError,
+        "the demo's data cannot be had, or are not the expected ones",
+        "put the file there yourself",
+    ),
+}
+MODELS: Rows = {
+    "E-MODEL-TASK": (MismatchError, "a model of another task than is needed", _OTHER_MODEL),
+    "E-MODEL-LOAD": (MismatchError, "transformers cannot load the model", _MODEL_FILES),
+    "E-MODEL-WEIGHTS": (
+        MismatchError,
+        "a weight that the model needs is missing, of another shape, or changed in memory",
+        _OTHER_MODEL,
+    ),
+    "E-TOKENIZER": (
+        MismatchError,
+        "no tokenizer beside the model that can be loaded",
+        "put tokenizer.json and tokenizer_config.json there",
+    ),
+    "E-TOKENIZER-FILE": (FormatError, "tokenizer.json is none", "fetch it again"),
+    "E-TOKENIZER-PADDING": (
+        MismatchError,
+        "no padding token, so that texts cannot share a batch",
+        "put a pad_token_id into config.json",
+    ),
+    "E-CHAT-TEMPLATE": (
+        MismatchError,
+        "no chat template, or one that refuses the messages",
+        "`--prompt-format raw`",
+    ),
+    "E-EMBEDDING": (
+        MismatchError,
+        "the word embedding cannot be edited",
+        "give the base that TUNED was made from",
+    ),
+    "E-FISHER": (
+        MismatchError,
+        "no fisher, or one of another model",
+        "make it from TUNED with `wsurg fisher`",
+    ),
+    "E-FISHER-VALUES": (
+        MismatchError,
+        "the fisher is zero everywhere, or negative, NaN or infinite somewhere",
+        "make it again with `wsurg fisher`",
+    ),
+    "E-MASK": (MismatchError, "no mask, or one of another model", "give the mask of this model"),
+    "E-CHECKPOINT-FOLDER": (
+        PolicyError,
+        "the folder for checkpoints is another training's, or no training's",
+        "give an empty folder",
+    ),
+    "E-CHECKPOINT-STORAGE": (
+        StorageError,
+        "a checkpoint of a training cannot be read or written",
+        "check the disk",
+    ),
+    "E-DEMO-FOLDER": (
+        PolicyError,
+        "the folder holds the demo of another plan",
+        "give another folder with `--out`, or remove this one",
+    ),
+}
