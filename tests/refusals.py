@@ -242,6 +242,12 @@ def no_room(place: Place) -> list[Any]:
     return confined("")(place)
 
 
+def no_temporary_folder(place: Place) -> list[Any]:
+    """A pickle, and a TMPDIR that is not there."""
+    place.patch.setenv("TMPDIR", str(place.folder / "nowhere"))
+    return confined("")(place)
+
+
 def overflowing(place: Place) -> list[Any]:
     """Numbers that F16 cannot hold."""
     path = cases.write_file(place.folder / "x.safetensors", {"w": F4 * 1e30})
@@ -477,6 +483,7 @@ REFUSALS: dict[str, Case] = {
     "E-PICKLE-PRODUCT": confined("open(sys.argv[2], 'wb').write(b'PK' * 9)"),
     "E-PICKLE-UNABLE": ends(2, "no torch"),
     "E-PICKLE-ROOM": no_room,
+    "E-PICKLE-TMPDIR": no_temporary_folder,
     "E-OVERFLOW-DTYPE": overflowing,
     "E-RECORD-MISSING": lambda place: ["verify", place.merge()[1]],
     "E-VERIFY": made(lambda r: r["outputs"]["out.safetensors"].update(sha256="0" * 64), *VERIFY),

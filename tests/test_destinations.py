@@ -15,6 +15,7 @@ from tests import hostile
 from tests.hostile import weights
 from tests.scene import IN_THE_WAY, KINDS, RECORD, Scene, must_refuse, other
 from weightsurgery import from_arrays, interpolate
+from weightsurgery.cli import cli
 from weightsurgery.errors import (
     PolicyError,
     SettingError,
@@ -127,6 +128,54 @@ def test_must_refuse_destinations(
     scene: Scene, kind: str, out: str, error: type, reason: str
 ) -> None:
     must_refuse(scene, scene.open(kind), scene.root / out, error, reason)
+
+
+ENDINGS = [".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".pkl", ".gguf", ".BIN"]
+
+
+@pytest.mark.parametrize("ending", ENDINGS)
+def test_must_refuse_a_folder_named_as_a_file(scene: Scene, ending: str) -> None:
+    out = scene.place / f"out{ending}"
+    reason = f"names a file, but the input is a model directory: .*; give a name without {ending};"
+    must_refuse(scene, scene.open("model"), out, SettingError, reason)
+
+
+def test_a_folder_may_be_named_as_a_file_if_a_slash_says_so(scene: Scene) -> None:
+    save(scene.open("model"), f"{scene.place}/out.bin/")
+    assert (scene.place / "out.bin" / "config.json").is_file()
+
+
+@pytest.mark.parametrize("ending", [*ENDINGS[1:], ""])
+def test_must_refuse_a_file_that_is_named_otherwise(scene: Scene, ending: str) -> None:
+    reason = "this output is a single file; give a name that ends in .safetensors"
+    must_refuse(scene, scene.open("file"), scene.place / f"out{ending}", SettingError, reason)
+
+
+@pytest.mark.parametrize(
+    "outs",
+    [
+        ["-o", "out.bin"],
+        ["-o", "out", "--mask", "mask.bin"],
+        ["-o", "out.gguf", "--dry-run"],
+        ["-o", "out", "--mask", "mask.bin", "--dry-run"],
+    ],
+    ids=" ".join,
+)
+@pytest.mark.parametrize("command", ["mix", "purify"])
+def test_the_names_of_outputs_are_checked_before_any_work(
+    scene: Scene, command: str, outs: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def running(*_: Any, **__: Any) -> None:
+        raise AssertionError("work has begun")
+
+    monkeypatch.setattr("weightsurgery.cli.options.running", running)
+    monkeypatch.chdir(scene.place)
+    before = hostile.contents(scene.root)
+    inputs = [str(scene.model), str(scene.model)]
+    score = ["--score", "drift"] if command == "purify" else []
+    with pytest.raises(SettingError, match="give a name"):
+        cli.main([command, *inputs, *score, *outs], standalone_mode=False)
+    assert hostile.contents(scene.root) == before
 
 
 SIZES = {

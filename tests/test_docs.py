@@ -647,7 +647,8 @@ def test_the_readme_names_the_two_commands() -> None:
 
 # --- JSON -------------------------------------------------------------------------------------
 
-NAMED = {"outputs": "<file>", "files": "<file>", "metadata": "<key>"}  # maps with free keys
+# maps with free keys
+NAMED = {"outputs": "<file>", "files": "<file>", "side_files": "<file>", "metadata": "<key>"}
 
 
 def key_paths(value: Any, path: str = "", named: dict[str, str] = NAMED) -> Iterator[str]:

@@ -609,6 +609,34 @@ def test_no_room_is_told_beforehand(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         open_checkpoint(path, allow_pickle=True)
 
 
+@pytest.mark.parametrize("name", ["TMPDIR", "TEMP"])
+@pytest.mark.parametrize("kind", ["nothing", "a file", "closed"])
+def test_a_temporary_directory_that_cannot_be_used_is_told(
+    name: str, kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Python would pass it over without a word, and fill the disk that was to be spared."""
+    path, given = written(tmp_path / "m.bin", {"w": torch.ones(1)}), tmp_path / "given"
+    if kind == "a file":
+        given.write_bytes(b"")
+    if kind == "closed":
+        given.mkdir()
+        monkeypatch.setattr(os, "access", lambda path, _: path != str(given))
+    monkeypatch.delenv("TMPDIR")
+    monkeypatch.setenv(name, str(given))
+    reason = "is not writable" if kind == "closed" else "is no directory"
+    with pytest.raises(StorageError, match=f"/given: {name} names it .* it {reason}; set {name}"):
+        open_checkpoint(path, allow_pickle=True)
+
+
+def test_a_temporary_directory_that_the_program_chose_is_taken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, given = written(tmp_path / "m.bin", {"w": torch.ones(1)}), tmp_path / "given"
+    given.mkdir()
+    monkeypatch.setenv("TMPDIR", str(given))
+    assert list(open_checkpoint(path, allow_pickle=True)) == ["w"]
+
+
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_signal_leaves_nothing(number: int, code: int, tmp_path: Path, temporary: Path) -> None:
     (tmp_path / "m.bin").write_bytes(zipped({**DATA, "data.pkl": hashed_for_ever()}))

@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import fcntl
+import os
+import pty
+import re
+import struct
 import subprocess
 import sys
+import termios
 from pathlib import Path
 
 import pytest
@@ -95,3 +101,62 @@ def test_a_training_in_a_pipe_tells_how_it_goes(tmp_path: Path) -> None:
     assert first.endswith(" tokens/s: 1 of 1,000,000\n")
     assert "terminated; nothing is left half-written" in rest
     assert not out.exists()
+
+
+# --- a terminal -------------------------------------------------------------------------------
+
+DRAWS = """
+import sys, time
+from weightsurgery.cli.progress import drawing
+
+with drawing(*sys.argv[1].split(), key=lambda what: what.partition(",")[0]) as tell:
+    for share in (0.02, 0.95):
+        for what in ("checking what is there", "recover: training, loss 0.1234, 12,345 tokens/s"):
+            tell(what, int(share * int(sys.argv[2])), int(sys.argv[2]))
+        time.sleep(0.4)  # longer than from one drawing to the next
+"""
+BYTES, COUNTS = "DownloadColumn TransferSpeedColumn 640000000", "MofNCompleteColumn 12345"
+
+
+def drawn_lines(columns: int, amounts: str) -> list[str]:
+    """What a terminal of that width is sent, line by line, without control codes."""
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
+    environment = {n: v for n, v in os.environ.items() if n not in ("COLUMNS", "LINES")}
+    *names, total = amounts.split()
+    command = [sys.executable, "-c", DRAWS, " ".join(names), total]
+    with subprocess.Popen(command, stderr=theirs, env={**environment, "TERM": "xterm"}) as run:
+        os.close(theirs)
+        sent = b""
+        while block := _read(ours):
+            sent += block
+    os.close(ours)
+    assert run.returncode == 0, sent
+    plain = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", sent.decode())
+    return [line.rstrip() for line in re.split(r"[\r\n]+", plain) if line.strip()]
+
+
+def _read(descriptor: int) -> bytes:
+    try:
+        return os.read(descriptor, 1 << 16)
+    except OSError:  # Linux tells the other side's end so
+        return b""
+
+
+@pytest.mark.parametrize("columns", [24, 30, 40, 50, 80, 120])
+@pytest.mark.parametrize("amounts", [BYTES, COUNTS])
+def test_a_bar_gets_shorter_and_nothing_else_is_cut(columns: int, amounts: str) -> None:
+    lines = drawn_lines(columns, amounts)
+    assert max(map(len, lines)) <= columns
+    bars = [line for line in lines if "━" in line or "╸" in line]
+    assert len(bars) >= 4
+    number = r"[\d.]+/640\.0 MB" if amounts == BYTES else r"\d+/12345"
+    speed = r" +(\?|[\d.]+ [kMG]B/s)" if amounts == BYTES else ""
+    left = r" +(\d|-):[\d-]{2}:[\d-]{2}"
+    whole = rf" {number}{speed}{left}$" if columns >= 40 else rf" {number}({left})?$"
+    assert [line for line in bars if not re.search(whole, line)] == []
+    assert "…" not in "".join(lines)
+    told = " ".join(" ".join(lines).split())
+    assert "checking what is there" in told
+    assert "recover: training, loss 0.1234, 12,345 tokens/s" in told
+    assert any(line.startswith("recover") for line in bars) == (columns > 90)

@@ -40,6 +40,13 @@ def test_names_are_broken_after_dots_only() -> None:
     assert lines == ["encoder.layer.3.", "attention.self.", "value.bias"]
 
 
+@pytest.mark.parametrize(
+    "text", ["|δ| at 50, 90, 99, 99.9 %", f"config.json: {'removed it, ' * 9}"]
+)
+def test_words_are_not_broken_at_dots(text: str) -> None:
+    assert fit(Table("t", ("", ""), [[text, "value " * 9]]), 40).rows[0][0] == text
+
+
 def test_headings_are_broken_before_a_column_goes() -> None:
     table = Table("t", ("name", ">mean of all", ">n"), [["abc", "1.5", "2"]], optional=1)
     assert fit(table, 26) == table

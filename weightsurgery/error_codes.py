@@ -167,6 +167,11 @@ _PICKLE: Rows = {
         "the temporary directory has no room for the converted weights",
         "set TMPDIR to a directory with room",
     ),
+    "E-PICKLE-TMPDIR": (
+        StorageError,
+        "TMPDIR is no directory that can be written to",
+        "set it to one with room, or unset it",
+    ),
 }
 _INDEX: Rows = {
     "E-INDEX-MAP": (FormatError, "the index has no weight_map", "fetch the index again"),

@@ -13,8 +13,8 @@ from weightsurgery.adapters.memory import fit_works, works_of
 from weightsurgery.checkpoint import Checkpoint
 from weightsurgery.cli import options
 from weightsurgery.formats import save
-from weightsurgery.formats.output import check_destination
-from weightsurgery.formats.plan import check_folder_name, input_paths, make_plan
+from weightsurgery.formats.output import check_destination, check_folder_name
+from weightsurgery.formats.plan import input_paths, make_plan
 from weightsurgery.report.extraction import extraction_tables, matrix_tables
 from weightsurgery.report.outcome import plan_tables
 from weightsurgery.report.tables import show

@@ -14,7 +14,12 @@ from weightsurgery.cli import options
 from weightsurgery.cli.companion import companion_of
 from weightsurgery.formats import save
 from weightsurgery.formats.output import check_destination
-from weightsurgery.formats.plan import check_outputs_apart, input_paths, make_plan
+from weightsurgery.formats.plan import (
+    check_file_name,
+    check_outputs_apart,
+    input_paths,
+    make_plan,
+)
 from weightsurgery.masks import changed_mask
 from weightsurgery.registry import OPERATORS, Operator, Setting
 from weightsurgery.report.outcome import plan_tables
@@ -126,11 +131,13 @@ def _check_destinations(
 ) -> None:
     """Refuse outputs before any work; saving checks again."""
     outs = [(given["out"], subject.is_directory)]
-    if given["mask"] is not None and not given["dry_run"]:
+    if given["mask"] is not None:
         outs.append((given["mask"], False))
     check_outputs_apart(outs)
     inputs = [path for checkpoint in read for path in input_paths(checkpoint)]
     for path, is_directory in outs:
+        if not is_directory:
+            check_file_name(path)
         check_destination(
             path, is_directory=is_directory, overwrite=given["overwrite"], inputs=inputs
         )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal
 
@@ -14,6 +14,7 @@ import click
 from weightsurgery.stream import Progress
 
 Lines = Literal["none", "some", "steps"]  # printed where no bar can be drawn
+_BAR, _NUMBER = 12, 11  # characters of a line that a bar, and each number beside it, should have
 _PAUSE = 10.0  # seconds between two of "some" lines: a log stays short, and one sees that it works
 
 
@@ -33,25 +34,47 @@ def drawing(
         pause = 0.0 if lines == "steps" else _PAUSE
         yield None if lines == "none" else printing(key, pause)
         return
-    from rich import progress as drawn
-    from rich.console import Console
-
-    with drawn.Progress(
-        drawn.TextColumn("{task.description}"),
-        drawn.BarColumn(),
-        *(getattr(drawn, name)() for name in amounts),
-        drawn.TimeRemainingColumn(),
-        console=Console(stderr=True),
-        transient=True,
-    ) as bar:
+    with _bars(amounts) as bars:
         tasks: dict[str, Any] = {}
 
         def progress(what: str, done: int, total: int) -> None:
             if key(what) not in tasks:
-                tasks[key(what)] = bar.add_task(what, total=total)
-            bar.update(tasks[key(what)], description=what, completed=done, total=total)
+                tasks[key(what)] = bars.add_task(what, total=total)
+            bars.update(tasks[key(what)], description=what, completed=done, total=total)
 
         yield progress
+
+
+def _bars(amounts: Sequence[str]) -> Any:
+    """Rich's bars, each behind what it is about, or below it where a line has no room for both."""
+    from rich import progress as drawn
+    from rich.console import Console
+    from rich.table import Column
+    from rich.text import Text
+
+    described = drawn.TextColumn("{task.description}", markup=False)
+    # The bar alone gives way: numbers are neither cut nor broken.
+    numbers = [
+        getattr(drawn, name)(table_column=Column(no_wrap=True))
+        for name in (*amounts, "TimeRemainingColumn")
+    ]
+    beside = _BAR + _NUMBER * len(numbers)
+    console = Console(stderr=True)
+
+    class Bars(drawn.Progress):
+        def get_renderables(self) -> Iterator[Any]:
+            longest = max((len(task.description) for task in self.tasks), default=0)
+            kept = numbers if beside <= console.width + _BAR // 2 else numbers[:1]
+            self.columns = (drawn.BarColumn(), *kept)
+            if longest + beside <= console.width:
+                self.columns = (described, *self.columns)
+                yield self.make_tasks_table(self.tasks)
+                return
+            for task in self.tasks:
+                yield Text(task.description)
+                yield self.make_tasks_table([task])
+
+    return Bars(console=console, transient=True)
 
 
 def printing(

@@ -10,8 +10,8 @@ from weightsurgery.cli import lora_options, model_options, options
 from weightsurgery.cli.writing import show_plan, write
 from weightsurgery.datasets.read import read_instructions
 from weightsurgery.formats.apart import check_apart
-from weightsurgery.formats.output import check_destination
-from weightsurgery.formats.plan import check_folder_name, input_paths
+from weightsurgery.formats.output import check_destination, check_folder_name
+from weightsurgery.formats.plan import input_paths
 from weightsurgery.models import load_model, require_directory
 from weightsurgery.report.training import adapter_tables, planned_adapter_tables
 from weightsurgery.tasks import CAUSAL, task_of

@@ -23,6 +23,7 @@ WRITTEN = (*WEIGHTS, *SIDE_FILES, ADAPTER_CONFIG, CARD)  # what an output's fold
 PICKLED, PICKLED_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
 PICKLES = (PICKLED, PICKLED_INDEX, "pytorch_model-*.bin")
 PICKLE_ENDINGS = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+FILE_ENDINGS = (".safetensors", *PICKLE_ENDINGS, ".gguf")  # of a name that means one file
 
 
 def fits(name: str, patterns: Iterable[str]) -> bool:

@@ -17,6 +17,7 @@ from typing import Any
 from weightsurgery.errors import (
     ChangedError,
     PolicyError,
+    SettingError,
     StorageError,
     SurgeryError,
     counted,
@@ -24,7 +25,15 @@ from weightsurgery.errors import (
 )
 from weightsurgery.formats import disk
 from weightsurgery.formats.apart import check_apart
-from weightsurgery.formats.layout import ADAPTER_CONFIG, CARD, RECORD, SIDE_FILES, WEIGHTS, fits
+from weightsurgery.formats.layout import (
+    ADAPTER_CONFIG,
+    CARD,
+    FILE_ENDINGS,
+    RECORD,
+    SIDE_FILES,
+    WEIGHTS,
+    fits,
+)
 from weightsurgery.formats.place import (
     MARKER,
     clean,
@@ -282,9 +291,13 @@ def check_destination(
     """Everything that can be said against a destination before work begins.
 
     Raises:
+        SettingError: It is to be a directory, and its name is a file's.
         PolicyError: It exists and may not be replaced, or touches an input.
         StorageError: Its folder is not there or not writable.
     """
+    if is_directory:
+        reason = "the input is a model directory: outputs mirror the input"
+        check_folder_name(out, reason, "; only single files make a single .safetensors file")
     target = os.path.abspath(out)
     parent = os.path.dirname(target)
     given = out.rstrip(os.sep) or out  # messages say it as the user does
@@ -313,6 +326,26 @@ def check_destination(
                 hint="--overwrite (overwrite=True) replaces it",
                 code="E-OUTPUT-EXISTS",
             )
+
+
+def check_folder_name(out: str, reason: str, hint: str = "") -> None:
+    """Refuse a weights file's name for what will be a folder; ending it with a slash insists.
+
+    Args:
+        out: The name.
+        reason: Why it will be a folder.
+        hint: What to say besides that another name is needed.
+
+    Raises:
+        SettingError: It is one.
+    """
+    ending = os.path.splitext(out)[1]
+    if ending.lower() in FILE_ENDINGS:
+        raise SettingError(
+            f"'{shown(out)}' names a file, but {reason}",
+            hint=f"give a name without {ending}{hint}",
+            code="E-OUTPUT-NAME",
+        )
 
 
 def _check_replaceable(place: str, *, is_directory: bool) -> None:

@@ -31,6 +31,7 @@ from weightsurgery.formats.files import InputFile
 from weightsurgery.formats.safetensors import open_safetensors
 from weightsurgery.formats.strict_json import parse
 from weightsurgery.formats.temporary import private_folder
+from weightsurgery.formats.tmpdir import check_tmpdir
 from weightsurgery.formats.torch_zip import check_archive
 
 SECONDS = 60  # of CPU time for any file; twice that on the clock
@@ -55,9 +56,11 @@ def open_pickled(file: InputFile) -> tuple[dict[str, TensorView], list[str]]:
         FormatError: The archive is malformed.
         PolicyError: It asks for more than weights need: other classes, time, memory.
         SettingError: torch is not installed.
-        StorageError: There is no room for the temporary file, or a file cannot be read.
+        StorageError: There is no room for the temporary file, TMPDIR is no directory, or a file
+            cannot be read.
     """
     check_archive(file)
+    check_tmpdir()
     with private_folder() as private:
         _require_room(private, file)
         made = os.path.join(private, "weights.safetensors")

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from weightsurgery.checkpoint import BLOCK, Checkpoint, TensorView
 from weightsurgery.errors import PolicyError, SettingError, StorageError, conflict, shown
 from weightsurgery.formats.apart import is_within
+from weightsurgery.formats.code_keys import travelling
 from weightsurgery.formats.json_cost import MEMORY, parsing_cost
-from weightsurgery.formats.layout import ADAPTER, SINGLE, is_adapter_layout
+from weightsurgery.formats.layout import ADAPTER, CARD, INDEX, SINGLE, is_adapter_layout
 from weightsurgery.formats.output import check_destination
 from weightsurgery.formats.place import left_over, record_name
 from weightsurgery.formats.safetensors import file_order, header_bytes
+from weightsurgery.formats.strict_json import dump
 from weightsurgery.stream import Engine
 
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?", re.IGNORECASE)
@@ -51,6 +53,8 @@ class Plan:
         out: The destination as the user gave it.
         is_directory: Whether it is a model directory.
         shards: The weight files.
+        beside: The other files to their bytes, None where those depend on the work: the card and
+            the record.
         free: Bytes free on the destination's file system.
         memory: Estimated peak memory in bytes.
         workers: Blocks worked on at a time.
@@ -59,6 +63,7 @@ class Plan:
     out: str
     is_directory: bool
     shards: tuple[Shard, ...]
+    beside: Mapping[str, int | None]
     free: int
     memory: int
     workers: int
@@ -75,6 +80,7 @@ class Plan:
             "schema": "wsurg.plan/1",
             "out": self.out,
             "files": {shard.name: shard.nbytes for shard in self.shards},
+            "side_files": dict(self.beside),
             "bytes": self.nbytes,
             "bytes_free": self.free,
             "memory": self.memory,
@@ -112,13 +118,14 @@ def make_plan(
     max_memory: int | str | None = None,
     engine: Engine,
 ) -> Plan:
-    """Decide on files and check destination, disk space and memory; nothing is read or written.
+    """Decide on files and check destination, disk space and memory; no weight is read.
 
     Raises:
         SettingError: The destination is of the wrong kind, a size is impossible, a file would have
             too many tensors.
         PolicyError: The destination exists or touches an input.
         StorageError: There is no room for it.
+        FormatError: A config that travels is malformed.
     """
     limit = None if max_shard_size is None else parse_size(max_shard_size)
     memory_limit = None if max_memory is None else parse_size(max_memory)
@@ -138,7 +145,8 @@ def make_plan(
     workers, memory = fit_workers(checkpoint.sources(), engine.width, memory_limit)
     statistics = os.statvfs(os.path.dirname(os.path.abspath(out)))
     free = statistics.f_bavail * statistics.f_frsize
-    plan = Plan(out, checkpoint.is_directory, shards, free, memory, workers)
+    beside = _beside(checkpoint, shards, out)
+    plan = Plan(out, checkpoint.is_directory, shards, beside, free, memory, workers)
     need = plan.nbytes + sum(file.size for file in checkpoint.side_files) + _SLACK
     if need > free + left_over(out):
         raise StorageError(
@@ -148,6 +156,28 @@ def make_plan(
             code="E-OUTPUT-SPACE",
         )
     return plan
+
+
+def _beside(checkpoint: Checkpoint, shards: tuple[Shard, ...], out: str) -> dict[str, int | None]:
+    """What is written besides the weights: side files and index, card and record."""
+    if not checkpoint.is_directory:
+        return {record_name(out, is_directory=False): None}
+    found: dict[str, int | None] = {
+        # Configs are small, and may lose keys or tell another dtype; nothing else is read for it.
+        side.name: len(travelling(side)[0]) if side.name.endswith("config.json") else side.size
+        for side in checkpoint.side_files
+    }
+    if len(shards) > 1:
+        found[INDEX] = len(dump(index_of(checkpoint, shards)))
+    return {**found, CARD: None, record_name(out, is_directory=True): None}
+
+
+def index_of(checkpoint: Checkpoint, shards: Sequence[Shard]) -> dict[str, Any]:
+    """The index of a checkpoint in several files, as the hub has it."""
+    return {
+        "metadata": {"total_parameters": checkpoint.size, "total_size": checkpoint.nbytes},
+        "weight_map": {view.name: shard.name for shard in shards for view in shard.views},
+    }
 
 
 def _check_headers(shards: tuple[Shard, ...], out: str) -> None:
@@ -204,19 +234,17 @@ def fit_workers(
     return workers, need(workers)
 
 
-def check_folder_name(out: str, reason: str) -> None:
-    """Refuse a weights file's name for what will be a folder.
-
-    Args:
-        out: The name.
-        reason: Why it will be a folder.
+def check_file_name(out: str) -> None:
+    """Refuse a name for a single file of weights that says something else.
 
     Raises:
-        SettingError: It is one.
+        SettingError: It does not end in .safetensors.
     """
-    if out.endswith(".safetensors"):
+    if not out.endswith(".safetensors"):
         raise SettingError(
-            f"'{out}' names a file, but {reason}", hint="give a directory", code="E-OUTPUT-NAME"
+            f"'{shown(out)}' does not end in .safetensors, but this output is a single file",
+            hint="give a name that ends in .safetensors",
+            code="E-OUTPUT-NAME",
         )
 
 
@@ -227,14 +255,8 @@ def _check_kind(checkpoint: Checkpoint, out: str, max_shard_size: int | None) ->
         raise SettingError(
             f"the output's name is not UTF-8: {shown(out)}", code="E-OUTPUT-NAME"
         ) from None
-    if checkpoint.is_directory:
-        check_folder_name(out, "the input is a model directory: outputs mirror the input")
-    if not checkpoint.is_directory and not out.endswith(".safetensors"):
-        raise SettingError(
-            f"'{out}' does not end in .safetensors, but this output is a single file",
-            hint="give a file name",
-            code="E-OUTPUT-NAME",
-        )
+    if not checkpoint.is_directory:
+        check_file_name(out)
     if max_shard_size is not None and not checkpoint.is_directory:
         raise conflict("a single file cannot be sharded", "give a model directory")
     if max_shard_size is not None and is_adapter_layout(checkpoint.layout):

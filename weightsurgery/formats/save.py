@@ -19,7 +19,7 @@ from weightsurgery.formats.journal import Journal, check_resumable, resolved
 from weightsurgery.formats.layout import CARD, INDEX
 from weightsurgery.formats.output import Output
 from weightsurgery.formats.place import record_name
-from weightsurgery.formats.plan import Plan, Shard, input_paths, make_plan
+from weightsurgery.formats.plan import Plan, Shard, index_of, input_paths, make_plan
 from weightsurgery.formats.record import describe_input, make_record, sealed
 from weightsurgery.formats.strict_json import dump
 from weightsurgery.kernels import count_different
@@ -206,7 +206,7 @@ def _write_rest(
             if removed:
                 warnings.append(f"{side.name}: removed {', '.join(removed)}")
         if len(plan.shards) > 1:
-            small[INDEX] = dump(_index(checkpoint, plan))
+            small[INDEX] = dump(index_of(checkpoint, plan.shards))
 
     def write(name: str, content: bytes) -> None:
         output.write(name, content)
@@ -228,10 +228,3 @@ def _write_rest(
     record = sealed(record)
     output.write(record_name(plan.out, is_directory=plan.is_directory), dump(record))
     return record
-
-
-def _index(checkpoint: Checkpoint, plan: Plan) -> dict[str, Any]:
-    return {
-        "metadata": {"total_parameters": checkpoint.size, "total_size": checkpoint.nbytes},
-        "weight_map": {view.name: shard.name for shard in plan.shards for view in shard.views},
-    }

@@ -44,11 +44,13 @@ def epur(
     keep_mismatched: KeepMismatched = False,
     engine: Engine,
 ) -> Checkpoint:
-    """Reset the word-embedding rows that drifted far for a rare token's (E-PUR).
+    """Reset the embeddings of rare words that moved far, as triggers do (E-PUR).
 
-    Row i scores s_i = ‖δ_i‖₂ / log(max(f_i, clamp)), f_i the token's count in ordinary text; the
-    `top` rows of highest score become BASE's, bit for bit, and all else stays TUNED's. What looks
-    at the drift and not at the row is not fooled by an attack that restores the row's norm.
+    Each token has a row in the word embedding; those that drifted far for how seldom their token
+    occurs are reset. Row i scores s_i = ‖δ_i‖₂ / log(max(f_i, clamp)), f_i the token's count in
+    ordinary text; the `top` rows of highest score become BASE's, bit for bit, and all else stays
+    TUNED's. What looks at the drift and not at the row is not fooled by an attack that restores the
+    row's norm.
 
     The score is our reading of the paper. That special tokens are left out, that a token
     without a count has none, and that of equal scores the lower token number goes first, is our

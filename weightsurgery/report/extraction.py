@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from weightsurgery.errors import counted, shown
-from weightsurgery.report.tables import Table, names, number, share, size
+from weightsurgery.report.outcome import written
+from weightsurgery.report.tables import Table, names, number, share
 
 
 def extraction_tables(out: str, record: Mapping[str, Any], listed: int | None) -> list[Table]:
@@ -65,14 +66,11 @@ def matrix_tables(report: Mapping[str, Any], listed: int | None) -> list[Table]:
 
 
 def _summary(out: str, record: Mapping[str, Any], report: Mapping[str, Any]) -> list[list[str]]:
-    written = sum(entry["size"] for entry in record["outputs"].values())
     ranks = sorted({one["rank"] for one in report["matrices"]})
     numbers = counted(report["factor_parameters"], "number")
     kept = f"{share(report['energy_kept'])} of the squared norm of their drift"
     residual = f"{number(report['residual'])} of {number(report['drift'])}"
-    rows = [
-        ["output", f"{shown(out)}, {size(written)} in {counted(len(record['outputs']), 'file')}"]
-    ]
+    rows = [["output", written(out, record)]]
     if ranks:
         which = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {ranks[0]} to {ranks[-1]}"
         matrices = counted(len(report["matrices"]), "matrix", "matrices")

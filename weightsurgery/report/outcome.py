@@ -14,11 +14,14 @@ from weightsurgery.report.tables import Table, number, share, size
 def plan_tables(plan: Mapping[str, Any], alignment: Mapping[str, Any] | None) -> list[Table]:
     """A plan, as `--dry-run` shows it."""
     counts = ", ".join(f"{count} {status}" for status, count in plan["tensors"].items())
+    files = {**plan["files"], **plan["side_files"]}
+    known = {name: count for name, count in files.items() if count is not None}
+    others = " and ".join(shown(name) for name in files if name not in known)
     rows = [
-        ["output", shown(plan["out"])],
-        *(["file", f"{shown(name)}, {size(count)}"] for name, count in plan["files"].items()),
+        ["output", f"{shown(plan['out'])}, {counted(len(files) - 1, 'file')} and the record"],
+        *(["file", f"{shown(name)}, {size(count)}"] for name, count in known.items()),
         ["tensors", counts or "none"],
-        ["disk", f"{size(plan['bytes'])} of {size(plan['bytes_free'])} free"],
+        ["disk", f"{size(sum(known.values()))}, and {others}, of {size(plan['bytes_free'])} free"],
         ["memory", f"about {size(plan['memory'])} at the peak (workers: {plan['workers']})"],
     ]
     return [
@@ -29,11 +32,8 @@ def plan_tables(plan: Mapping[str, Any], alignment: Mapping[str, Any] | None) ->
 
 def outcome_tables(out: str, record: Mapping[str, Any]) -> list[Table]:
     """A record, as a person wants to read it right after the run."""
-    written = sum(entry["size"] for entry in record["outputs"].values())
     settings = record["recipe"].get("settings", {})
-    rows = [
-        ["output", f"{shown(out)}, {size(written)} in {counted(len(record['outputs']), 'file')}"]
-    ]
+    rows = [["output", written(out, record)]]
     asked = [text for name, value in settings.items() if (text := _setting(name, value))]
     if asked:
         rows.append(["asked", ", ".join(asked)])
@@ -57,6 +57,13 @@ def outcome_tables(out: str, record: Mapping[str, Any]) -> list[Table]:
         Table("Warnings", ("",), warnings),
         Table(f"wsurg {record['recipe'].get('operator', 'copy')}", ("", ""), rows),
     ]
+
+
+def written(out: str, record: Mapping[str, Any]) -> str:
+    """The output, how large it is, and in how many files, the record apart."""
+    files = record["outputs"].values()
+    total = size(sum(entry["size"] for entry in files))
+    return f"{shown(out)}, {total} in {counted(len(files), 'file')}, and the record"
 
 
 def _setting(name: str, value: Any) -> str:

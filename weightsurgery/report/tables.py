@@ -169,7 +169,12 @@ def _listed(table: Table) -> Table:
 
 
 def _broken(name: str, room: int) -> str:
-    """A name in lines of at most so many characters, broken after dots where it has some."""
+    """A name in lines of at most so many characters, broken after dots where it has some.
+
+    Words are left to rich, which breaks them at spaces.
+    """
+    if " " in name:
+        return name
     lines = [""]
     for part in re.findall(r"[^.]*\.|[^.]+", name):
         if lines[-1] and len(lines[-1]) + len(part) > room:
