@@ -50,7 +50,7 @@ class InputFile:
             raise FormatError(
                 "expected a regular file, found something else", file=path, code="E-FILE-KIND"
             )
-        self._identity = _identity(found)
+        self._identity = identity_of(found)
         self.size = found.st_size
         self._hash: RunningHash | None = None
 
@@ -127,13 +127,13 @@ class InputFile:
         return bytes(data)
 
     def check_unchanged(self) -> None:
-        """Compare device, inode, size and modification time with those at opening.
+        """Compare device, inode, size and times of modification and change with those at opening.
 
         Raises:
             ChangedError: The file was written to, truncated or replaced.
         """
         try:
-            now = {_identity(os.fstat(self._fd)), _identity(os.stat(self.path))}
+            now = {identity_of(os.fstat(self._fd)), identity_of(os.stat(self.path))}
         except OSError as error:
             raise ChangedError(
                 f"gone while it was read: {error.strerror}", file=self.path
@@ -209,8 +209,13 @@ def _reopen(path: str, identity: tuple[int, ...]) -> InputFile:
     return file
 
 
-def _identity(found: os.stat_result) -> tuple[int, ...]:
-    return (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns)
+def identity_of(found: os.stat_result) -> tuple[int, ...]:
+    """What tells a file from others and from itself at another time.
+
+    The time of the last change is among it: no program can set it back, as it can the time of
+    modification. Another name, owner or mode of the file changes it too.
+    """
+    return (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
 
 
 def open_member(directory: str, name: str) -> InputFile:

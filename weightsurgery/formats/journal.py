@@ -20,7 +20,7 @@ import numpy as np
 from weightsurgery.checkpoint import Checkpoint
 from weightsurgery.errors import ChangedError, SettingError, SurgeryError, conflict
 from weightsurgery.formats import disk
-from weightsurgery.formats.files import InputFile
+from weightsurgery.formats.files import InputFile, identity_of
 from weightsurgery.formats.output import Output, OutputFile
 from weightsurgery.formats.place import told
 from weightsurgery.formats.plan import Plan, Shard
@@ -190,10 +190,9 @@ def _digest(checkpoint: Checkpoint, plan: Plan) -> str:
 
 def _identity(path: str) -> list[int]:
     try:
-        found = os.stat(path)
+        return [*identity_of(os.stat(path))]
     except OSError as error:
         raise ChangedError(f"gone while it was read: {error.strerror}", file=path) from error
-    return [found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns]
 
 
 def _read(path: str) -> list[bytes]:
