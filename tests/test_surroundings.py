@@ -186,6 +186,13 @@ def run_in(surroundings: Surroundings, root: Path, place: str) -> tuple[Digests,
         command = spelled(words, paths, surroundings.shards, place, name)
         workers = ["--workers", str(surroundings.workers)]
         commands.append([*command, "--json", *(workers if words[0] not in WITHOUT_WORKERS else [])])
+    return run_commands(surroundings, commands, root, place)
+
+
+def run_commands(
+    surroundings: Surroundings, commands: list[list[str]], root: Path, place: str
+) -> tuple[Digests, str, list[Any]]:
+    """Run them in one process, in its surroundings."""
     finished = subprocess.run(
         [sys.executable, "-c", SCRIPT, json.dumps(commands, ensure_ascii=False)],
         cwd=root / surroundings.directory,
@@ -196,6 +203,7 @@ def run_in(surroundings: Surroundings, root: Path, place: str) -> tuple[Digests,
     )
     assert finished.returncode == 0, finished.stderr.decode()
     # Reports name inputs and outputs as the user did.
+    paths = surroundings.paths.format(root=root)
     printed = finished.stdout.decode().replace(f"{paths}{place}/", "")
     printed = printed.replace(f"{paths}{surroundings.shards}/", "").replace(paths, "")
     return compared(root / place), printed, json.loads(finished.stderr.splitlines()[-1])

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +15,9 @@ from tests.test_surroundings import (
     OF_TORCH,
     OTHERS,
     PLAIN,
-    SCRIPT,
     Surroundings,
     all_printed,
-    compared,
+    run_commands,
     without_files,
 )
 from weightsurgery import open_checkpoint, save
@@ -60,18 +56,8 @@ def run_in(surroundings: Surroundings, root: Path, place: str) -> tuple[Digests,
         return [word.format(**whole) for word in (*words, "--json")]
 
     commands = [spelled(name, words) for name, words in SUITE.items()]
-    finished = subprocess.run(
-        [sys.executable, "-c", SCRIPT, json.dumps(commands)],
-        cwd=root / surroundings.directory,
-        env={**os.environ, **surroundings.variables, "HF_HUB_OFFLINE": "1"},
-        umask=surroundings.umask,
-        capture_output=True,
-        check=False,
-    )
-    assert finished.returncode == 0, finished.stderr.decode()
-    printed = finished.stdout.decode().replace(f"{paths}{place}/", "")
-    printed = printed.replace(f"{paths}{surroundings.shards}/", "").replace(paths, "")
-    return compared(root / place), printed
+    digests, printed, _ = run_commands(surroundings, commands, root, place)
+    return digests, printed
 
 
 @pytest.fixture(scope="module")
