@@ -218,11 +218,24 @@ def sealed_record(folder: Path, data: bytes) -> bool:
         (out / RECORD).write_bytes(data)
     base, tuned = (open_checkpoint(folder / name) for name in ("base", "tuned"))
     report = _opened(partial(verify, out, base=base, tuned=tuned), MALFORMED)
+    first = json.loads((folder / "first.json").read_bytes())
+    if report is not None and report["proved"] and all(g["same"] for g in _inputs(report)):
+        assert all(dump(told[key]) == dump(first[key]) for key in _PROVED)
     again = folder / "again"
     shutil.rmtree(again, ignore_errors=True)
     replayed = _opened(partial(replay, out, again), MALFORMED)
     assert again.exists() == (replayed is not None)
+    assert replayed is None or replayed["identical"] == (sealed(told) == first)
     return report is not None
+
+
+# What a proof with the very inputs leaves no choice of; files and warnings may be told otherwise.
+_PROVED = ("changed_dimensions", "eligible_dimensions", "changed_by", "alignment", "report")
+
+
+def _inputs(report: dict[str, Any]) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = report["selection"]["inputs"]
+    return found
 
 
 def _output(folder: Path) -> Path:
@@ -234,6 +247,7 @@ def _output(folder: Path) -> Path:
             cases.write_directory(folder / name, arrays, config={"model_type": "bert"})
             opened.append(open_checkpoint(folder / name))
         save(mix(*opened), str(out))
+        shutil.copy(out / RECORD, folder / "first.json")
     return out
 
 

@@ -154,15 +154,22 @@ def _differences(
 
 
 def _told_otherwise(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """The keys under which the two records tell other things, but of the files' bytes."""
+    """The keys under which the two records tell other things, but for names of output files.
+
+    Files whose bytes differ are told of for themselves.
+    """
+    same_bytes = not _differences(then["outputs"], now["outputs"])
     before, after = (
-        {**record, "tensors": {n: {**e, "file": ""} for n, e in record["tensors"].items()}}
+        {
+            **{key: value for key, value in record.items() if key != SEAL},
+            "tensors": {n: {**e, "file": ""} for n, e in record["tensors"].items()},
+            "outputs": [record["outputs"][n] for n in sorted(record["outputs"])] * same_bytes,
+        }
         for record in (then, now)
     )
-    keys = sorted({*before, *after} - {"outputs", SEAL})
     return [
         shown(key)
-        for key in keys
+        for key in sorted({*before, *after})
         if (key in before) != (key in after) or dump(before.get(key)) != dump(after.get(key))
     ]
 
