@@ -136,7 +136,7 @@ def verify_adapter(setting: Setting) -> list[Row]:
     merged, made = work / "out-peft_merge", Result()
     shutil.rmtree(merged, ignore_errors=True)
     run(merge, made)
-    turns = [commands.wsurg_verify(models[0], adapter, merged)]
+    turns = [commands.wsurg_verify_adapter(models[0], adapter, merged)]
     if "deltalint" in setting.rivals:
         program = setting.rivals["deltalint"]
         turns.append(commands.deltalint(program, models[0], adapter, merged))
@@ -148,6 +148,32 @@ def verify_adapter(setting: Setting) -> list[Row]:
     return [
         faster("verify-adapter", ours, "deltalint check", lint, 6),
         peak_memory("verify-adapter", ours),
+    ]
+
+
+def verify(setting: Setting) -> list[Row]:
+    """`wsurg verify` against `sha256sum`, and its proof against the `mix` that it proves."""
+    work = setting.work
+    models = commands.pair(work, "tinyllama", layers=setting.layers)
+    made, out = Result(), work / "out-verified"
+    shutil.rmtree(out, ignore_errors=True)
+    run(commands.wsurg_mix(models, work, output=out), made)
+    both = ("--base", str(models[0]), "--tuned", str(models[1]))
+    turns = [
+        commands.sha256sum(out),
+        commands.wsurg_verify(out, label="verify"),
+        commands.wsurg_mix(models, work),
+        commands.wsurg_verify(out, *both, label="verify, with the proof"),
+    ]
+    results = take_turns(turns, setting.repeats, warm=commands.rival("pread_pass", models))
+    shutil.rmtree(out, ignore_errors=True)
+    plain, proof = (
+        made if made.error else results[name] for name in ("verify", "verify, with the proof")
+    )
+    return [
+        within("verify", plain, "sha256sum", results["sha256sum"], 3),
+        within("verify, with the proof", proof, "mix", results["mix"], 1.5),
+        peak_memory("verify, with the proof", proof),
     ]
 
 
@@ -248,6 +274,7 @@ BENCHES: dict[str, Callable[[Setting], list[Row]]] = {
     "purify": purify,
     "apply-adapter": apply_adapter,
     "verify-adapter": verify_adapter,
+    "verify": verify,
     "memory": memory,
     "safety": safety,
 }

@@ -47,9 +47,10 @@ def wsurg_mix(
     *flags: str,
     label: str = "mix",
     wsurg: tuple[str, ...] = WSURG,
+    output: Path | None = None,
 ) -> Command:
     """Return `wsurg mix` of the two models."""
-    output = work / "out-wsurg"
+    output = output or work / "out-wsurg"
     settings = ("--ratio", "0.3", "-o", str(output), *flags)
     return Command(label, (*wsurg, "mix", *map(str, models), *settings), output)
 
@@ -82,7 +83,17 @@ def wsurg_apply(base: Path, adapter: Path, output: Path, *flags: str, label: str
     return Command(label, arguments, output)
 
 
-def wsurg_verify(base: Path, adapter: Path, merged: Path) -> Command:
+def wsurg_verify(out: Path, *flags: str, label: str) -> Command:
+    """Return `wsurg verify` of an output."""
+    return Command(label, (*WSURG, "verify", str(out), *flags, "--json"))
+
+
+def sha256sum(folder: Path) -> Command:
+    """Return `sha256sum` of all files of a folder."""
+    return Command("sha256sum", ("sh", "-c", 'sha256sum "$1"/*', "sh", str(folder)))
+
+
+def wsurg_verify_adapter(base: Path, adapter: Path, merged: Path) -> Command:
     """Return `wsurg verify-adapter` of a merge."""
     given = map(str, (base, adapter, merged))
     return Command("verify-adapter", (*WSURG, "verify-adapter", *given, "--json"))
