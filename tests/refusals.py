@@ -421,6 +421,7 @@ def gate(place: Place) -> list[Any]:
 
 VERIFY = ("verify", "out.safetensors")
 BOTH = ("--base", "base.safetensors", "--tuned", "tuned.safetensors")
+SWAPPED = ("--base", "tuned.safetensors", "--tuned", "base.safetensors")
 REPLAY = ("replay", "out.safetensors.wsurg-record.json", "-o", "again.safetensors")
 F4 = np.ones((2, 3), "f4")
 NAN = np.full((2, 3), np.nan, "f4")
@@ -488,6 +489,7 @@ REFUSALS: dict[str, Case] = {
     "E-RECORD-MISSING": lambda place: ["verify", place.merge()[1]],
     "E-VERIFY": made(lambda r: r["outputs"]["out.safetensors"].update(sha256="0" * 64), *VERIFY),
     "E-VERIFY-KIND": made(None, *VERIFY, *BOTH, command="interpolate"),
+    "E-VERIFY-INPUTS": made(None, *VERIFY, *SWAPPED),
     "E-VERIFY-MASK": not_its_mask,
     "E-REPLAY": other_bytes,
     "E-REPLAY-STEP": made(lambda r: r["recipe"].update(operator="finetune"), *REPLAY),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -609,6 +610,11 @@ def test_no_room_is_told_beforehand(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         open_checkpoint(path, allow_pickle=True)
 
 
+def refused(**_: object) -> None:
+    """Where nothing can be made: no permission, no room, no inode."""
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
 @pytest.mark.parametrize("name", ["TMPDIR", "TEMP"])
 @pytest.mark.parametrize("kind", ["nothing", "a file", "closed"])
 def test_a_temporary_directory_that_cannot_be_used_is_told(
@@ -620,11 +626,11 @@ def test_a_temporary_directory_that_cannot_be_used_is_told(
         given.write_bytes(b"")
     if kind == "closed":
         given.mkdir()
-        monkeypatch.setattr(os, "access", lambda path, _: path != str(given))
+        monkeypatch.setattr(tempfile, "TemporaryFile", refused)
     monkeypatch.delenv("TMPDIR")
     monkeypatch.setenv(name, str(given))
-    reason = "is not writable" if kind == "closed" else "is no directory"
-    with pytest.raises(StorageError, match=f"/given: {name} names it .* it {reason}; set {name}"):
+    reason = "nothing can be written there" if kind == "closed" else "it is no directory"
+    with pytest.raises(StorageError, match=f"/given: {name} names it .* {reason}; set {name}"):
         open_checkpoint(path, allow_pickle=True)
 
 

@@ -348,6 +348,18 @@ def test_other_bytes_are_told(pair: Pair) -> None:
         check_replay(report)
 
 
+def test_a_file_may_be_called_otherwise_now(pair: Pair) -> None:
+    """Its bytes are the same; and what else lies in an input's folder is no matter."""
+    fisher(pair)
+    taken = open_checkpoint(pair.root / "fisher.safetensors")
+    pair.save(purify(pair.base, pair.tuned, fisher=taken, embeddings="reset"))
+    (pair.root / "fisher.safetensors").rename(pair.root / "curvature.safetensors")
+    (pair.root / "tuned" / "later.txt").write_text("x")
+    moved = {"fisher": pair.root / "curvature.safetensors"}
+    report = replay(pair.out, pair.root / "again", inputs=moved)
+    assert (report["identical"], report["told_otherwise"]) == (True, [])
+
+
 TOLD_OTHERWISE: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "warning gone": (lambda r: r["warnings"].append("x"), "warnings"),
     "number": (lambda r: r.update(changed_dimensions=1), "changed_dimensions"),

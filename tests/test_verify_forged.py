@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import resource
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,11 +12,15 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests import cases
+from tests import cases, hostile
 from tests.test_verify import QUERY, RECORD, Pair, counts, forge
 from weightsurgery import (
+    Checkpoint,
     FormatError,
     GateError,
+    MismatchError,
+    SettingError,
+    StorageError,
     changed_mask,
     epur,
     mix,
@@ -24,6 +29,9 @@ from weightsurgery import (
     save,
     verify,
 )
+from weightsurgery.formats.layout import INDEX
+from weightsurgery.formats.record import sealed
+from weightsurgery.formats.strict_json import dump
 from weightsurgery.proof.verification import check_verification
 
 Record = dict[str, Any]
@@ -131,6 +139,11 @@ def put(pair: Pair, name: str, data: bytes | None) -> None:
 
 
 SIDES: dict[str, tuple[str, bytes | None, str, bool]] = {
+    "card": ("README.md", b"# by another", "not TUNED's", False),
+    "card gone": ("README.md", None, "missing", True),
+    "another index": ("x.safetensors.index.json", b"{}", "extra", True),
+    "more weights": ("x.safetensors", b"\x02\0\0\0\0\0\0\0{}", "extra", True),
+    "an index too many": ("model.safetensors.index.json", b"{}", "not TUNED's", False),
     "tokenizer": ("vocab.txt", b"evil\n", "not TUNED's", False),
     "template": ("chat_template.jinja", b"{{ evil }}", "not TUNED's", False),
     "config": ("config.json", b'{"model_type": "bert"}', "not TUNED's", False),
@@ -151,12 +164,80 @@ def test_side_files_are_tuneds(pair: Pair, name: str) -> None:
     assert ((file, None, problem) in pair.problems()) == always
 
 
-def test_a_tuned_without_side_files_says_nothing_of_them(pair: Pair) -> None:
+def test_without_a_card_a_folder_is_none_of_ours(pair: Pair) -> None:
+    """Nor is it looked at less closely then."""
+    pair.save()
+    put(pair, "README.md", None)
+    put(pair, "vocab.txt", b"evil\n")
+    put(pair, "modeling.py", b"import os")
+    assert pair.prove() == [
+        ("README.md", None, "missing"),
+        ("modeling.py", None, "extra"),
+        ("vocab.txt", None, "not TUNED's"),
+    ]
+
+
+def test_the_index_and_the_headers_are_those_of_the_steps(pair: Pair) -> None:
+    pair.save(max_shard_size=500)
+    assert pair.prove() == []
+    index = json.loads((pair.out / INDEX).read_text())
+    put(pair, INDEX, dump({**index, "metadata": {"total_size": 1}}))
+    assert (INDEX, None, "not TUNED's") in pair.prove()
+    pair.save(max_shard_size=500, overwrite=True)
+    shard = sorted(pair.out.glob("*.safetensors"))[0]
+    data = shard.read_bytes()
+    put(pair, shard.name, data.replace(b'"format":"pt"', b'"format":"mx"'))
+    assert (pair.out / shard.name).read_bytes() != data
+    found = pair.prove()
+    assert (shard.name, None, "not TUNED's") in found
+
+
+def test_a_folder_of_what_was_one_file(tmp_path: Path) -> None:
+    """What is made from single files is one; a folder around it was made by somebody."""
+    base, tuned = (
+        open_checkpoint(cases.write_file(tmp_path / f"{name}.safetensors", arrays))
+        for name, arrays in zip(("base", "tuned"), cases.pair("bert"), strict=True)
+    )
+    out = tmp_path / "out.safetensors"
+    save(mix(base, tuned), out)
+    folder = tmp_path / "out"
+    folder.mkdir()
+    out.rename(folder / "model.safetensors")
+    record = json.loads(Path(f"{out}.{RECORD}").read_text())
+    record["outputs"] = {"model.safetensors": record["outputs"]["out.safetensors"]}
+    for entry in record["tensors"].values():
+        entry["file"] = "model.safetensors"
+    for name in ("config.json", "README.md"):
+        (folder / name).write_text("{}")
+        digest = hashlib.sha256(b"{}").hexdigest()
+        record["outputs"][name] = {"size": 2, "sha256": digest}
+    (folder / RECORD).write_bytes(dump(sealed(record)))
+    assert verify(folder)["proved"]
+    report = verify(folder, base=base, tuned=tuned)
+    assert [p["problem"] for p in report["problems"]] == ["not TUNED's"]
+
+
+def test_one_model_in_both_places_is_no_proof(pair: Pair) -> None:
+    """A copy of TUNED, and a record in which BASE is TUNED: nothing is reset, and nothing wrong."""
+    pair.save(mix(pair.tuned, pair.tuned, ratio=0.9))
+    entry = json.loads((pair.out / RECORD).read_text())["inputs"][0]
+    with pytest.raises(SettingError, match="from one model, which was base and tuned"):
+        pair.prove()
+    save(mix(pair.base, pair.tuned), pair.root / "true")
+    files = json.loads((pair.root / "true" / RECORD).read_text())["inputs"][0]["files"]
+    pair.rewrite(lambda r: r["inputs"].append({**entry, "files": [*entry["files"], *files]}))
+    pair.rewrite(lambda r: r["recipe"]["inputs"].update(base={"input": 1}))
+    report = verify(pair.out, base=pair.base, tuned=pair.tuned)
+    assert [given["same"] for given in report["selection"]["inputs"]] == [False, True]
+    assert not report["proved"]
+
+
+def test_a_tuned_of_one_file_has_no_side_files(pair: Pair) -> None:
+    """Of a folder it proves the weights alone; and what is made from one file is one file."""
     arrays = cases.read(pair.tuned)
     alone = open_checkpoint(cases.write_file(pair.root / "alone.safetensors", arrays))
     pair.save()
-    put(pair, "vocab.txt", b"evil\n")
-    assert pair.problems(base=pair.base, tuned=alone) == []
+    assert pair.problems(base=pair.base, tuned=alone) == [("README.md", None, "not TUNED's")]
 
 
 STATEMENTS: dict[str, Callable[[Record], Any]] = {
@@ -167,6 +248,12 @@ STATEMENTS: dict[str, Callable[[Record], Any]] = {
     "eligible_dimensions": lambda r: r.update(eligible_dimensions=2.5),
     "dropped": lambda r: r["dropped"].append("x"),
     "report": lambda r: r["report"].update(x=1),
+    "recipe": settings(include="*"),
+    "tool": lambda r: r["tool"].update(name="another"),
+    "note": lambda r: r.update(note="audited"),
+    "outputs": lambda r: r["outputs"]["config.json"].update(note="audited"),
+    "tensors": lambda r: r["tensors"]["position_ids"].update(status="added"),
+    "inputs": lambda r: r["inputs"].append({"name": "org/model", "files": []}),
 }
 
 
@@ -176,8 +263,10 @@ def test_what_the_record_tells_of_the_whole_is_checked(pair: Pair, key: str) -> 
     pair.rewrite(STATEMENTS[key])
     assert pair.problems() == []
     report = verify(pair.out, base=pair.base, tuned=pair.tuned)
-    assert [(p["file"], p["problem"]) for p in report["problems"]] == [(RECORD, "tells otherwise")]
-    assert f"'{key}'" in report["problems"][0]["detail"]
+    *card, last = report["problems"]
+    assert (last["file"], last["problem"]) == (RECORD, "tells otherwise")
+    assert f"'{key}'" in last["detail"]
+    assert [p["file"] for p in card] == (["README.md"] if key == "recipe" else [])
 
 
 def test_a_sum_is_checked_without_the_steps_too(pair: Pair) -> None:
@@ -234,14 +323,52 @@ def test_another_version_is_not_done_again(pair: Pair) -> None:
     assert "weightsurgery 0.0.1 made it" in report["selection"]["not_by_recipe"]
 
 
-def test_models_the_other_way_round_are_told(pair: Pair) -> None:
-    pair.save(mix(pair.base, pair.tuned, ratio=0.1))
-    report = verify(pair.out, base=pair.tuned, tuned=pair.base)
-    with pytest.raises(GateError) as raised:
-        check_verification(report)
-    assert raised.value.hint == "BASE and TUNED are given the other way round"
+def with_head(pair: Pair) -> Checkpoint:
+    """TUNED with a head that BASE lacks."""
+    arrays = {**cases.read(pair.tuned), "classifier.weight": np.ones((2, 6), "f4")}
+    cases.write_directory(pair.root / "head", arrays, config=cases.CONFIGS["bert"])
+    pair.tuned = open_checkpoint(pair.root / "head")
+    return pair.tuned
+
+
+WRONG: dict[str, tuple[Callable[[Pair], Checkpoint], str]] = {
+    "mix": (lambda p: mix(p.base, p.tuned, ratio=0.1), "the other way round"),
+    "a head": (lambda p: mix(p.base, with_head(p), exclude="classifier*"), "the other way round"),
+    "drift": (lambda p: purify(p.base, p.tuned, score="drift"), "the other way round"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_models_the_other_way_round_are_told(pair: Pair, name: str) -> None:
+    """Whether the steps can be done with them or not: nothing is wrong with the output."""
+    made, reason = WRONG[name]
+    pair.save(made(pair))
+    with pytest.raises(MismatchError, match=reason) as raised:
+        verify(pair.out, base=pair.tuned, tuned=pair.base)
+    assert raised.value.code == "E-VERIFY-INPUTS"
     right = verify(pair.out, base=pair.base, tuned=pair.tuned)
     assert [given["swapped"] for given in right["selection"]["inputs"]] == [False, False]
+
+
+def test_another_model_that_does_not_do_is_told(pair: Pair) -> None:
+    """NaN in it, another shape: the record is not to blame."""
+    pair.save(purify(pair.base, pair.tuned, score="drift"))
+    arrays = cases.read(pair.tuned)
+    arrays[QUERY].reshape(-1)[0] = np.nan
+    config = cases.CONFIGS["bert"]
+    cases.write_directory(pair.root / "other", arrays, config=config)
+    other = open_checkpoint(pair.root / "other")
+    with pytest.raises(MismatchError, match=r"not the recorded TUNED, 'tuned': .*NaN") as raised:
+        verify(pair.out, base=pair.base, tuned=other)
+    assert raised.value.code == "E-VERIFY-INPUTS"
+
+
+def test_another_model_that_does_is_named(pair: Pair) -> None:
+    pair.save(mix(pair.base, pair.tuned, ratio=0.1))
+    report = verify(pair.out, base=pair.base, tuned=pair.base)
+    with pytest.raises(GateError) as raised:
+        check_verification(report)
+    assert raised.value.hint == "TUNED may be the wrong one: not the recorded file"
 
 
 def test_many_problems_are_not_all_shown(pair: Pair, capsys: pytest.CaptureFixture[str]) -> None:
@@ -291,3 +418,73 @@ def test_forged_weights_need_no_mask(pair: Pair) -> None:
     forge(pair, change)
     assert pair.problems() == []
     assert [p[1:] for p in pair.prove()] == [(QUERY, "not what its steps give")]
+
+
+LARGE: dict[str, tuple[Callable[[Record], Any], str]] = {
+    "globs": (settings(exclude=["x*"] * 300_000), "are more than 10,000"),
+    "rules": (settings(ratio_for=[["x*", 0.5]] * 100_000), "are more than 10,000"),
+    "a text": (settings(exclude=["x" * 3_000_000]), "one of them is too large"),
+    "steps": (lambda r: r.update(recipe=nested(r["recipe"], 1001)), "more than 1,000 steps"),
+}
+
+
+def nested(recipe: Record, depth: int) -> Record:
+    """A recipe so often around its BASE, which the limit of nesting does not see."""
+    inputs = {f"x{number}": recipe for number in range(depth)}
+    return {"operator": "mix", "settings": {}, "inputs": inputs}
+
+
+@pytest.mark.parametrize("name", LARGE)
+def test_what_would_take_long_is_refused(pair: Pair, name: str) -> None:
+    pair.save()
+    change, reason = LARGE[name]
+    pair.rewrite(change)
+    with hostile.deadline(5), pytest.raises(FormatError, match=reason):
+        pair.prove()
+
+
+def test_a_chain_of_steps_is_not_done_again_for_ever(pair: Pair) -> None:
+    made = pair.tuned
+    for seed in range(17):
+        made = mix(pair.base, made, ratio=0.01, seed=seed)
+    pair.save(made)
+    report = verify(pair.out, base=pair.base, tuned=pair.tuned)
+    assert (report["proved"], report["selection"]["known_by"]) == (True, [])
+    assert report["selection"]["not_by_recipe"] == "it has more than 16 steps"
+
+
+def test_more_files_than_may_be_open(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    pair.save()
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (203, 203))
+    with pytest.raises(StorageError, match="it has 6 files; this process may hold 203 open"):
+        verify(pair.out)
+
+
+def test_a_folder_that_is_called_as_a_record(pair: Pair) -> None:
+    pair.save()
+    other = pair.root / f"out.{RECORD}"
+    other.mkdir()
+    with pytest.raises(StorageError, match="no record"):
+        verify(other)
+
+
+def test_without_hashes_there_is_one_problem(
+    pair: Pair, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pair.save(hashes=False)
+    report = verify(pair.out, base=pair.base, tuned=pair.tuned)
+    assert [(p["file"], p["problem"]) for p in report["problems"]] == [(RECORD, "not hashed")]
+    assert [given["same"] for given in report["selection"]["inputs"]] == [None, None]
+    both = ("--base", pair.root / "base", "--tuned", pair.root / "tuned")
+    assert cases.wsurg("verify", pair.out, *both) == 10
+    assert "base: recorded without a hash" in capsys.readouterr().out
+
+
+def test_what_is_not_proved_is_said_though_nothing_is_wrong(
+    pair: Pair, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pair.save(epur(pair.base, pair.tuned, counts=counts(), top=3))
+    both = ("--base", pair.root / "base", "--tuned", pair.root / "tuned")
+    assert cases.wsurg("verify", pair.out, *both) == 0
+    expected = "which dimensions were to be reset is not proved: its steps took token counts too"
+    assert expected in capsys.readouterr().err

@@ -249,7 +249,8 @@ class Checkpoint(Mapping[str, TensorView]):
             },
             layout={names.get(n, n): shard for n, shard in self.layout.items()},
         )
-        return renamed.made_by(Step("rename", {"names": dict(names)}, {"checkpoint": self}))
+        told = {name: new for name, new in names.items() if name in self}
+        return renamed.made_by(Step("rename", {"names": told}, {"checkpoint": self}))
 
 
 def require_checkpoints(*given: object) -> None:

@@ -239,7 +239,7 @@ _ADAPTER: Rows = {
     "E-ADAPTER-TENSOR": (FormatError, "a tensor that stands for nothing, or twice", _MERGE),
     "E-ADAPTER-DTYPE": (PolicyError, "a tensor that is not floating", _MERGE),
     "E-ADAPTER-EMPTY": (FormatError, "an adapter without tensors", _AGAIN),
-    "E-ADAPTER-TARGET": (MismatchError, "BASE lacks what it adapts", _OWN_BASE),
+    "E-ADAPTER-TARGET": (MismatchError, "BASE has nothing that it adapts, or not all", _OWN_BASE),
     "E-ADAPTER-SHAPE": (MismatchError, "BASE has what it adapts in another shape", _OWN_BASE),
     "E-ADAPTER-UNCLEAR": (PolicyError, "which tensor it adapts, nobody can tell", _MERGE),
     "E-ADAPTER-BASE": (
@@ -288,7 +288,7 @@ _ADAPTER: Rows = {
 _OUTPUT: Rows = {
     "E-OUTPUT-EXISTS": (PolicyError, "the output exists", "`--overwrite` replaces it"),
     "E-OUTPUT-FOREIGN": (PolicyError, "what is there is no model, and stays", _ELSEWHERE),
-    "E-OUTPUT-OVERLAP": (PolicyError, "the output is an input, holds one or is in one", _ELSEWHERE),
+    "E-OUTPUT-OVERLAP": (PolicyError, "it is an input or another output, or in one", _ELSEWHERE),
     "E-OUTPUT-FOLDER": (StorageError, "the folder to write to is missing or closed", _ELSEWHERE),
     "E-OUTPUT-OWNER": (PolicyError, "another user's folder is where it would be built", _ELSEWHERE),
     "E-OUTPUT-SPACE": (StorageError, "the disk has no room for the output", "make room"),
@@ -300,14 +300,23 @@ _PROOF: Rows = {
     "E-VERIFY-KIND": (
         SettingError,
         "BASE and TUNED cannot prove this output: it was not selected from the two alone",
-        "verify it without them, or replay its record",
+        "verify it without them, and prove each step by its own means",
+    ),
+    "E-VERIFY-INPUTS": (
+        MismatchError,
+        "BASE and TUNED are the other way round, or are others and do not do",
+        "give those that the output was made from",
     ),
     "E-VERIFY-MASK": (MismatchError, "the mask is none, or of another output", "give its own"),
-    "E-REPLAY": (GateError, "other bytes came out than recorded", "compare the library versions"),
+    "E-REPLAY": (
+        GateError,
+        "other bytes came out than recorded, or the record tells otherwise",
+        "`wsurg verify` tells whether the output is as recorded",
+    ),
     "E-REPLAY-STEP": (
         PolicyError,
         "a step that cannot be done again, such as a training",
-        "verify its output instead",
+        "run that command itself again, and compare the SHA-256 in the two records",
     ),
     "E-REPLAY-VERSION": (PolicyError, "another version made the record", "install that version"),
     "E-REPLAY-NO-HASH": (

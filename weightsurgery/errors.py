@@ -57,7 +57,8 @@ def first_few(texts: list[str], between: str = ", ") -> str:
         >>> first_few(["a", "b", "c", "d", "e"])
         'a, b, c and 2 more'
     """
-    more = f" and {len(texts) - 3:,} more" if len(texts) > 3 else ""
+    before = between if between != ", " else " "
+    more = f"{before}and {len(texts) - 3:,} more" if len(texts) > 3 else ""
     return f"{between.join(texts[:3])}{more}"
 
 

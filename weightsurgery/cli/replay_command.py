@@ -20,6 +20,9 @@ def _replay(
         if not (name and equals and path):
             reason = f"--input is '{text}'; expected NAME=PATH"
             raise click.UsageError(reason, click.get_current_context())
+        if name in found:
+            reason = f"--input {name} is given twice"
+            raise click.UsageError(reason, click.get_current_context())
         found[name] = path
     with options.running(workers, max_memory=settings["max_memory"]) as engine:
         report = replay(record, out, inputs=found, engine=engine, **settings)

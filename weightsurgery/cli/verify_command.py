@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import click
 
 from weightsurgery.cli import options
@@ -34,12 +37,19 @@ def _verify(
         pair["mask"] = open_checkpoint(mask)
     with options.running(workers, inputs=list(pair.values())) as engine:
         report = verify(out, **pair, engine=engine)
+    selection = report["selection"]
+    if selection is not None and report["proved"] and not selection["known_by"]:
+        options.warn([f"which dimensions were to be reset is not proved: {_why(selection)}"])
     options.present(
         report,
         lambda: verification_tables(report, limit=0 if show_all else LISTED, more=_MORE),
         as_json=as_json,
     )
     check_verification(report)
+
+
+def _why(selection: Mapping[str, Any]) -> str:
+    return f"{selection['not_by_recipe']}; --mask proves it, or `wsurg replay`"
 
 
 command = options.Command(

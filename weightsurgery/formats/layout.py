@@ -19,7 +19,7 @@ SIDE_FILES = (
     *TEXTS,
 )
 WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
-WRITTEN = (*WEIGHTS, *SIDE_FILES, ADAPTER_CONFIG, CARD)  # what an output's folder can hold
+BESIDE = (INDEX, *SIDE_FILES, ADAPTER_CONFIG, CARD)  # what an output's folder has beside weights
 PICKLED, PICKLED_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
 PICKLES = (PICKLED, PICKLED_INDEX, "pytorch_model-*.bin")
 PICKLE_ENDINGS = (".bin", ".pt", ".pth", ".ckpt", ".pkl")

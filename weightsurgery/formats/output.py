@@ -173,7 +173,8 @@ class Output:
                 clean(self.temporary, keep)
                 if keep:
                     _LOG.warning(
-                        "%s; --resume goes on with them", counted(len(self.kept), "finished file")
+                        "%s left here; --resume goes on from there",
+                        counted(len(self.kept), "finished file"),
                     )
             while self._locks:
                 with contextlib.suppress(OSError):

@@ -136,11 +136,7 @@ def make_plan(
         overwrite=overwrite,
         inputs=input_paths(checkpoint),
     )
-    metadata = {**checkpoint.metadata, "format": checkpoint.metadata.get("format", "pt")}
-    groups = _groups(checkpoint, out, limit)
-    shards = tuple(
-        Shard(name, tuple(views), header_bytes(views, metadata)) for name, views in groups
-    )
+    shards = shards_of(checkpoint, out, limit)
     _check_headers(shards, out)
     workers, memory = fit_workers(checkpoint.sources(), engine.width, memory_limit)
     statistics = os.statvfs(os.path.dirname(os.path.abspath(out)))
@@ -156,6 +152,21 @@ def make_plan(
             code="E-OUTPUT-SPACE",
         )
     return plan
+
+
+def shards_of(checkpoint: Checkpoint, out: str, limit: int | None = None) -> tuple[Shard, ...]:
+    """The weight files of an output, with their headers.
+
+    Args:
+        checkpoint: What is to be written.
+        out: Where.
+        limit: Bytes of tensors in a file at most; None keeps the checkpoint's own layout.
+    """
+    metadata = {**checkpoint.metadata, "format": checkpoint.metadata.get("format", "pt")}
+    return tuple(
+        Shard(name, tuple(views), header_bytes(views, metadata))
+        for name, views in _groups(checkpoint, out, limit)
+    )
 
 
 def _beside(checkpoint: Checkpoint, shards: tuple[Shard, ...], out: str) -> dict[str, int | None]:

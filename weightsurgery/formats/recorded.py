@@ -24,6 +24,9 @@ _SHA256 = re.compile(r"[0-9a-f]{64}")
 _STATUSES = ("copied", "edited", "added")
 _LARGEST = 1 << 64  # of a count; a setting may be larger, but not than a float holds
 _LARGEST_SETTING = 1 << 1000
+_LONGEST_TEXT = 4096  # characters of a glob, a name or a path
+_MOST_VALUES = 10_000  # of the settings of a step, such as globs
+_MOST_STEPS = 1000
 
 
 @dataclass(frozen=True)
@@ -46,6 +49,12 @@ class Recorded:
         return CARD in self.files
 
     @property
+    def hashed(self) -> bool:
+        """Whether it tells the SHA-256 of every file and tensor."""
+        entries = (*self.files.values(), *self.tensors.values())
+        return all(entry["sha256"] is not None for entry in entries)
+
+    @property
     def files(self) -> Mapping[str, Mapping[str, Any]]:
         """Output file to size and SHA-256."""
         found: Mapping[str, Mapping[str, Any]] = self.content["outputs"]
@@ -60,6 +69,8 @@ class Recorded:
 
 def find_output(path: str) -> str:
     """The output that is meant by its own path, or by that of its record."""
+    if os.path.isdir(path):
+        return path
     if os.path.basename(path) == RECORD:
         return os.path.dirname(path) or "."
     return path.removesuffix(f".{RECORD}")
@@ -120,7 +131,12 @@ def _faults(record: Mapping[str, Any]) -> Iterator[str]:
     yield from _input_faults(record.get("inputs"))
     yield from _tensor_faults(record.get("tensors"), record.get("outputs"))
     count = record.get("inputs")
-    yield from _recipe_faults(record.get("recipe"), len(count) if isinstance(count, list) else 0)
+    steps = 0
+    for wrong in _recipe_faults(record.get("recipe"), len(count) if isinstance(count, list) else 0):
+        steps += not wrong
+        if wrong or steps > _MOST_STEPS:
+            yield wrong or f"the recipe has more than {_MOST_STEPS:,} steps"
+            return
 
 
 def _output_faults(outputs: Any) -> Iterator[str]:
@@ -175,6 +191,7 @@ def _tensor_faults(tensors: Any, outputs: Any) -> Iterator[str]:
 
 
 def _recipe_faults(recipe: Any, inputs: int) -> Iterator[str]:
+    """What is wrong with a recipe; "" for each step with which nothing is."""
     if not isinstance(recipe, dict):
         yield "a recipe is no object"
     elif recipe.keys() == {"input"}:
@@ -186,8 +203,13 @@ def _recipe_faults(recipe: Any, inputs: int) -> Iterator[str]:
         operator, settings, given = recipe["operator"], recipe["settings"], recipe["inputs"]
         if not isinstance(operator, str):
             yield "an operator of the recipe is no name"
+        # BASE's names may be many, and are of tensors; whoever uses them sees to it.
+        told = {} if operator == "rename" else settings
         if not isinstance(settings, dict) or any(_is_huge(v) for v in _leaves(settings)):
-            yield f"the settings of {shown(operator)} are no object, or a number is out of range"
+            yield f"the settings of {shown(operator)} are no object, or one of them is too large"
+        elif sum(1 for _ in _leaves(told)) > _MOST_VALUES:
+            yield f"the settings of {shown(operator)} are more than {_MOST_VALUES:,}"
+        yield ""  # one more step
         for inner in given.values() if isinstance(given, dict) else [None]:
             yield from _recipe_faults(inner, inputs)
 
@@ -201,6 +223,9 @@ def _leaves(value: Any) -> Iterator[Any]:
 
 
 def _is_huge(value: Any) -> bool:
+    """A number beyond any setting, or a text such as no glob or name is long."""
+    if isinstance(value, str):
+        return len(value) > _LONGEST_TEXT
     return type(value) is int and abs(value) >= _LARGEST_SETTING
 
 

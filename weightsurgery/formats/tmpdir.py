@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import tempfile
 
@@ -20,11 +21,11 @@ def check_tmpdir() -> None:
     given = os.environ.get(name, "")
     if not given or tempfile.gettempdir() == os.path.abspath(given):
         return
-    if os.path.isdir(given) and os.access(given, os.W_OK | os.X_OK):
+    reason = "nothing can be written there" if os.path.isdir(given) else "it is no directory"
+    with contextlib.suppress(OSError), tempfile.TemporaryFile(dir=given):
         return  # the program has chosen another by itself
-    reason = "is not writable" if os.path.isdir(given) else "is no directory"
     raise StorageError(
-        f"{name} names it for temporary files, but it {reason}",
+        f"{name} names it for temporary files, but {reason}",
         file=given,
         hint=f"set {name} to a directory with room, or unset it",
         code="E-PICKLE-TMPDIR",

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from functools import partial
+from typing import Any, NoReturn
 
 from weightsurgery.checkpoint import Checkpoint
 from weightsurgery.errors import FormatError, SettingError, shown
 from weightsurgery.formats.recorded import Recorded
-from weightsurgery.proof.rebuild import inputs_of, rebuild, steps_of
+from weightsurgery.proof.inputs import named
+from weightsurgery.proof.rebuild import cut_as_recorded, inputs_of, rebuild, steps_of
 from weightsurgery.stream import Engine
-from weightsurgery.token_counts import TokenCounts
 from weightsurgery.version import __version__
+
+_STEPS = 16  # each may be a ranking, which reads both models twice
 
 
 def do_again(
@@ -40,19 +43,19 @@ def do_again(
         return None, f"its steps took '{shown(name)}' too"
     if any(step["settings"].get("counts") is not None for step in steps_of(recipe)):
         return None, "its steps took token counts too"
+    if sum(step["operator"] != "rename" for step in steps_of(recipe)) > _STEPS:
+        return None, f"it has more than {_STEPS} steps"
+    entries = recorded.content["inputs"]
+    known = {number: named(one, entries[number]["name"]) for number, one in given.items()}
+    find_counts = partial(_no_counts, recorded.path)
     try:
-        made = rebuild(
-            recipe, given, path=recorded.path, find_counts=_no_counts(recorded), engine=engine
-        )
+        made = rebuild(recipe, known, path=recorded.path, find_counts=find_counts, engine=engine)
     except SettingError as error:
         reason = f"its steps cannot be done again: {error.reason}"
         raise FormatError(reason, file=recorded.path, code="E-RECORD") from error
-    return made, ""
+    return cut_as_recorded(made, recorded), ""
 
 
-def _no_counts(recorded: Recorded) -> Any:
-    def find(told: Any, _tuned: Checkpoint) -> TokenCounts:
-        reason = f"the token counts are {shown(repr(told))}"
-        raise FormatError(reason, file=recorded.path, code="E-RECORD")
-
-    return find
+def _no_counts(path: str, told: Any, _tuned: Checkpoint) -> NoReturn:
+    reason = f"the token counts are {shown(repr(told))}"
+    raise FormatError(reason, file=path, code="E-RECORD")

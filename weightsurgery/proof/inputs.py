@@ -43,12 +43,26 @@ def find_inputs(recorded: Recorded, given: Paths) -> tuple[list[str], dict[str, 
             reason = f"input {number} is given twice, as '{shown(name)}' too"
             raise SettingError(reason, file=recorded.path, code="E-REPLAY-INPUT")
         paths[number] = os.fspath(path)
+    nowhere = []
     for number, entry in enumerate(entries):
         if number not in paths:
-            paths[number] = _beside(recorded, entry["name"], f"{number}")
-    for name in sources - further.keys():
+            place = _beside(recorded, entry["name"])
+            paths[number] = place
+            nowhere += [] if place else [(f"{number}", entry["name"])]
+    for name in sorted(sources - further.keys()):
         if not name.startswith("wordfreq ("):
-            further[name] = _beside(recorded, name, name)
+            further[name] = _beside(recorded, name)
+            nowhere += [] if further[name] else [(name, name)]
+    if nowhere:
+        names = ", ".join(f"'{shown(name)}'" for _, name in nowhere)
+        what = "the input" if len(nowhere) == 1 else "the inputs"
+        flags = " ".join(f"--input {shown(key)}=PATH" for key, _ in nowhere)
+        raise SettingError(
+            f"{what} {names} {'is' if len(nowhere) == 1 else 'are'} not beside the output",
+            file=recorded.path,
+            hint=f"say where: {flags}",
+            code="E-REPLAY-NOWHERE",
+        )
     return [paths[number] for number in range(len(entries))], further
 
 
@@ -65,12 +79,17 @@ def _number(recorded: Recorded, name: str) -> int:
         found = {int(name)} & set(range(len(names)))
     if len(found) == 1:
         return found.pop()
-    listed = ", ".join(f"{i}: {shown(known)}" for i, known in enumerate(names))
+    listed = ", ".join(
+        [
+            *(f"{i}: {shown(known)}" for i, known in enumerate(names)),
+            *map(shown, sorted(set(_sources(recorded.content["recipe"])))),
+        ]
+    )
     what = "fits several inputs" if found else "is no input"
     raise SettingError(
         f"'{shown(name)}' {what} of this record; they are {listed}",
         file=recorded.path,
-        hint="give one by its number",
+        hint="give one by its number, or by its name",
         code="E-REPLAY-INPUT",
     )
 
@@ -93,26 +112,14 @@ def _sources(recipe: Mapping[str, Any]) -> Iterator[str]:
         yield from _sources(inner)
 
 
-def _beside(recorded: Recorded, name: str, key: str) -> str:
-    """An input that lies where its name says, beside the output.
-
-    Raises:
-        SettingError: Nothing lies there.
-    """
+def _beside(recorded: Recorded, name: str) -> str:
+    """Where an input lies whose name says so, beside the output; "" if it does not."""
     folder = os.path.dirname(os.path.abspath(recorded.path))
     folders = [folder]
     if recorded.is_directory:  # inputs lie beside a model's folder
         folders = [os.path.dirname(folder), folder]
-    for place in folders if is_plain_name(name) else []:
-        path = os.path.join(place, name)
-        if os.path.lexists(path):
-            return path
-    raise SettingError(
-        f"the input '{shown(name)}' is not beside the output",
-        file=recorded.path,
-        hint=f"say where it is: --input {shown(key)}=PATH",
-        code="E-REPLAY-NOWHERE",
-    )
+    places = [os.path.join(place, name) for place in folders if is_plain_name(name)]
+    return next((place for place in places if os.path.lexists(place)), "")
 
 
 def open_inputs(recorded: Recorded, paths: Sequence[str]) -> list[Checkpoint]:
@@ -131,7 +138,7 @@ def open_inputs(recorded: Recorded, paths: Sequence[str]) -> list[Checkpoint]:
     entries = recorded.content["inputs"]
     opened = [_open(path, entry) for path, entry in zip(paths, entries, strict=True)]
     _refuse_others(recorded, paths, opened, {})
-    return [_named(one, entry["name"]) for one, entry in zip(opened, entries, strict=True)]
+    return [named(one, entry["name"]) for one, entry in zip(opened, entries, strict=True)]
 
 
 def check_inputs(
@@ -225,7 +232,7 @@ def _differences(
             yield f"{where} has {shown(name)} with SHA-256 {digests}"
 
 
-def _named(opened: Checkpoint, name: str) -> Checkpoint:
+def named(opened: Checkpoint, name: str) -> Checkpoint:
     """A checkpoint that cards and records call what the record calls it."""
     return replace(opened, label=name, hub_id=name if "/" in name else "")
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,13 +11,21 @@ import numpy as np
 
 from weightsurgery.alignment import Pair, align
 from weightsurgery.checkpoint import Checkpoint, TensorView
-from weightsurgery.errors import FormatError, MismatchError, SettingError, shown
+from weightsurgery.errors import FormatError, MismatchError, SettingError, SurgeryError, shown
 from weightsurgery.formats.recorded import Recorded
 from weightsurgery.kernels import Block, bits_of, to_dtype, to_float
 from weightsurgery.masks import KIND
 from weightsurgery.proof.again import do_again
 from weightsurgery.stream import Engine
 
+_BY_REPLAY = "verify it without them, or make it again with `wsurg replay`"
+_AS_TRAINING = (
+    "run its command again and compare the SHA-256 in the two records; its input can be proved"
+)
+_OTHERWISE = {
+    **dict.fromkeys(("finetune", "train-adapter", "meraser"), _AS_TRAINING),
+    "apply-adapter": "`wsurg verify-adapter` proves a merge",
+}
 _SELECT = ("mix", "purify", "epur")  # what they write is BASE's or TUNED's, bit for bit
 
 
@@ -57,14 +65,31 @@ class Origin:
         return {"base": self.base.sources()[0], "tuned": self.tuned}
 
     def describe(self) -> list[dict[str, Any]]:
-        """Which inputs were given, and as which of the recorded ones their weights are known."""
-        found = []
-        for role, one in self.given.items():
-            known = [other for other in self.given if _is_recorded(one, self.entries[other])]
-            told = {"input": role, "given": one.label, "recorded": self.entries[role]["name"]}
-            swapped = bool(known) and role not in known
-            found.append({**told, "same": role in known, "swapped": swapped})
-        return found
+        """Which inputs were given, and as which of the recorded ones their files are known."""
+        return describe(self.given, self.entries)
+
+
+def describe(
+    given: Mapping[str, Checkpoint], entries: Mapping[str, Mapping[str, Any]]
+) -> list[dict[str, Any]]:
+    """Which inputs were given, and as which of the recorded ones their files are known.
+
+    Args:
+        given: BASE and TUNED under these names.
+        entries: What the record says of each.
+
+    Returns:
+        For each: names, and whether it is the `same`, null where no hash was recorded; and whether
+        the two are `swapped`.
+    """
+    found = []
+    for role, one in given.items():
+        known = [other for other in given if _is_recorded(one, entries[other])]
+        hashed = all(file["sha256"] is not None for file in entries[role]["files"])
+        told = {"input": role, "given": one.label, "recorded": entries[role]["name"]}
+        same = role in known if hashed else None
+        found.append({**told, "same": same, "swapped": bool(known) and role not in known})
+    return found
 
 
 @dataclass
@@ -113,6 +138,48 @@ def find_origin(
         FormatError: The recorded steps lack something, or have it of another kind.
     """
     renamings, places = _roles(recorded)
+    entries = {role: recorded.content["inputs"][place] for role, place in places.items()}
+    try:
+        return _pair(recorded, renamings, places, base, tuned, mask, engine)
+    except SurgeryError as error:
+        # That the models are others is what to tell, if they are.
+        check_given(describe({"base": base, "tuned": tuned}, entries), error.reason)
+        raise
+
+
+def check_given(inputs: Sequence[Mapping[str, Any]], reason: str = "") -> None:
+    """Refuse models that are surely the wrong ones.
+
+    Args:
+        inputs: From `describe`.
+        reason: Why they do not do, where they do not; other files may do as well.
+
+    Raises:
+        MismatchError: They are the recorded ones the other way round, or do not do.
+    """
+    if all(given["swapped"] for given in inputs):
+        raise MismatchError("BASE and TUNED are given the other way round", code="E-VERIFY-INPUTS")
+    others = [given for given in inputs if given["same"] is False]
+    if reason and others:
+        role, name = others[0]["input"].upper(), shown(others[0]["recorded"])
+        raise MismatchError(
+            f"not the recorded {role}, '{name}': {reason}",
+            file=others[0]["given"],
+            hint="give the models that the output was made from",
+            code="E-VERIFY-INPUTS",
+        )
+
+
+def _pair(
+    recorded: Recorded,
+    renamings: list[Mapping[str, Any]],
+    places: Mapping[str, int],
+    base: Checkpoint,
+    tuned: Checkpoint,
+    mask: Checkpoint | None,
+    engine: Engine,
+) -> Origin:
+    """What belongs together, and what the recorded steps give."""
     named, renamed = _renamed(base, renamings, recorded.path)
     edited = {n for n, entry in recorded.tensors.items() if entry["status"] == "edited"}
     entries = {role: recorded.content["inputs"][place] for role, place in places.items()}
@@ -203,7 +270,7 @@ def _roles(recorded: Recorded) -> tuple[list[Mapping[str, Any]], dict[str, int]]
                 f"base and tuned prove what {', '.join(_SELECT)} made; "
                 f"this output was made by '{shown(step['operator'])}'",
                 file=recorded.path,
-                hint="verify it without them, or make it again with `wsurg replay`",
+                hint=_OTHERWISE.get(step["operator"], _BY_REPLAY),
                 code="E-VERIFY-KIND",
             )
         found.append(_leaf(step["inputs"]["base"], recorded.path))
@@ -213,6 +280,9 @@ def _roles(recorded: Recorded) -> tuple[list[Mapping[str, Any]], dict[str, int]]
         raise SettingError(reason, file=recorded.path, code="E-VERIFY-KIND")
     if any(one != found[0] for one in found):
         reason = "this output was made from more than one base"
+        raise SettingError(reason, file=recorded.path, code="E-VERIFY-KIND")
+    if found[0][0] == step["input"]:
+        reason = "this output was made from one model, which was base and tuned"
         raise SettingError(reason, file=recorded.path, code="E-VERIFY-KIND")
     return found[0][1], {"base": found[0][0], "tuned": step["input"]}
 
@@ -256,9 +326,12 @@ def _renamed(
 
 
 def _is_recorded(given: Checkpoint, entry: Mapping[str, Any]) -> bool:
-    """True if the weights are files that the record names by their SHA-256."""
-    known = {(file["size"], file["sha256"]) for file in entry["files"]}
-    return bool(given.files) and all((f.size, f.sha256(None)) in known for f in given.files)
+    """True if the weights, and all files that the record names, are those by their SHA-256."""
+    then = {(file["size"], file["sha256"]) for file in entry["files"]}
+    weights = {(file.size, file.sha256(None)) for file in given.files}
+    if not weights <= then:
+        return False
+    return then <= weights | {(file.size, file.sha256(None)) for file in given.side_files}
 
 
 def _rule(recorded: Recorded, mask: Checkpoint) -> tuple[bool, bool, int | None]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import types
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
 import weightsurgery.operators
@@ -12,6 +13,7 @@ from weightsurgery.adapters.extract import extract_adapter
 from weightsurgery.checkpoint import Checkpoint
 from weightsurgery.comparison import drift
 from weightsurgery.errors import FormatError, PolicyError, shown
+from weightsurgery.formats.layout import is_adapter_layout
 from weightsurgery.formats.recorded import Recorded
 from weightsurgery.masks import changed_mask
 from weightsurgery.registry import OPERATORS, Operator
@@ -72,7 +74,7 @@ def check_replayable(recorded: Recorded) -> None:
             raise PolicyError(
                 f"the step '{shown(step['operator'])}' cannot be replayed: {reason}",
                 file=path,
-                hint="its output can be verified, and be an input of a step that can",
+                hint="run its command again and compare the SHA-256 in the two records",
                 code="E-REPLAY-STEP",
             )
 
@@ -153,7 +155,7 @@ def _done(
 ) -> Checkpoint:
     """What one step makes of its inputs."""
     if name == "rename":
-        return given["checkpoint"].renamed(_names(settings["names"]))
+        return given["checkpoint"].renamed(_names(settings["names"], given["checkpoint"]))
     if name == "mask":
         return changed_mask(given["edited"])
     if name in OPERATORS:
@@ -165,13 +167,23 @@ def _done(
     return made
 
 
+def cut_as_recorded(made: Checkpoint, recorded: Recorded) -> Checkpoint:
+    """A model cut into files as it was then: --max-shard-size is no part of a recipe."""
+    if not made.is_directory or is_adapter_layout(made.layout):
+        return made
+    layout = {name: entry["file"] for name, entry in recorded.tensors.items() if name in made}
+    return replace(made, layout=layout)
+
+
 class _WrongError(Exception):
     """A step of a record does not fit its operator."""
 
 
-def _names(names: Any) -> dict[str, str]:
+def _names(names: Any, checkpoint: Checkpoint) -> dict[str, str]:
     if not isinstance(names, dict) or not all(isinstance(n, str) for n in names.values()):
         raise _WrongError("names are no map of names to names")
+    if not names.keys() <= checkpoint.keys():
+        raise _WrongError("names are of tensors that there are not")
     return names
 
 

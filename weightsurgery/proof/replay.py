@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -19,14 +18,13 @@ from weightsurgery.errors import (
     first_few,
     shown,
 )
-from weightsurgery.formats.layout import is_adapter_layout
 from weightsurgery.formats.output import check_destination
 from weightsurgery.formats.record import SEAL
-from weightsurgery.formats.recorded import Recorded, find_record, read_record
+from weightsurgery.formats.recorded import find_record, read_record
 from weightsurgery.formats.save import save
 from weightsurgery.formats.strict_json import dump
 from weightsurgery.proof.inputs import Paths, check_inputs, find_counts, find_inputs, open_inputs
-from weightsurgery.proof.rebuild import EXACT, check_replayable, rebuild, steps_of
+from weightsurgery.proof.rebuild import EXACT, check_replayable, cut_as_recorded, rebuild, steps_of
 from weightsurgery.stream import Engine
 from weightsurgery.token_counts import TokenCounts
 
@@ -94,7 +92,7 @@ def replay(
             engine=engine,
         )
         written = save(
-            _cut(made, recorded),
+            cut_as_recorded(made, recorded),
             out,
             overwrite=overwrite,
             max_memory=max_memory,
@@ -130,14 +128,6 @@ def _counts(further: Mapping[str, str], told: Any, tuned: Checkpoint) -> TokenCo
     return find_counts(further.get(told["source"]), told, tuned)
 
 
-def _cut(made: Checkpoint, recorded: Recorded) -> Checkpoint:
-    """A model cut into files as it was then: --max-shard-size is no part of a recipe."""
-    if not made.is_directory or is_adapter_layout(made.layout):
-        return made
-    layout = {name: entry["file"] for name, entry in recorded.tensors.items() if name in made}
-    return replace(made, layout=layout)
-
-
 def _differences(
     then: Mapping[str, Mapping[str, Any]], now: Mapping[str, Mapping[str, Any]]
 ) -> list[dict[str, Any]]:
@@ -153,17 +143,23 @@ def _differences(
     ]
 
 
+# The hashes of the inputs are compared before. How their files are called now, and what else lies
+# in their folders, may be another thing than it was then.
+_NOT_COMPARED = {SEAL, "left_out"}
+
+
 def _told_otherwise(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """The keys under which the two records tell other things, but for names of output files.
+    """The keys under which the two records tell other things, but for names of single files.
 
     Files whose bytes differ are told of for themselves.
     """
     same_bytes = not _differences(then["outputs"], now["outputs"])
     before, after = (
         {
-            **{key: value for key, value in record.items() if key != SEAL},
+            **{key: value for key, value in record.items() if key not in _NOT_COMPARED},
             "tensors": {n: {**e, "file": ""} for n, e in record["tensors"].items()},
             "outputs": [record["outputs"][n] for n in sorted(record["outputs"])] * same_bytes,
+            "inputs": [_without_name(given) for given in record["inputs"]],
         }
         for record in (then, now)
     )
@@ -172,6 +168,13 @@ def _told_otherwise(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str
         for key in sorted({*before, *after})
         if (key in before) != (key in after) or dump(before.get(key)) != dump(after.get(key))
     ]
+
+
+def _without_name(given: Mapping[str, Any]) -> Mapping[str, Any]:
+    """An input whose one file may be called otherwise now."""
+    if len(given["files"]) != 1:
+        return given
+    return {**given, "files": [{**given["files"][0], "name": ""}]}
 
 
 def check_replay(report: Mapping[str, Any]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 from collections.abc import Mapping
 from concurrent.futures import Future
 from contextlib import ExitStack, closing
@@ -22,13 +23,13 @@ from weightsurgery.errors import (
 from weightsurgery.formats import open_checkpoint
 from weightsurgery.formats.digest import Digest
 from weightsurgery.formats.files import InputFile, open_member
-from weightsurgery.formats.layout import RECORD, WRITTEN, fits
+from weightsurgery.formats.layout import BESIDE, CARD, RECORD, fits
 from weightsurgery.formats.place import record_name
 from weightsurgery.formats.recorded import find_output, read_record
 from weightsurgery.formats.safetensors import file_order, open_safetensors
-from weightsurgery.proof.beside import check_side_files, check_statements
+from weightsurgery.proof.beside import check_beside
 from weightsurgery.proof.findings import Found
-from weightsurgery.proof.origin import Counts, Origin, count_origins, find_origin
+from weightsurgery.proof.origin import Counts, Origin, check_given, count_origins, find_origin
 from weightsurgery.stream import Engine
 
 
@@ -72,21 +73,23 @@ def verify(
         raise StorageError("no such file or directory", file=out, code="E-FILE-MISSING")
     folder = out if is_directory else os.path.dirname(out)
     name = record_name(out, is_directory=is_directory)
-    found = Found(out, read_record(os.path.join(folder, name)))
+    found = Found(out, is_directory, read_record(os.path.join(folder, name)))
     origin = None
     if base is not None and tuned is not None:
         origin = find_origin(found.recorded, base, tuned, mask, engine)
+    if not found.recorded.hashed:
+        found.wrong(name, None, "not hashed", "made with --no-hash: nothing tells what was written")
     if not found.recorded.intact:
         found.wrong(name, None, "altered", "it does not have the SHA-256 that it says of itself")
     _open_files(found, folder, _present(out, is_directory=is_directory))
     counts, inputs = _check_contents(found, origin, engine)
     selection = None
     if origin is not None:
+        check_given(inputs)
         _check_origins(found, origin, counts)
-        check_side_files(found, origin)
+        same = all(given["same"] for given in inputs)
+        check_beside(found, origin, same=same and not found.problems)
         selection = _selection(origin, counts, inputs)
-        if all(given["same"] for given in inputs):
-            check_statements(found, origin)
         for given in (base, tuned, mask):
             if given is not None:
                 given.check_unchanged()
@@ -109,11 +112,17 @@ def _present(out: str, *, is_directory: bool) -> list[str]:
 def _open_files(found: Found, folder: str, present: list[str]) -> None:
     """Open what is recorded; note what is missing, extra or malformed."""
     recorded = found.recorded
+    holding = {entry["file"] for entry in recorded.tensors.values()}
+    if len(recorded.files) == 2 and not holding:  # a model without tensors: its file and the card
+        holding = set(recorded.files)
     for name in present:
         if name not in recorded.files:
             found.wrong(name, None, "extra", "the record does not name it")
-        elif recorded.is_directory and not fits(name, WRITTEN):
+        elif found.is_directory and not (name in holding or fits(name, BESIDE)):
             found.wrong(name, None, "extra", "the record names it, but wsurg writes no such file")
+    if found.is_directory and CARD not in recorded.files:
+        found.wrong(CARD, None, "missing", "every folder that wsurg writes has one")
+    _check_room(found)
     for name, entry in recorded.files.items():
         if name not in present:
             found.wrong(name, None, "missing")
@@ -128,6 +137,25 @@ def _open_files(found: Found, folder: str, present: list[str]) -> None:
             found.wrong(name, None, "altered", detail)
         if name.endswith(".safetensors"):
             _open_tensors(found, name, file)
+
+
+def _check_room(found: Found) -> None:
+    """Every file is held open, so that what is hashed is what is looked at.
+
+    Raises:
+        StorageError: The system lets this process open fewer.
+    """
+    count, most = len(found.recorded.files), resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    if count + _OPEN_BESIDES > most:
+        raise StorageError(
+            f"it has {count:,} files; this process may hold {most:,} open",
+            file=found.out,
+            hint="`ulimit -n` raises that",
+            code="E-FILE-OPEN",
+        )
+
+
+_OPEN_BESIDES = 200  # BASE's and TUNED's, the libraries'
 
 
 def _open_tensors(found: Found, name: str, file: InputFile) -> None:
@@ -189,9 +217,7 @@ def _check_tensors(found: Found, origin: Origin | None, engine: Engine) -> dict[
             digests[view.name] = digest.finish()
     for name, taken in digests.items():
         entry, sha256 = found.recorded.tensors[name], taken.result()
-        if entry["sha256"] is None:
-            found.wrong(entry["file"], name, "not hashed", _NO_HASH)
-        elif sha256 != entry["sha256"]:
+        if sha256 != entry["sha256"] is not None:
             found.wrong(entry["file"], name, "altered", f"its SHA-256 is {sha256}")
     return counts
 
@@ -203,15 +229,10 @@ def _check_files(found: Found, engine: Engine) -> None:
     with closing(engine.run(_sha256, files)) as hashed:
         for (name, file), digest in hashed:
             expected = found.recorded.files[name]["sha256"]
-            if expected is None:
-                found.wrong(name, None, "not hashed", _NO_HASH)
-            elif digest != expected and not found.tells(name):
+            if digest != expected is not None and not found.tells(name):
                 found.wrong(name, None, "altered", f"its SHA-256 is {digest}")
             file.check_unchanged()
     engine.report("verifying", total, total)
-
-
-_NO_HASH = "the record was made with --no-hash"
 
 
 def _sha256(item: tuple[str, InputFile]) -> str:
@@ -280,6 +301,7 @@ def _selection(
         "changed_dimensions": sum(c.changed for n, c in counts.items() if n not in copies),
         "known_by": [name for name, given in by.items() if given is not None],
         "not_by_recipe": origin.why_not or None,
+        "statements": all(given["same"] for given in inputs),
         "mask": None if origin.mask is None else origin.mask.label,
     }
 
@@ -314,8 +336,8 @@ def check_verification(report: Mapping[str, Any]) -> None:
     what = "thing is" if len(problems) == 1 else "things are"
     reason = f"{len(problems)} {what} not as the record says: {first}"
     inputs = [] if report["selection"] is None else report["selection"]["inputs"]
-    swapped = len(inputs) == 2 and all(given["swapped"] for given in inputs)
-    hint = "BASE and TUNED are given the other way round" if swapped else ""
+    others = [given["input"].upper() for given in inputs if given["same"] is False]
+    hint = f"{' and '.join(others)} may be the wrong one: not the recorded file" if others else ""
     raise GateError(reason, file=report["out"], hint=hint, code="E-VERIFY")
 
 

@@ -9,6 +9,11 @@ from weightsurgery.errors import counted, shown
 from weightsurgery.report.tables import Table, number
 
 LISTED = 20  # problems shown unless all are asked for
+_SAME = {
+    True: "the recorded files",
+    False: "other files than those recorded",
+    None: "recorded without a hash",
+}
 _REMEDY = "give --mask, or replay it"
 
 
@@ -32,11 +37,12 @@ def verification_tables(report: Mapping[str, Any], *, limit: int, more: str) -> 
         ["bytes", number(report["bytes"])],
         *_selected(report["selection"], report["proved"]),
     ]
-    title = "The output is as recorded" if report["proved"] else "The output is NOT as recorded"
+    whole = "as recorded" if report["selection"] is None else "what its record, BASE and TUNED give"
+    title = f"The output is {'' if report['proved'] else 'NOT '}{whole}"
     return [
         Table(
-            "Not as the record says",
-            ("file", "tensor", "problem", ""),
+            "What is wrong",
+            ("file", "tensor", "problem", "detail"),
             rows,
             note=f"and {hidden:,} more; {more}" if hidden else "",
         ),
@@ -49,8 +55,7 @@ def _selected(selection: Mapping[str, Any] | None, proved: bool) -> Iterator[lis
     if selection is None:
         return
     for given in selection["inputs"]:
-        same = "the recorded files" if given["same"] else "other files than those recorded"
-        yield [given["input"], f"{shown(given['given'])}: {same}"]
+        yield [given["input"], f"{shown(given['given'])}: {_SAME[given['same']]}"]
     renamed = selection["renamed"]
     if renamed:
         old, new = next(iter(renamed.items()))
@@ -62,7 +67,9 @@ def _selected(selection: Mapping[str, Any] | None, proved: bool) -> Iterator[lis
         mask = shown(selection["mask"] or "")
         texts = {"recipe": "the recorded steps, done again", "mask": f"the mask {mask}"}
         told = " and ".join(texts[name] for name in known)
-        yield ["which ones", told or f"NOT proved: {selection['not_by_recipe']}; {_REMEDY}"]
+        if not selection["statements"]:
+            yield ["card, record", "what they tell was NOT compared, for an input is another file"]
+        yield ["known by", told or f"NOT proved: {selection['not_by_recipe']}; {_REMEDY}"]
 
 
 def replay_tables(report: Mapping[str, Any]) -> list[Table]:
