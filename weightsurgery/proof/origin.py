@@ -158,7 +158,8 @@ def check_given(inputs: Sequence[Mapping[str, Any]], reason: str = "") -> None:
         MismatchError: They are the recorded ones the other way round, or do not do.
     """
     if all(given["swapped"] for given in inputs):
-        raise MismatchError("BASE and TUNED are given the other way round", code="E-VERIFY-INPUTS")
+        reason = "BASE and TUNED are given the other way round"
+        raise MismatchError(reason, file=inputs[0]["given"], code="E-VERIFY-INPUTS")
     others = [given for given in inputs if given["same"] is False]
     if reason and others:
         role, name = others[0]["input"].upper(), shown(others[0]["recorded"])
