@@ -21,6 +21,7 @@ from weightsurgery import (
     NonFiniteError,
     PolicyError,
     SettingError,
+    StorageError,
     apply_adapter,
     changed_mask,
     drift,
@@ -402,6 +403,37 @@ def test_the_output_is_guarded(pair: Pair) -> None:
     with pytest.raises(PolicyError):
         replay(pair.out, pair.root / "base" / "inside")
     assert replay(pair.out, pair.out, overwrite=True)["identical"]
+
+
+def test_a_file_of_a_folder_is_not_its_output(pair: Pair) -> None:
+    """The folder is, and has the record: that is what to give."""
+    pair.save(max_shard_size="1GB")
+    for run in (verify, lambda path: replay(path, pair.root / "again")):
+        with pytest.raises(StorageError, match=r"no record: .*; the folder has one: give .*out$"):
+            run(pair.out / "model.safetensors")
+    for run in (verify, lambda path: replay(path, pair.root / "again")):
+        with pytest.raises(StorageError, match="no such file or directory") as raised:
+            run(pair.root / "outt")
+        assert raised.value.code == "E-FILE-MISSING"
+
+
+def test_an_input_is_given_once(pair: Pair, capsys: pytest.CaptureFixture[str]) -> None:
+    pair.save()
+    given = ("--input", "0=base", "--input", "0=tuned")
+    assert cases.wsurg("replay", pair.out, "-o", pair.root / "again", *given) == 2
+    assert "--input 0 is given twice" in capsys.readouterr().err
+
+
+def test_all_inputs_that_are_nowhere_are_told_at_once(pair: Pair) -> None:
+    pair.save()
+    (pair.root / "base").rename(pair.root / "base-now")
+    (pair.root / "tuned").rename(pair.root / "tuned-now")
+    expected = (
+        r"the inputs 'base', 'tuned' are not beside the output; "
+        r"say where: --input 0=PATH --input 1=PATH"
+    )
+    with pytest.raises(SettingError, match=expected):
+        replay(pair.out, pair.root / "again")
 
 
 def test_the_command(pair: Pair, capsys: pytest.CaptureFixture[str]) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 from weightsurgery.dtypes import DTYPES
 from weightsurgery.errors import FormatError, StorageError, shown
-from weightsurgery.formats.files import InputFile, open_member
+from weightsurgery.formats.files import InputFile, did_you_mean, open_member
 from weightsurgery.formats.json_cost import MEMORY_OF_MANY
 from weightsurgery.formats.layout import CARD, RECORD
 from weightsurgery.formats.place import record_name
@@ -77,11 +77,20 @@ def find_output(path: str) -> str:
 
 
 def find_record(path: str) -> str:
-    """The record that is meant by its own path, or by that of its output."""
+    """The record that is meant by its own path, or by that of its output.
+
+    Raises:
+        StorageError: There is no such file or directory.
+    """
+    if not os.path.lexists(path):
+        hint = did_you_mean(path)
+        raise StorageError("no such file or directory", file=path, hint=hint, code="E-FILE-MISSING")
     is_directory = os.path.isdir(path)
     folder = path if is_directory else os.path.dirname(path)
     found = os.path.join(folder, record_name(path, is_directory=is_directory))
-    return found if is_directory or os.path.lexists(found) else path
+    # What is no JSON is an output, whose record is missing if it is not there.
+    named = not is_directory and path.endswith(".json") and not os.path.lexists(found)
+    return path if named else found
 
 
 def read_record(path: str) -> Recorded:
@@ -102,7 +111,9 @@ def read_record(path: str) -> Recorded:
         # One that lies in an output is a file of it, and links lead as little away as others'.
         file = open_member(folder or ".", name) if name == RECORD else InputFile(path)
     except StorageError as error:
-        hint = "every output of wsurg has one; give such an output"
+        inside = os.path.lexists(os.path.join(folder, RECORD))
+        whole = f"the folder has one: give {shown(folder)}"
+        hint = whole if inside else "every output of wsurg has one; give such an output"
         reason = f"no record: {error.reason}"
         raise StorageError(reason, file=path, hint=hint, code="E-RECORD-MISSING") from error
     data = file.read_all(MAX_RECORD)

@@ -301,7 +301,7 @@ def _selection(
         "changed_dimensions": sum(c.changed for n, c in counts.items() if n not in copies),
         "known_by": [name for name, given in by.items() if given is not None],
         "not_by_recipe": origin.why_not or None,
-        "statements": all(given["same"] for given in inputs),
+        "statements": origin.expected is not None and all(given["same"] for given in inputs),
         "mask": None if origin.mask is None else origin.mask.label,
     }
 

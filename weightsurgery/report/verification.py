@@ -68,7 +68,9 @@ def _selected(selection: Mapping[str, Any] | None, proved: bool) -> Iterator[lis
         texts = {"recipe": "the recorded steps, done again", "mask": f"the mask {mask}"}
         told = " and ".join(texts[name] for name in known)
         if not selection["statements"]:
-            yield ["card, record", "what they tell was NOT compared, for an input is another file"]
+            same = all(given["same"] for given in selection["inputs"])
+            why = selection["not_by_recipe"] if same else "an input is another file"
+            yield ["card, record", f"what they tell was NOT compared: {why}"]
         yield ["known by", told or f"NOT proved: {selection['not_by_recipe']}; {_REMEDY}"]
 
 
