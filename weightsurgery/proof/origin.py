@@ -13,7 +13,7 @@ from weightsurgery.alignment import Pair, align
 from weightsurgery.checkpoint import Checkpoint, TensorView
 from weightsurgery.errors import FormatError, MismatchError, SettingError, SurgeryError, shown
 from weightsurgery.formats.recorded import Recorded
-from weightsurgery.kernels import Block, bits_of, to_dtype, to_float
+from weightsurgery.kernels import Block, bits_of, count_different, to_dtype, to_float
 from weightsurgery.masks import KIND
 from weightsurgery.proof.again import do_again
 from weightsurgery.stream import Engine
@@ -82,9 +82,10 @@ def describe(
         For each: names, and whether it is the `same`, null where no hash was recorded; and whether
         the two are `swapped`.
     """
+    hashes = {role: _hashes(one) for role, one in given.items()}
     found = []
     for role, one in given.items():
-        known = [other for other in given if _is_recorded(one, entries[other])]
+        known = [other for other in given if _is_recorded(hashes[role], entries[other])]
         hashed = all(file["sha256"] is not None for file in entries[role]["files"])
         told = {"input": role, "given": one.label, "recorded": entries[role]["name"]}
         same = role in known if hashed else None
@@ -222,15 +223,17 @@ def count_origins(
     """
     pair = origin.pairs[view.name]
     tuned, expected = (origin.expected or origin.tuned)[view.name].read_both(start, stop)
-    changed = bits_of(block) != bits_of(tuned)
-    differing = int(np.count_nonzero(changed))
+    differing = count_different(tuned, block)
     counts.changed += differing
-    unlike = int(np.count_nonzero(bits_of(block) != bits_of(expected))) if origin.expected else 0
-    counts.unlike_recipe += unlike
+    unlike = count_different(expected, block) if origin.expected else differing
+    counts.unlike_recipe += unlike if origin.expected else 0
+    # What the steps gave of BASE is BASE's; where nothing else is asked, that is all.
+    doubted = differing and unlike
+    if not doubted and origin.mask is None:
+        return
+    changed = bits_of(block) != bits_of(tuned)
     common = max(0, min(stop, pair.eligible) - start)
     is_base = np.zeros(changed.size, np.bool_)
-    # What the steps gave of BASE is BASE's; it need not be read where nothing else is asked.
-    doubted = differing and (origin.expected is None or unlike)
     if common and pair.base is not None and (doubted or not origin.exact):
         reset = pair.base.read(start, start + common)
         if reset.dtype != tuned.dtype:
@@ -238,14 +241,15 @@ def count_origins(
         is_base[:common] = bits_of(block[:common]) == bits_of(reset)
     if doubted:
         counts.neither += int(np.count_nonzero(changed & ~is_base))
-    if origin.mask is not None:
-        flags = _flags(origin.mask, view.name, start, changed.size)
-        if origin.exact:
-            counts.unlike_mask += int(np.count_nonzero(flags != changed))
-        else:  # what the mask leaves alone, and what is not its own, is TUNED's
-            flags = (flags == origin.reset_where) & (view.name in origin.edited)
-            flags[common:] = False
-            counts.unlike_mask += int(np.count_nonzero(np.where(flags, ~is_base, changed)))
+    if origin.mask is None:
+        return
+    flags = _flags(origin.mask, view.name, start, changed.size)
+    if origin.exact:
+        counts.unlike_mask += int(np.count_nonzero(flags != changed))
+    else:  # what the mask leaves alone, and what is not its own, is TUNED's
+        flags = (flags == origin.reset_where) & (view.name in origin.edited)
+        flags[common:] = False
+        counts.unlike_mask += int(np.count_nonzero(np.where(flags, ~is_base, changed)))
 
 
 def _flags(mask: Checkpoint, name: str, start: int, count: int) -> Block:
@@ -326,20 +330,27 @@ def _renamed(
     return base, {own: name for own, name in renamed.items() if own != name}
 
 
-def _is_recorded(given: Checkpoint, entry: Mapping[str, Any]) -> bool:
-    """True if the weights, and all files that the record names, are those by their SHA-256."""
-    then = {(file["size"], file["sha256"]) for file in entry["files"]}
+Hashes = set[tuple[int, str]]
+
+
+def _hashes(given: Checkpoint) -> tuple[Hashes, Hashes]:
+    """Size and SHA-256 of the files of weights, and of those beside them; taken once."""
     weights = {(file.size, file.sha256(None)) for file in given.files}
-    if not weights <= then:
-        return False
-    return then <= weights | {(file.size, file.sha256(None)) for file in given.side_files}
+    return weights, {(file.size, file.sha256(None)) for file in given.side_files}
+
+
+def _is_recorded(hashes: tuple[Hashes, Hashes], entry: Mapping[str, Any]) -> bool:
+    """True if the weights, and all files that the record names, are those by their SHA-256."""
+    weights, beside = hashes
+    then = {(file["size"], file["sha256"]) for file in entry["files"]}
+    return weights <= then <= weights | beside
 
 
 def _rule(recorded: Recorded, mask: Checkpoint) -> tuple[bool, bool, int | None]:
     """Which bit of a mask means BASE, whether it tells just what changed, its place as an input."""
     step = recorded.content["recipe"]
     place = step["inputs"].get("from_mask", {}).get("input")
-    if place is None or not _is_recorded(mask, recorded.content["inputs"][place]):
+    if place is None or not _is_recorded(_hashes(mask), recorded.content["inputs"][place]):
         return True, True, None
     return step["settings"].get("invert") is not True, False, place
 
