@@ -84,15 +84,29 @@ def edit_by_mask(mask: Checkpoint, pairs: tuple[Pair, ...], *, invert: bool) -> 
         )
 
     def edit(name: str, start: int, tuned: Block, base: Block) -> Block:
-        if name not in mask:
-            flags = np.zeros(tuned.size, np.bool_)
-        else:
-            first, stop = start // 8, (start + tuned.size + 7) // 8
-            flags = np.unpackbits(mask[name].read(first, stop), bitorder="little").view(np.bool_)
-            flags = flags[start - 8 * first :][: tuned.size]
-        return choose(~flags if invert else np.ascontiguousarray(flags), base, tuned)
+        flags = flags_of(mask, name, start, tuned.size)
+        return choose(~flags if invert else flags, base, tuned)
 
     return edit
+
+
+def flags_of(mask: Checkpoint, name: str, start: int, count: int) -> Block:
+    """A mask's bits for the elements [start, start + count); none is set of what it does not name.
+
+    Args:
+        mask: From `changed_mask`.
+        name: The tensor's name.
+        start: The first element.
+        count: How many.
+
+    Returns:
+        Boolean array of shape (count,).
+    """
+    if name not in mask:
+        return np.zeros(count, np.bool_)
+    first, stop = start // 8, (start + count + 7) // 8
+    bits = np.unpackbits(mask[name].read(first, stop), bitorder="little").view(np.bool_)
+    return np.array(bits[start - 8 * first :][:count])
 
 
 def rows_of(flags: Block, start: int, count: int, width: int) -> Block:

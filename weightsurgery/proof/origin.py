@@ -14,7 +14,7 @@ from weightsurgery.checkpoint import Checkpoint, TensorView
 from weightsurgery.errors import FormatError, MismatchError, SettingError, SurgeryError, shown
 from weightsurgery.formats.recorded import Recorded
 from weightsurgery.kernels import Block, bits_of, count_different, to_dtype, to_float
-from weightsurgery.masks import KIND
+from weightsurgery.masks import KIND, flags_of
 from weightsurgery.proof.again import do_again
 from weightsurgery.stream import Engine
 
@@ -141,7 +141,7 @@ def find_origin(
     renamings, places = _roles(recorded)
     entries = {role: recorded.content["inputs"][place] for role, place in places.items()}
     try:
-        return _pair(recorded, renamings, places, base, tuned, mask, engine)
+        return _pair(recorded, renamings, places, entries, base, tuned, mask, engine)
     except SurgeryError as error:
         # That the models are others is what to tell, if they are.
         check_given(describe({"base": base, "tuned": tuned}, entries), error.reason)
@@ -176,6 +176,7 @@ def _pair(
     recorded: Recorded,
     renamings: list[Mapping[str, Any]],
     places: Mapping[str, int],
+    entries: Mapping[str, Mapping[str, Any]],
     base: Checkpoint,
     tuned: Checkpoint,
     mask: Checkpoint | None,
@@ -184,7 +185,6 @@ def _pair(
     """What belongs together, and what the recorded steps give."""
     named, renamed = _renamed(base, renamings, recorded.path)
     edited = {n for n, entry in recorded.tensors.items() if entry["status"] == "edited"}
-    entries = {role: recorded.content["inputs"][place] for role, place in places.items()}
     pairs = {pair.name: pair for pair in align(named, tuned, mismatched="keep").pairs}
     inputs = {places["base"]: base, places["tuned"]: tuned}
     reset_where, exact = True, True
@@ -243,22 +243,13 @@ def count_origins(
         counts.neither += int(np.count_nonzero(changed & ~is_base))
     if origin.mask is None:
         return
-    flags = _flags(origin.mask, view.name, start, changed.size)
+    flags = flags_of(origin.mask, view.name, start, changed.size)
     if origin.exact:
         counts.unlike_mask += int(np.count_nonzero(flags != changed))
     else:  # what the mask leaves alone, and what is not its own, is TUNED's
         flags = (flags == origin.reset_where) & (view.name in origin.edited)
         flags[common:] = False
         counts.unlike_mask += int(np.count_nonzero(np.where(flags, ~is_base, changed)))
-
-
-def _flags(mask: Checkpoint, name: str, start: int, count: int) -> Block:
-    """A mask's bits for a run of elements; none is set of a tensor that it does not name."""
-    if name not in mask:
-        return np.zeros(count, np.bool_)
-    first, last = start // 8, (start + count + 7) // 8
-    bits = np.unpackbits(mask[name].read(first, last), bitorder="little").view(np.bool_)
-    return np.array(bits[start - 8 * first :][:count])
 
 
 def _roles(recorded: Recorded) -> tuple[list[Mapping[str, Any]], dict[str, int]]:

@@ -112,9 +112,11 @@ def _present(out: str, *, is_directory: bool) -> list[str]:
 def _open_files(found: Found, folder: str, present: list[str]) -> None:
     """Open what is recorded; note what is missing, extra or malformed."""
     recorded = found.recorded
-    holding = {entry["file"] for entry in recorded.tensors.values()}
+    holding: dict[str, dict[str, Any]] = {}
+    for tensor, entry in recorded.tensors.items():
+        holding.setdefault(entry["file"], {})[tensor] = entry
     if len(recorded.files) == 2 and not holding:  # a model without tensors: its file and the card
-        holding = set(recorded.files)
+        holding = {name: {} for name in recorded.files}
     for name in present:
         if name not in recorded.files:
             found.wrong(name, None, "extra", "the record does not name it")
@@ -136,7 +138,7 @@ def _open_files(found: Found, folder: str, present: list[str]) -> None:
             detail = f"{file.size:,} bytes; recorded {entry['size']:,}"
             found.wrong(name, None, "altered", detail)
         if name.endswith(".safetensors"):
-            _open_tensors(found, name, file)
+            _open_tensors(found, name, file, holding.get(name, {}))
 
 
 def _check_room(found: Found) -> None:
@@ -158,13 +160,14 @@ def _check_room(found: Found) -> None:
 _OPEN_BESIDES = 200  # BASE's and TUNED's, the libraries'
 
 
-def _open_tensors(found: Found, name: str, file: InputFile) -> None:
+def _open_tensors(
+    found: Found, name: str, file: InputFile, expected: Mapping[str, Mapping[str, Any]]
+) -> None:
     try:
         views, _ = open_safetensors(file)
     except SurgeryError as error:
         found.wrong(name, error.tensor, "malformed", error.reason)
         return
-    expected = {n: e for n, e in found.recorded.tensors.items() if e["file"] == name}
     for tensor in sorted(views.keys() - expected.keys()):
         found.wrong(name, tensor, "extra", "the record does not name it")
     for tensor, entry in expected.items():
