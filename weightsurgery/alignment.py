@@ -4,53 +4,24 @@ from __future__ import annotations
 
 import difflib
 import fnmatch
-import math
-import re
-from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from weightsurgery.anatomy import find_embedding, kind_of
-from weightsurgery.checkpoint import Checkpoint, TensorView
+from weightsurgery.checkpoint import Checkpoint
+from weightsurgery.coverage import ENOUGH, Coverage
 from weightsurgery.errors import MismatchError, SettingError, counted, shown
-from weightsurgery.ties import is_output_head, says_tied, tied_to
+from weightsurgery.pairing import Pairing
+from weightsurgery.pairs import Pair, Status
 
-_OTHER_SHAPE = "shapes differ"
-_WRONG = (_OTHER_SHAPE, "dtypes differ", "floating on one side")
-# What a fine-tuning adds to a model; a pre-trained one has a language model's head at most.
-_TASK_HEAD = re.compile(r"(?:^|\.)(?:classifier|score|qa_outputs|logits_proj)\.")
+__all__ = ["Alignment", "Pair", "Status", "align", "check_glob", "matches"]
 
-
-@dataclass(frozen=True)
-class Pair:
-    """One tensor of TUNED and its counterpart in BASE.
-
-    Attributes:
-        tuned: The tensor whose name, shape and dtype results have.
-        base: Its counterpart, under whatever name BASE has for it; None if it has none.
-        eligible: How many leading elements (row-major) may be edited; 0 keeps all of TUNED's.
-        reason: Why not all of them, "" if all.
-        key: The name random masks are drawn under: that of the tensor this one is tied to.
-        note: Something the report should say about the pair, "" if nothing.
-    """
-
-    tuned: TensorView
-    base: TensorView | None
-    eligible: int
-    reason: str = ""
-    key: str = ""
-    note: str = ""
-
-    @property
-    def name(self) -> str:
-        """TUNED's name for the tensor."""
-        return self.tuned.name
-
-    @property
-    def is_tied_copy(self) -> bool:
-        """True if another pair stands for the same weights."""
-        return self.key != self.tuned.name
+_WRONG = {
+    Status.SHAPE: "E-PAIR-SHAPE",
+    Status.ARRANGEMENT: "E-PAIR-SHAPE",
+    Status.DTYPE: "E-PAIR-DTYPE",
+    Status.FLOATING: "E-PAIR-DTYPE",
+}
 
 
 @dataclass(frozen=True)
@@ -64,28 +35,23 @@ class Alignment:
         unused: Tensors of BASE without a counterpart, each with the reason.
         prefix: The prefix that one side's names have and the other's lack; "" if none.
         prefix_on: "tuned" or "base": the side that has it.
+        warnings: What looks like a mistake, though it may be none.
+        coverage: Which share of TUNED's parameters has a counterpart.
     """
 
     base: Checkpoint
     tuned: Checkpoint
     pairs: tuple[Pair, ...]
-    unused: tuple[tuple[str, str], ...] = ()
-    prefix: str = ""
-    prefix_on: str = ""
+    unused: tuple[tuple[str, str], ...]
+    prefix: str
+    prefix_on: str
+    warnings: tuple[str, ...]
+    coverage: Coverage
 
     @property
     def eligible(self) -> tuple[Pair, ...]:
         """The pairs of which something may be edited."""
         return tuple(pair for pair in self.pairs if pair.eligible)
-
-    @property
-    def warnings(self) -> tuple[str, ...]:
-        """What looks like a mistake, though it may be none."""
-        lost = [name for name, _ in self.unused if _TASK_HEAD.search(name)]
-        if not lost or any(_TASK_HEAD.search(pair.name) for pair in self.pairs):
-            return ()
-        what = f"BASE has a head that TUNED lacks, '{shown(lost[0])}'"
-        return (f"{what}: are BASE and TUNED the right way round?",)
 
     @property
     def dimensions(self) -> int:
@@ -120,9 +86,9 @@ class Alignment:
 
         def keep(pair: Pair) -> Pair:
             if include and not any(matches(name, include) for name in names[pair.key]):
-                return replace(pair, eligible=0, reason="not included")
+                return _left_out(pair, "not included")
             if any(matches(name, exclude) for name in names[pair.key]):
-                return replace(pair, eligible=0, reason="excluded")
+                return _left_out(pair, "excluded")
             return pair
 
         restricted = replace(self, pairs=tuple(map(keep, self.pairs)))
@@ -135,13 +101,14 @@ class Alignment:
 
         def judge(pair: Pair) -> Pair:
             stays = pair.name in names or not pair.eligible
-            return pair if stays else replace(pair, eligible=0, reason=reason)
+            return pair if stays else _left_out(pair, reason)
 
         return replace(self, pairs=tuple(map(judge, self.pairs)))
 
     def to_json(self) -> dict[str, Any]:
         """The report, as records and `--json` show it."""
         return {
+            "coverage": self.coverage.to_json(),
             "eligible_tensors": len(self.eligible),
             "eligible_dimensions": self.dimensions,
             "prefix": {"text": self.prefix, "on": self.prefix_on} if self.prefix else None,
@@ -157,6 +124,10 @@ class Alignment:
             "only_in_base": [{"tensor": name, "reason": reason} for name, reason in self.unused],
             "notes": [{"tensor": p.name, "note": p.note} for p in self.pairs if p.note],
         }
+
+
+def _left_out(pair: Pair, reason: str) -> Pair:
+    return replace(pair, eligible=0, reason=reason, status=Status.LEFT_OUT)
 
 
 def matches(name: str, globs: Sequence[str]) -> bool:
@@ -180,14 +151,23 @@ def check_glob(glob: str, names: Sequence[str]) -> None:
 
 
 def align(
-    base: Checkpoint, tuned: Checkpoint, *, mismatched: str = "refuse", called: str = "TUNED"
+    base: Checkpoint,
+    tuned: Checkpoint,
+    *,
+    mismatched: str = "refuse",
+    partial: str = "keep",
+    called: str = "TUNED",
 ) -> Alignment:
-    """Pair the tensors of TUNED with those of BASE.
+    """Pair the tensors of TUNED with those of BASE, as the loading library sees them.
 
-    Exact names first; the rest by one common prefix that either side has (`bert.`, `model.`,
-    `module.` …), found by counting. A head that BASE ties to its embedding is paired with that
-    embedding; an extended vocabulary is paired on the rows both have; a head that BASE lacks is
-    kept from TUNED. What does not pair is listed with its reason.
+    Both sides are brought to canonical names, so that wrappers, older spellings, prefixes, fused
+    and split matrices do not matter; what is then left over is paired by one common prefix that
+    either side has. Tied weights are one tensor, under whichever of their names they are stored.
+    Rows of a vocabulary are paired by token where both sides have a tokenizer, else by number.
+    A head that BASE lacks is kept from TUNED. What does not pair is listed with its reason.
+
+    Nothing is read but tokenizers, and tensors that TUNED's configuration ties to each other and
+    that it stores more than once.
 
     Args:
         base: Trusted pre-trained weights.
@@ -195,28 +175,56 @@ def align(
         mismatched: "refuse" a pair of different shapes that is neither vocabulary nor head, and
             one of different dtypes that are not both floating; or "keep" TUNED's; or
             "keep integers", which does so where neither side is floating.
+        partial: "refuse" where less than 95 % of TUNED's parameters, task heads left out, have a
+            counterpart, and models of unrelated types; "keep" warns.
         called: What errors call the second model. Only for TUNED do they advise options.
 
     Returns:
         The pairs, and all that stands alone.
 
     Raises:
-        MismatchError: The models are of different types, a pair's shapes differ, or its dtypes
-            where one of them is not floating, or nothing pairs at all.
+        MismatchError: The models are of unrelated types, a pair's shapes differ, or its dtypes
+            where one of them is not floating, too little pairs, or nothing at all.
     """
-    _check_types(base, tuned, called)
-    prefix, side = _common_prefix(base, tuned)
-    ties = tied_to(tuned)
-    pairs, used = [], set()
-    for name, view in tuned.items():
-        other, note = _counterpart(name, base, tuned, prefix, side)
-        if other is not None:
-            used.add(other.name)
-        pair = _judge(view, other, note, base=base, tuned=tuned, called=called)
-        pairs.append(replace(pair, key=ties.get(name, name)))
-    wrong = [p for p in pairs if p.reason.startswith(_WRONG)]
+    warnings = [_compare_types(base, tuned, called, refuse=partial == "refuse")]
+    found = Pairing(base, tuned, called)
+    pairs, coverage = found.pairs, found.coverage
+    _check_pairs(pairs, mismatched, tuned, called)
+    # To be looked at ("keep"), integers will do; to be edited there must be something to edit.
+    if not any(p.eligible or (mismatched == "keep" and p.base is not None) for p in pairs):
+        raise _nothing_pairs(base, tuned, called)
+    if partial == "refuse" and not coverage.is_enough:
+        raise MismatchError(
+            coverage.summary,
+            file=tuned.label,
+            hint=f"expected at least {ENOUGH:.0%}; --map pairs names by hand, --allow-partial "
+            "keeps TUNED's where BASE has nothing",
+            code="E-PAIR-COVERAGE",
+        )
+    warnings += [*found.warnings, coverage.summary if called == "TUNED" else ""]
+    return Alignment(
+        base=base,
+        tuned=tuned,
+        pairs=pairs,
+        unused=found.unused,
+        prefix=found.matcher.prefix,
+        prefix_on=found.matcher.prefix_on,
+        warnings=tuple(filter(None, warnings)),
+        coverage=coverage,
+    )
+
+
+def _check_pairs(
+    pairs: Sequence[Pair], mismatched: str, tuned: Checkpoint, called: str
+) -> None:
+    """Refuse pairs that do not fit.
+
+    Raises:
+        MismatchError: There is one.
+    """
+    wrong = [pair for pair in pairs if pair.status in _WRONG]
     if mismatched == "keep integers":
-        wrong = [p for p in wrong if not _are_integers(p)]
+        wrong = [pair for pair in wrong if not _are_integers(pair)]
     if wrong and mismatched != "keep":
         first = wrong[0]
         raise MismatchError(
@@ -224,122 +232,52 @@ def align(
             file=tuned.label,
             tensor=first.name,
             hint=_doubt(called, "--keep-mismatched keeps TUNED's"),
-            code="E-PAIR-SHAPE" if first.reason.startswith(_OTHER_SHAPE) else "E-PAIR-DTYPE",
+            code=_WRONG[first.status],
         )
-    # To be looked at ("keep"), integers will do; to be edited there must be something to edit.
-    if not any(p.eligible or (mismatched == "keep" and p.base is not None) for p in pairs):
-        raise _nothing_pairs(base, tuned, called)
-    unused = tuple((n, _why_unused(n, base, tuned)) for n in base if n not in used)
-    return Alignment(base, tuned, tuple(pairs), unused, prefix, side)
 
 
-def _check_types(base: Checkpoint, tuned: Checkpoint, called: str) -> None:
+def _compare_types(base: Checkpoint, tuned: Checkpoint, called: str, *, refuse: bool) -> str:
+    """What to warn of where the models are of unrelated types, "" where they are not.
+
+    Raises:
+        MismatchError: They are, and that is to be refused.
+    """
     types = [checkpoint.config.get("model_type") for checkpoint in (base, tuned)]
+    if not all(types) or _are_related(base.config, tuned.config):
+        return ""
+    reason = f"model_type is {shown(types[0])} in BASE and {shown(types[1])} in {called}"
+    if not refuse and called == "TUNED":
+        return f"{reason}; what is compared are the tensors of the same name and shape"
     made = "fine-tuned" if called == "TUNED" else "made"
-    if all(types) and types[0] != types[1]:
-        raise MismatchError(
-            f"model_type is {shown(types[0])} in BASE and {shown(types[1])} in {called}",
-            file=tuned.label,
-            hint=f"give the model that {called} was {made} from",
-            code="E-PAIR-TYPE",
-        )
+    hint = f"was {called} {made} from this model?"
+    raise MismatchError(
+        reason,
+        file=tuned.label,
+        hint=hint + (" --allow-partial pairs what fits" if called == "TUNED" else ""),
+        code="E-PAIR-TYPE",
+    )
 
 
-def _common_prefix(base: Checkpoint, tuned: Checkpoint) -> tuple[str, str]:
-    """The prefix that pairs most of the names left over by exact matching, and its side."""
-    votes: Counter[tuple[str, str]] = Counter()
-    for longer, shorter, side in ((tuned, base, "tuned"), (base, tuned, "base")):
-        free = {name for name in shorter if name not in longer}
-        for name, view in longer.items():
-            if name in shorter:
-                continue
-            dot = name.find(".")
-            while dot >= 0:  # every dotted suffix: a.b.c gives b.c and c
-                rest = name[dot + 1 :]
-                if rest in free and shorter[rest].shape == view.shape:
-                    votes[name[: dot + 1], side] += 1
-                dot = name.find(".", dot + 1)
-    if not votes:
-        return "", ""
-    return min(votes, key=lambda vote: (-votes[vote], len(vote[0]), vote))
+def _are_related(base: Mapping[str, Any], tuned: Mapping[str, Any]) -> bool:
+    """True if one model may be, or hold, the other: qwen2 and qwen2_vl, gemma3 and gemma3_text."""
+    ours, theirs = _types(base), _types(tuned)
+    return any(
+        one == other or one.startswith(f"{other}_") or other.startswith(f"{one}_")
+        for one in ours
+        for other in theirs
+    )
 
 
-def _counterpart(
-    name: str, base: Checkpoint, tuned: Checkpoint, prefix: str, side: str
-) -> tuple[TensorView | None, str]:
-    if name in base:
-        return base[name], ""
-    other = ""
-    if side == "tuned" and name.startswith(prefix):
-        other = name[len(prefix) :]
-    elif side == "base":
-        other = prefix + name
-    if other in base and other not in tuned:  # what TUNED has too belongs to that one
-        return base[other], ""
-    ties = next((s for s, c in (("BASE", base), ("TUNED", tuned)) if says_tied(c)), "")
-    embedding = find_embedding(base)
-    if ties and embedding and is_output_head(name):
-        return base[embedding], f"{ties} ties it to '{shown(embedding)}'"
-    return None, ""
-
-
-def _judge(
-    view: TensorView,
-    other: TensorView | None,
-    note: str,
-    *,
-    base: Checkpoint,
-    tuned: Checkpoint,
-    called: str,
-) -> Pair:
-    def kept(reason: str) -> Pair:
-        return Pair(view, other, 0, reason, note=note)
-
-    if other is None:
-        is_head = kind_of(view.name) == "head"
-        return kept("a task head that BASE lacks" if is_head else "BASE has no such tensor")
-    dtypes = f"{other.dtype.name} in BASE, {view.dtype.name} in {called}"
-    if view.dtype.arithmetic != other.dtype.arithmetic:
-        return kept(f"floating on one side only ({dtypes})")
-    if not view.dtype.arithmetic and view.dtype != other.dtype:
-        return kept(f"dtypes differ: {dtypes}")
-    if not view.dtype.arithmetic and view.shape == other.shape:
-        return kept(f"not floating ({dtypes})")
-    if view.dtype != other.dtype:
-        note = dtypes + (note and f"; {note}")
-    if view.shape == other.shape:
-        return Pair(view, other, view.size, "" if view.size else "empty", note=note)
-    shapes = f"{list(other.shape)} in BASE, {list(view.shape)} in {called}"
-    if view.dtype.arithmetic and _is_vocabulary(view, other, base, tuned):
-        rows = min(view.shape[0], other.shape[0])
-        reason = f"{rows:,} common rows ({shapes})"
-        return Pair(view, other, rows * math.prod(view.shape[1:]), reason, note=note)
-    if kind_of(view.name) == "head":
-        return kept(f"a task head of another shape ({shapes})")
-    return kept(f"shapes differ: {shapes}")
+def _types(config: Mapping[str, Any]) -> list[str]:
+    """The model's type, and that of the text model in it."""
+    texts = [inner for key, inner in config.items() if key.startswith("text") or "llm" in key]
+    found = [place.get("model_type") for place in (config, *texts) if isinstance(place, Mapping)]
+    return [one for one in found if isinstance(one, str)]
 
 
 def _are_integers(pair: Pair) -> bool:
     """True where neither side is floating."""
     return not any(side.dtype.arithmetic for side in (pair.base, pair.tuned) if side is not None)
-
-
-def _is_vocabulary(
-    view: TensorView, other: TensorView, base: Checkpoint, tuned: Checkpoint
-) -> bool:
-    """An embedding, or an output head or bias over the vocabulary, with rows added or dropped."""
-    if len(view.shape) != len(other.shape) or view.shape[1:] != other.shape[1:] or not view.shape:
-        return False
-    if kind_of(view.name) == "embedding":
-        return len(view.shape) == 2
-    sizes = [checkpoint.config.get("vocab_size") for checkpoint in (base, tuned)]
-    return sizes == [other.shape[0], view.shape[0]] and kind_of(view.name) == "head"
-
-
-def _why_unused(name: str, base: Checkpoint, tuned: Checkpoint) -> str:
-    if name in tied_to(base) or (is_output_head(name) and says_tied(tuned)):
-        return "tied to the word embedding in TUNED"
-    return "TUNED has no such tensor"
 
 
 def _nothing_pairs(base: Checkpoint, tuned: Checkpoint, called: str) -> MismatchError:

@@ -13,15 +13,18 @@ from collections.abc import Callable, Generator, Hashable, Iterable, Iterator
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
-from weightsurgery.alignment import Alignment, Pair
 from weightsurgery.checkpoint import Checkpoint, TensorView
 from weightsurgery.dtypes import DType
 from weightsurgery.errors import NonFiniteError, SettingError
 from weightsurgery.kernels import Block, all_finite, to_dtype, to_float
+from weightsurgery.pairs import Pair
+
+if TYPE_CHECKING:
+    from weightsurgery.alignment import Alignment
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -188,12 +191,13 @@ def map_tensors(
 
 
 def _whole(pair: Pair) -> Pair:
-    """A pair cut to its eligible rows, for results that hold nothing else."""
+    """A pair cut to the rows up to its last eligible one, for results that hold nothing else."""
     view = pair.tuned
-    if pair.eligible == view.size:
+    last = pair.runs[-1][1] if pair.runs else pair.eligible
+    rows = -(-last // max(1, view.width))
+    if not view.shape or rows * view.width >= view.size:
         return pair
-    shape = (view.shape[0] * pair.eligible // view.size, *view.shape[1:])
-    return replace(pair, tuned=replace(view, shape=shape))
+    return replace(pair, tuned=replace(view, shape=(rows, *view.shape[1:])))
 
 
 def _edited(pair: Pair, edit: Edit, check: bool, dtype: DType) -> TensorView:
@@ -203,26 +207,35 @@ def _edited(pair: Pair, edit: Edit, check: bool, dtype: DType) -> TensorView:
 
     def read_both(start: int, stop: int) -> tuple[Block, Block]:
         stored, subject = pair.tuned.read_both(start, stop)
-        common = min(stop, pair.eligible) - start
-        if common <= 0:
-            return stored, subject
-        other = base.read(start, start + common)
-        result = edit(pair.key, start, subject[:common], other)
-        if result.dtype != dtype.numpy or result.shape != (common,):
+        spans = list(pair.spans(start, stop))
+        if spans == [(start, stop)]:
+            return stored, edit_span(start, subject)
+        same = dtype == pair.tuned.dtype  # else there is nothing to keep, as in a drift
+        result = subject.copy() if same else np.zeros(subject.size, dtype.numpy)
+        for first, last in spans:
+            result[first - start : last - start] = edit_span(
+                first, subject[first - start : last - start]
+            )
+        return stored, result
+
+    def edit_span(start: int, subject: Block) -> Block:
+        stop = start + subject.size
+        other = base.read(start, stop)
+        result = edit(pair.key, start, subject, other)
+        if result.dtype != dtype.numpy or result.shape != subject.shape:
             raise ValueError(
                 f"{pair.name}: the edit gave {result.dtype}{result.shape}, "
-                f"expected {dtype.numpy}{(common,)}"
+                f"expected {dtype.numpy}{subject.shape}"
             )
         if check and not all_finite(result):
             raise NonFiniteError(
-                f"NaN or infinity among elements {start:,} to {start + common:,}",
+                f"NaN or infinity among elements {start:,} to {stop:,}",
                 tensor=pair.name,
                 hint="see `wsurg diff`; --allow-nonfinite lets it pass",
             )
         if other.dtype != result.dtype and all_finite(other) and not all_finite(result):
             _refuse_overflow(pair, other, result)
-        rest = subject[common:]
-        return stored, np.concatenate([result, rest]) if rest.size else result
+        return result
 
     return TensorView(pair.name, pair.tuned.shape, dtype, read_both, "edited")
 
@@ -270,10 +283,10 @@ def fold(
         The last state.
     """
     items = [
-        (pair, start, min(stop, pair.eligible))
+        (pair, *span)
         for pair in pairs
         for start, stop in pair.tuned.blocks()
-        if start < pair.eligible
+        for span in pair.spans(start, stop)
     ]
 
     def work(item: tuple[Pair, int, int]) -> Result:

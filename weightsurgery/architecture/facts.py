@@ -159,7 +159,8 @@ def _header() -> Mapping[str, Any]:
 
 
 @lru_cache(maxsize=1)
-def _legacy() -> tuple[Rule, ...]:
+def legacy_rules() -> tuple[Rule, ...]:
+    """The rules that hold for all architectures: spellings of older versions."""
     return tuple(_rule(rule) for rule in _header()["legacy"])
 
 
@@ -200,7 +201,7 @@ def _architecture(model_type: str, name: str) -> Architecture | None:
         embedding=record.get("embedding", ""),
         head=record.get("head", ""),
         vocabulary=record.get("vocabulary", {}),
-        rules=(*own, *_legacy()),
+        rules=(*own, *legacy_rules()),
         final=frozenset(record.get("final", ())),
         parameters=frozenset((*inherited, *record.get("parameters", ()))),
         ties=tuple(Tie(*tie) for tie in record.get("ties", ())),

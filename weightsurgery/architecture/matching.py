@@ -1,0 +1,297 @@
+"""Counterparts: which elements of BASE are the same parameters as a tensor of TUNED's.
+
+Both sides are brought to canonical names. A tensor's counterpart is, in this order: the tensor
+that TUNED's ties make of it, the one of the same canonical name, the one that BASE's ties make of
+it, and the pieces of BASE's tensors that the loading library makes the same parameters of.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from weightsurgery.anatomy import natural_key
+from weightsurgery.architecture.canonical import Names, read_names
+from weightsurgery.architecture.conversion import assemble
+from weightsurgery.architecture.facts import Architecture, architecture_of
+from weightsurgery.architecture.pieces import Assembly, Link, link, whole
+from weightsurgery.architecture.ties import Ties, find_ties
+from weightsurgery.architecture.views import Run, linked_view
+from weightsurgery.checkpoint import Checkpoint, TensorView
+from weightsurgery.errors import shown
+
+
+@dataclass(frozen=True)
+class Counterpart:
+    """What BASE has for a tensor of TUNED's.
+
+    Attributes:
+        view: Its elements, in BASE's dtype; in TUNED's order and shape where `runs` are given.
+        names: The tensors of BASE that they are read from.
+        runs: The elements (start, stop) of TUNED's tensor that have a counterpart; () for a
+            tensor that stands for another as a whole.
+        note: What is worth reporting.
+    """
+
+    view: TensorView
+    names: tuple[str, ...]
+    runs: tuple[Run, ...] = ()
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Side:
+    """One checkpoint, as the loading library sees it.
+
+    Attributes:
+        checkpoint: The checkpoint.
+        names: Canonical names of its tensors.
+        ties: Canonical names that are one tensor.
+        known: Whether the facts are its own; False where they are the other side's.
+    """
+
+    checkpoint: Checkpoint
+    names: Names
+    ties: Ties
+    known: bool
+
+    def stored(self, canonical: str) -> str | None:
+        """The stored tensor of a canonical name, None if there is none."""
+        return self.names.stored.get(canonical)
+
+    def canonical(self, name: str) -> str:
+        """The canonical name of a stored tensor."""
+        return self.names.places[name].canonical
+
+
+def read_sides(base: Checkpoint, tuned: Checkpoint) -> tuple[Side, Side]:
+    """BASE and TUNED as the loading library sees them.
+
+    A side without a configuration, such as a single file or a fisher, is read with the other's
+    facts.
+
+    Args:
+        base: The one.
+        tuned: The other.
+    """
+    found = [architecture_of(side.config) for side in (base, tuned)]
+    return (
+        _side(base, found[0], found[1], tuned),
+        _side(tuned, found[1], found[0], base),
+    )
+
+
+def _side(
+    checkpoint: Checkpoint,
+    own: Architecture | None,
+    others: Architecture | None,
+    other: Checkpoint,
+) -> Side:
+    borrowed = own is None and not checkpoint.config.get("model_type")
+    architecture = others if borrowed else own
+    config = other.config if borrowed else checkpoint.config
+    ties = find_ties(architecture, config)
+    return Side(checkpoint, read_names(checkpoint, architecture), ties, own is not None)
+
+
+@dataclass
+class Matcher:
+    """Finds counterparts; made once for a pair of checkpoints.
+
+    Attributes:
+        base: BASE's side.
+        tuned: TUNED's side.
+        prefix: A prefix of canonical names that one side has and the other lacks; "" if none.
+        prefix_on: "tuned" or "base": the side that has it.
+    """
+
+    base: Side
+    tuned: Side
+    prefix: str = field(init=False, default="")
+    prefix_on: str = field(init=False, default="")
+
+    def __post_init__(self) -> None:
+        self.prefix, self.prefix_on = _common_prefix(self.base, self.tuned)
+        self._made = {side: _Made(one) for side, one in self._sides()}
+        self._links: dict[str, dict[str, list[Link]]] = {}
+
+    def _sides(self) -> tuple[tuple[str, Side], ...]:
+        return ("base", self.base), ("tuned", self.tuned)
+
+    def find(self, name: str, *, alone: bool = False) -> Counterpart | None:
+        """What BASE has for a stored tensor of TUNED's.
+
+        Args:
+            name: TUNED's name.
+            alone: True for a tensor that the configuration ties to another, but whose values
+                differ: the loading library leaves it alone then.
+
+        Returns:
+            None where BASE has nothing for it.
+
+        Raises:
+            UnsupportedError: BASE has something, but its arrangement does not fit TUNED's.
+        """
+        canonical = self.tuned.canonical(name)
+        group = [canonical] if alone else self.tuned.ties.group(canonical)
+        for one in group:
+            found = self._in_base(one)
+            if found is not None and self._is_same_shape(name, found):
+                return self._plain(found, "" if one == canonical else "tied in TUNED")
+        found = self._tied_in_base(canonical)
+        if found is not None:
+            return self._plain(found, "tied in BASE")
+        converted = self._converted(name)
+        if converted is not None:
+            return converted
+        found = next(filter(None, map(self._in_base, group)), None)
+        return None if found is None else self._plain(found)
+
+    def _is_same_shape(self, name: str, found: str) -> bool:
+        return self.base.checkpoint[found].shape == self.tuned.checkpoint[name].shape
+
+    def _plain(self, found: str, tied: str = "") -> Counterpart:
+        note = f"{tied} to '{shown(found)}'" if tied else ""
+        return Counterpart(self.base.checkpoint[found], (found,), note=note)
+
+    def _in_base(self, canonical: str) -> str | None:
+        """BASE's tensor of a canonical name, with the prefix that one side has."""
+        found = self.base.stored(canonical)
+        if found is not None:
+            return found
+        other = ""
+        if self.prefix_on == "tuned" and canonical.startswith(self.prefix):
+            other = canonical.removeprefix(self.prefix)
+        elif self.prefix_on == "base":
+            other = self.prefix + canonical
+        if not other or self.tuned.stored(other) is not None:
+            return None  # what TUNED has too belongs to that one
+        return self.base.stored(other)
+
+    def _tied_in_base(self, canonical: str) -> str | None:
+        """What BASE's ties make of a name that it does not store."""
+        ties = self.base.ties
+        for one in ties.group(canonical):
+            if one != canonical and self.base.stored(one) is not None:
+                return self.base.stored(one)
+        if self.base.known or canonical not in ties.possible:
+            return None
+        # Without a configuration: that it does not store the head says that it is tied.
+        return self.base.stored(ties.possible[canonical])
+
+    def _converted(self, name: str) -> Counterpart | None:
+        """A view of the pieces that the loading library makes the same parameters of."""
+        mine, theirs = self._made["tuned"], self._made["base"]
+        links: list[Link] = []
+        for target in mine.targets_of(name):
+            if not mine.makes(target) and not theirs.makes(target):
+                continue  # both store it as it is
+            if target not in self._links:
+                self._links[target] = _linked(mine.assembly(target), theirs.assembly(target))
+            links += self._links[target].get(name, [])
+        if not links:
+            return None
+        base, like = self.base.checkpoint, self.tuned.checkpoint[name]
+        names = sorted({link.theirs for link in links}, key=natural_key)
+        view, runs = linked_view(like, links, {one: base[one] for one in names})
+        many = f"made of {len(names):,} tensors of BASE" if len(names) > 1 else ""
+        return Counterpart(view, tuple(names), runs, many or f"a part of '{names[0]}' in BASE")
+
+
+def _linked(ours: Assembly | None, theirs: Assembly | None) -> dict[str, list[Link]]:
+    if ours is None or theirs is None:
+        return {}
+    found: dict[str, list[Link]] = {}
+    for one in link(ours, theirs):
+        found.setdefault(one.ours, []).append(one)
+    return found
+
+
+class _Made:
+    """The model's tensors that converters make of a side's stored ones."""
+
+    def __init__(self, side: Side) -> None:
+        self._side = side
+        self._groups: dict[tuple[int, str], dict[str, list[str]]] = {}
+        for name, place in side.names.places.items():
+            if place.loaded.converter is not None:
+                key = (id(place.loaded.converter), place.target)
+                group = self._groups.setdefault(key, {})
+                group.setdefault(place.loaded.source, []).append(name)
+        self._by_target: dict[str, tuple[int, str]] = {}
+        for key, group in self._groups.items():
+            rule = side.names.places[next(iter(group.values()))[0]].loaded.converter
+            for pattern in rule.targets if rule else ():
+                target = key[1].replace(rule.targets[0], pattern, 1) if rule else ""
+                self._by_target.setdefault(target, key)
+        self._shapes = {
+            place.canonical: side.checkpoint[name].shape
+            for name, place in side.names.places.items()
+            if place.loaded.converter is None
+        }
+        self._outputs: dict[tuple[int, str], dict[str, Assembly]] = {}
+
+    def targets_of(self, name: str) -> list[str]:
+        """Canonical names of the model's tensors that a stored one becomes part of."""
+        place = self._side.names.places[name]
+        if place.loaded.converter is None:
+            return [place.canonical]
+        outputs = self._output(id(place.loaded.converter), place.target)
+        return [t for t, one in outputs.items() if any(p.stored == name for p in one.pieces)]
+
+    def makes(self, target: str) -> bool:
+        """True if a converter makes this tensor of the model."""
+        return target in self._by_target
+
+    def assembly(self, target: str) -> Assembly | None:
+        """A tensor of the model as pieces of stored ones, None if the side does not have it."""
+        if target in self._by_target:
+            return self._output(*self._by_target[target]).get(target)
+        name = self._side.stored(target)
+        if name is None or self._side.names.places[name].loaded.converter is not None:
+            return None
+        return whole(name, self._side.checkpoint[name].shape)
+
+    def _output(self, rule: int, target: str) -> dict[str, Assembly]:
+        key = (rule, target)
+        if key not in self._outputs:
+            names, view = self._side.names, self._side.checkpoint
+            group = self._groups[key]
+            converter = names.places[next(iter(group.values()))[0]].loaded.converter
+            if converter is None:
+                raise ValueError("only converters make groups")
+            sources = {
+                pattern: [whole(n, view[n].shape) for n in sorted(found, key=natural_key)]
+                for pattern, found in group.items()
+            }
+            self._outputs[key] = assemble(
+                converter, target, sources, shapes=self._shapes, config=view.config
+            )
+        return self._outputs[key]
+
+
+def _common_prefix(base: Side, tuned: Side) -> tuple[str, str]:
+    """The prefix that pairs most of the canonical names that only one side has, and its side."""
+    votes: Counter[tuple[str, str]] = Counter()
+    for longer, shorter, side in ((tuned, base, "tuned"), (base, tuned, "base")):
+        free = {c: n for c, n in shorter.names.stored.items() if longer.stored(c) is None}
+        for canonical, name in longer.names.stored.items():
+            if shorter.stored(canonical) is not None:
+                continue
+            shape = longer.checkpoint[name].shape
+            for rest in _endings(canonical):
+                if rest in free and shorter.checkpoint[free[rest]].shape == shape:
+                    votes[canonical[: -len(rest)], side] += 1
+    if not votes:
+        return "", ""
+    return min(votes, key=lambda vote: (-votes[vote], len(vote[0]), vote))
+
+
+def _endings(name: str) -> Iterator[str]:
+    """Every dotted ending: a.b.c gives b.c and c."""
+    dot = name.find(".")
+    while dot >= 0:
+        yield name[dot + 1 :]
+        dot = name.find(".", dot + 1)
+

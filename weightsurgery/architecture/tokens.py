@@ -1,0 +1,117 @@
+"""Rows of a vocabulary, paired by the tokens they stand for."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+
+from weightsurgery.checkpoint import Checkpoint, FileRef
+from weightsurgery.errors import FormatError, shown
+from weightsurgery.formats.vocabulary import MAX_BYTES, read_vocabulary
+
+_READABLE = ("tokenizer.json", "vocab.json", "vocab.txt")
+_OTHERS = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "source.spm", "spm.model")
+
+Rows = tuple[int, int, int]  # first row of TUNED, first row of BASE, number of rows
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """The vocabularies of BASE and TUNED.
+
+    Attributes:
+        base: BASE.
+        tuned: TUNED.
+    """
+
+    base: Checkpoint
+    tuned: Checkpoint
+
+    @property
+    def warning(self) -> str:
+        """What to warn of, "" if rows of the same number are known to be of the same token."""
+        return self._read[2]
+
+    @property
+    def differ(self) -> bool:
+        """True if both vocabularies were read, and some token has another number in BASE."""
+        return self._read[0] is not None
+
+    def pair_rows(self, tuned_rows: int, base_rows: int) -> list[Rows]:
+        """The rows that stand for the same token.
+
+        A row whose token BASE lacks, or that has no token, goes with BASE's row of the same
+        number, if that row has no token either.
+
+        Args:
+            tuned_rows: Number of TUNED's rows.
+            base_rows: Number of BASE's.
+
+        Returns:
+            Runs of rows, in TUNED's order.
+        """
+        theirs, ours, _ = self._read
+        if theirs is None or ours is None:
+            common = min(tuned_rows, base_rows)
+            return [(0, 0, common)] if common else []
+        taken = set(theirs.values())
+        found: list[list[int]] = []
+        for row in range(tuned_rows):
+            other = theirs.get(ours.get(row, ""))
+            if other is None and row not in taken:
+                other = row
+            if other is None or other >= base_rows:
+                continue
+            last = found[-1] if found else [-1, -1, 0]
+            if row == last[0] + last[2] and other == last[1] + last[2]:
+                last[2] += 1
+            else:
+                found.append([row, other, 1])
+        return [(row, other, count) for row, other, count in found]
+
+    @cached_property
+    def _read(self) -> tuple[Mapping[str, int] | None, Mapping[int, str] | None, str]:
+        """BASE's number of each token, TUNED's token of each number, and a warning.
+
+        Two times None where rows of the same number belong together, as far as is known.
+        """
+        sides = (self.base, self.tuned)
+        files = [_file(side, _READABLE) for side in sides]
+        if None in files:
+            others = [_file(side, (*_READABLE, *_OTHERS)) for side in sides]
+            if None in others or _same(others):
+                return None, None, ""
+            return None, None, _unread("cannot be read as a list of tokens", others)
+        if _same(files):
+            return None, None, ""
+        try:
+            theirs, ours = (read_vocabulary(side) for side in sides)
+        except FormatError as error:
+            return None, None, _unread(f"cannot be read: {error}", files)
+        numbers = {token: number for number, token in theirs.items()}
+        if not theirs or not ours:
+            return None, None, _unread("have no list of tokens", files)
+        if all(numbers.get(token, number) == number for number, token in ours.items()):
+            shared = len(theirs.keys() & ours.keys())
+            if all(theirs.get(n, t) == t for n, t in ours.items()) and shared:
+                return None, None, ""
+        return numbers, ours, ""
+
+
+def _file(side: Checkpoint, names: tuple[str, ...]) -> FileRef | None:
+    files = {file.name: file for file in side.side_files if file.size <= MAX_BYTES}
+    return next((files[name] for name in names if name in files), None)
+
+
+def _same(files: list[FileRef | None]) -> bool:
+    """True if two files have the same bytes."""
+    one, other = files
+    if one is None or other is None or (one.name, one.size) != (other.name, other.size):
+        return False
+    return one.content() == other.content()
+
+
+def _unread(reason: str, files: list[FileRef | None]) -> str:
+    names = " and ".join(f"'{shown(file.path)}'" for file in files if file is not None)
+    return f"the tokenizers {names} differ and {reason}; vocabulary rows are paired by number"

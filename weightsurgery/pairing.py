@@ -1,0 +1,291 @@
+"""Pairs of BASE and TUNED: finds each tensor's counterpart and judges whether it may be edited."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from weightsurgery.anatomy import find_embedding, kind_of
+from weightsurgery.architecture.canonical import relative, template
+from weightsurgery.architecture.matching import Counterpart, Matcher, Side, read_sides
+from weightsurgery.architecture.pieces import UnsupportedError
+from weightsurgery.architecture.tokens import Tokens
+from weightsurgery.architecture.views import row_view
+from weightsurgery.checkpoint import Checkpoint, TensorView
+from weightsurgery.coverage import Coverage
+from weightsurgery.dtypes import FLOATING
+from weightsurgery.errors import shown
+from weightsurgery.kernels import count_different
+from weightsurgery.pairs import Pair, Status
+from weightsurgery.ties import is_output_head, says_tied, tied_to
+
+# What a fine-tuning adds to a model; a pre-trained one has a language model's head at most.
+_TASKS = re.compile(r"For\w*(?:Classification|QuestionAnswering|MultipleChoice)$")
+_TASK_HEAD = re.compile(r"(?:^|\.)(?:classifier|score|qa_outputs|logits_proj)\.")
+
+
+@dataclass(frozen=True)
+class Pairing:
+    """BASE and TUNED, as they are paired.
+
+    Attributes:
+        base: BASE.
+        tuned: TUNED.
+        called: What messages call the second model.
+    """
+
+    base: Checkpoint
+    tuned: Checkpoint
+    called: str = "TUNED"
+
+    @cached_property
+    def matcher(self) -> Matcher:
+        """Finds counterparts."""
+        return Matcher(*read_sides(self.base, self.tuned))
+
+    @cached_property
+    def tokens(self) -> Tokens:
+        """Pairs rows of the vocabulary."""
+        return Tokens(self.base, self.tuned)
+
+    @cached_property
+    def pairs(self) -> tuple[Pair, ...]:
+        """One for each tensor of TUNED."""
+        return tuple(map(self._pair, self.tuned.values()))
+
+    @cached_property
+    def keys(self) -> Mapping[str, str]:
+        """Tensors of TUNED that are tied to others, to the one that stands for all of them.
+
+        A copy whose bytes differ stands for itself: the loading library leaves it untied.
+        """
+        return {
+            name: leader if name == leader or self._are_equal(name, leader) else name
+            for leader, names in self._tied.items()
+            for name in names
+        }
+
+    @cached_property
+    def untied(self) -> tuple[str, ...]:
+        """Tensors of TUNED that are tied by its configuration, but stored with other values."""
+        leaders = self._tied.keys()
+        return tuple(n for n, key in self.keys.items() if n == key and n not in leaders)
+
+    @cached_property
+    def _tied(self) -> Mapping[str, list[str]]:
+        """TUNED's tensors that its configuration makes one, by the first of them."""
+        side = self.matcher.tuned
+        if side.names.architecture is None:
+            copies = tied_to(self.tuned)
+            return {name: [name, *copies] for name in copies.values()}
+        groups = {}
+        for source in dict.fromkeys(side.ties.sources.values()):
+            stored = map(side.stored, side.ties.group(source))
+            names = [name for name in stored if name is not None]
+            if names:
+                groups[names[0]] = names
+        return groups
+
+    def _are_equal(self, one: str, other: str) -> bool:
+        a, b = self.tuned[one], self.tuned[other]
+        return (a.shape, a.dtype) == (b.shape, b.dtype) and not any(
+            count_different(a.read(start, stop), b.read(start, stop)) for start, stop in a.blocks()
+        )
+
+    def _pair(self, view: TensorView) -> Pair:
+        key = self.keys.get(view.name, view.name)
+        try:
+            found = self.matcher.find(view.name, alone=view.name in self.untied)
+        except UnsupportedError as error:
+            return Pair(view, None, 0, str(error), key, status=Status.ARRANGEMENT)
+        found = found or self._guessed(view.name)
+        if found is None:
+            head = self.is_head(self.matcher.tuned, view.name)
+            status = Status.HEAD if head else Status.MISSING
+            reason = status.value if head else "BASE has no such tensor"
+            return Pair(view, None, 0, reason, key, status=status)
+        return self._judge(view, found, key)
+
+    def _guessed(self, name: str) -> Counterpart | None:
+        """The word embedding for an output head, where the architecture is not known."""
+        if self.matcher.base.names.architecture and self.matcher.tuned.names.architecture:
+            return None
+        by = next((s for s, c in (("BASE", self.base), ("TUNED", self.tuned)) if says_tied(c)), "")
+        embedding = find_embedding(self.base)
+        if not by or not embedding or not is_output_head(name):
+            return None
+        note = f"tied in {by} to '{shown(embedding)}'"
+        return Counterpart(self.base[embedding], (embedding,), note=note)
+
+    def _judge(self, view: TensorView, found: Counterpart, key: str) -> Pair:
+        other = found.view
+        dtypes = f"{other.dtype.name} in BASE, {view.dtype.name} in {self.called}"
+        shapes = f"{list(other.shape)} in BASE, {list(view.shape)} in {self.called}"
+        note = found.note
+
+        def kept(status: Status, reason: str) -> Pair:
+            return Pair(view, other, 0, reason, key, note, status, names=found.names)
+
+        if view.dtype.arithmetic != other.dtype.arithmetic:
+            return kept(Status.FLOATING, f"floating on one side only ({dtypes})")
+        if not view.dtype.arithmetic and view.dtype != other.dtype:
+            return kept(Status.DTYPE, f"dtypes differ: {dtypes}")
+        if not view.dtype.arithmetic and view.shape == other.shape:
+            return kept(Status.BYTES, f"not floating ({dtypes})")
+        if view.dtype != other.dtype:
+            note = dtypes + (note and f"; {note}")
+        if found.runs:
+            count = sum(stop - start for start, stop in found.runs)
+            return self._partly(view, found, key, note, "BASE has no other elements", count)
+        width = self._row_width(view, other)
+        if width and (view.shape != other.shape or self.tokens.differ):
+            return self._by_rows(view, found, key, note, width)
+        if view.shape == other.shape:
+            status, reason = (Status.PAIRED, "") if view.size else (Status.EMPTY, "empty")
+            return Pair(view, other, view.size, reason, key, note, status, names=found.names)
+        if self.is_head(self.matcher.tuned, view.name):
+            return kept(Status.HEAD, f"a task head of another shape ({shapes})")
+        return kept(Status.SHAPE, f"shapes differ: {shapes}")
+
+    def _partly(
+        self, view: TensorView, found: Counterpart, key: str, note: str, why: str, count: int
+    ) -> Pair:
+        """A pair of which `count` elements may be edited, those in its counterpart's runs."""
+        all_ = count == view.size
+        reason = "" if all_ else f"{count:,} of {view.size:,} elements: {why}"
+        status = Status.PAIRED if all_ else Status.PARTLY
+        runs = () if all_ else found.runs
+        return Pair(view, found.view, count, reason, key, note, status, runs, found.names)
+
+    def _row_width(self, view: TensorView, other: TensorView) -> int:
+        """Elements for each row of the vocabulary, 0 where a tensor has no such rows."""
+        axis = self._vocabulary_axis(view, other)
+        if axis is None or len(view.shape) != len(other.shape) or math.prod(view.shape[:axis]) != 1:
+            return 0
+        same = view.shape[:axis] == other.shape[:axis]
+        rest = view.shape[axis + 1 :] == other.shape[axis + 1 :]
+        return math.prod(view.shape[axis + 1 :]) if same and rest else 0
+
+    def _vocabulary_axis(self, view: TensorView, other: TensorView) -> int | None:
+        side = self.matcher.tuned
+        known = side.names.architecture
+        if known is not None:
+            like = template(side.canonical(view.name))
+            axes = {template(relative(known, n)): axis for n, axis in known.vocabulary.items()}
+            return axes.get(like)
+        if kind_of(view.name) == "embedding" and len(view.shape) == 2:
+            return 0
+        rows = [other.shape[0], view.shape[0]] if other.shape and view.shape else []
+        if kind_of(view.name) != "head" or not rows:
+            return None
+        return 0 if rows in (self._embedding_rows, self._configured_rows) else None
+
+    @cached_property
+    def _embedding_rows(self) -> list[int]:
+        """Rows of the word embedding in BASE and TUNED; [] where it cannot be found."""
+        found = [side.get(find_embedding(side) or "") for side in (self.base, self.tuned)]
+        shapes = [view.shape for view in found if view is not None and view.shape]
+        return [shape[0] for shape in shapes] if len(shapes) == 2 else []
+
+    @property
+    def _configured_rows(self) -> list[Any]:
+        return [side.config.get("vocab_size") for side in (self.base, self.tuned)]
+
+    def _by_rows(
+        self, view: TensorView, found: Counterpart, key: str, note: str, width: int
+    ) -> Pair:
+        """A pair of two vocabularies: the rows of the same tokens."""
+        rows = self.tokens.pair_rows(view.size // width, found.view.size // width)
+        count = sum(number for _, _, number in rows)
+        shapes = f"{list(found.view.shape)} in BASE, {list(view.shape)} in {self.called}"
+        by = "rows of the same tokens" if self.tokens.differ else "common rows"
+        reason = f"{count:,} {by} ({shapes})"
+        if not rows:
+            return Pair(view, found.view, 0, reason, key, note, Status.SHAPE, names=found.names)
+        if rows == [(0, 0, count)]:
+            base, runs = found.view, ()
+        else:
+            base, runs = row_view(view, found.view, rows, width)
+        whole = count * width == view.size
+        status = Status.PAIRED if whole else Status.PARTLY
+        if whole:
+            reason, runs = "", ()
+            note = f"{by}{note and '; '}{note}" if self.tokens.differ else note
+        return Pair(view, base, count * width, reason, key, note, status, runs, found.names)
+
+    def is_head(self, side: Side, name: str) -> bool:
+        """True for what a model has for its task, outside of the base model."""
+        known = side.names.architecture
+        loaded = side.names.places[name].loaded.target
+        outside = (
+            known is not None
+            and bool(known.prefix)
+            and not loaded.startswith(f"{known.prefix}.")
+            and template(loaded) in known.parameters
+        )
+        return outside or kind_of(name) == "head"
+
+    @cached_property
+    def unused(self) -> tuple[tuple[str, str], ...]:
+        """BASE's tensors that are no counterpart, each with the reason."""
+        used = {name for pair in self.pairs for name in pair.names}
+        return tuple((name, self._why_unused(name)) for name in self.base if name not in used)
+
+    def _why_unused(self, name: str) -> str:
+        base, tuned = self.matcher.base, self.matcher.tuned
+        canonical = base.canonical(name)
+        group = {*base.ties.group(canonical), *tuned.ties.group(canonical)}
+        is_tied = len(group) > 1 or (
+            tuned.names.architecture is None
+            and (name in tied_to(self.base) or (is_output_head(name) and says_tied(self.tuned)))
+        )
+        return "tied to another tensor in TUNED" if is_tied else "TUNED has no such tensor"
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """What looks like a mistake, though it may be none."""
+        found = []
+        lost = [name for name, _ in self.unused if self._is_task_head(self.matcher.base, name)]
+        if lost and not any(self._is_task_head(self.matcher.tuned, n) for n in self.tuned):
+            found.append(
+                f"BASE has a head that TUNED lacks, '{shown(lost[0])}': are BASE and TUNED the "
+                "right way round?"
+            )
+        found += [
+            f"'{shown(name)}': tied by config.json, but stored with other values; treated as a "
+            "tensor of its own, as transformers does"
+            for name in self.untied
+        ]
+        found += [self.tokens.warning] if self._has_vocabulary and self.tokens.warning else []
+        return tuple(found)
+
+    @property
+    def _has_vocabulary(self) -> bool:
+        return any(p.base is not None and self._row_width(p.tuned, p.base) for p in self.pairs)
+
+    def _is_task_head(self, side: Side, name: str) -> bool:
+        known = side.names.architecture
+        by_class = known is not None and bool(_TASKS.search(known.name))
+        return bool(_TASK_HEAD.search(name)) or (by_class and self.is_head(side, name))
+
+    @property
+    def coverage(self) -> Coverage:
+        """Which share of TUNED's parameters has a counterpart."""
+        counted_ = [p for p in self.pairs if p.tuned.dtype.name in FLOATING and p.key == p.name]
+        is_paired = {p.name: p.eligible or (p.status is Status.BYTES) * p.tuned.size for p in counted_}
+        known = self.matcher.tuned.names.architecture
+        return Coverage(
+            parameters=sum(p.tuned.size for p in counted_),
+            paired=sum(is_paired.values()),
+            heads=sum(p.tuned.size for p in counted_ if p.status is Status.HEAD),
+            unpaired={
+                p.name: p.reason
+                for p in counted_
+                if is_paired[p.name] < p.tuned.size and p.status is not Status.HEAD
+            },
+            architecture=known.name if known else "",
+        )
