@@ -74,8 +74,8 @@ def test_every_metric_can_be_a_gate(metric: str) -> None:
         ("max_abs > nan", "cannot read the condition 'max_abs > nan'"),
         ("max_abs => 1", "cannot read the condition"),
         ("max_abs > 1 2", "cannot read the condition"),
-        ("largest > 1", r"no metric 'largest'; there are count, changed, .*q99\.9"),
-        ("*.bias: l3 > 1", "no metric 'l3'"),
+        ("largest > 1", r"unknown metric 'largest'; expected count, changed, .*q99\.9"),
+        ("*.bias: l3 > 1", "unknown metric 'l3'"),
     ],
 )
 def test_conditions_that_cannot_be_read(text: str, message: str) -> None:

@@ -151,7 +151,7 @@ def test_what_has_no_embedding_is_refused() -> None:
     alone = from_arrays({"w": np.zeros(2, np.float32), "new.weight": np.ones((2, 2), np.float32)})
     with pytest.raises(MismatchError, match="the word embedding cannot be edited"):
         epur(model.renamed({"w": "v"}), alone.renamed({"w": "v"}), counts=FEW,
-             embedding="new.weight", keep_mismatched=True)  # fmt: skip
+             embedding="new.weight", keep_mismatched=True, allow_partial=True)  # fmt: skip
 
 
 def test_drift_that_is_not_finite_is_refused() -> None:

@@ -250,7 +250,9 @@ def test_what_does_not_count_is_not_in_the_record() -> None:
         return purify(base, tuned, **given).step
 
     by_mask = step(fisher=fisher, from_mask=mask, ratio=0.7, embeddings="reset")
-    assert set(by_mask.settings) == {"invert", "include", "exclude", "keep_mismatched"}
+    assert set(by_mask.settings) == {
+        *("invert", "include", "exclude", "keep_mismatched", "allow_partial")
+    }
     assert list(by_mask.inputs) == ["base", "tuned", "from_mask"]
     by_drift = step(fisher=fisher, score="drift", seed=3, top=9)
     assert not {"epsilon", "seed", "counts", "top", "clamp", "invert"} & set(by_drift.settings)

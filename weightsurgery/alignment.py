@@ -11,10 +11,10 @@ from typing import Any
 from weightsurgery.checkpoint import Checkpoint
 from weightsurgery.coverage import ENOUGH, Coverage
 from weightsurgery.errors import MismatchError, SettingError, counted, shown
-from weightsurgery.pairing import Pairing
+from weightsurgery.pairing import TIED, Pairing
 from weightsurgery.pairs import Pair, Status
 
-__all__ = ["Alignment", "Pair", "Status", "align", "check_glob", "matches"]
+__all__ = ["Alignment", "Pair", "Status", "align", "align_to_edit", "check_glob", "matches"]
 
 _WRONG = {
     Status.SHAPE: "E-PAIR-SHAPE",
@@ -121,7 +121,10 @@ class Alignment:
                 if p.reason
             ],
             "tied": [{"tensor": p.name, "to": p.key} for p in self.pairs if p.is_tied_copy],
-            "only_in_base": [{"tensor": name, "reason": reason} for name, reason in self.unused],
+            "only_in_base": [
+                {"tensor": name, "reason": reason, "tied": reason == TIED}
+                for name, reason in self.unused
+            ],
             "notes": [{"tensor": p.name, "note": p.note} for p in self.pairs if p.note],
         }
 
@@ -193,7 +196,9 @@ def align(
     # To be looked at ("keep"), integers will do; to be edited there must be something to edit.
     if not any(p.eligible or (mismatched == "keep" and p.base is not None) for p in pairs):
         raise _nothing_pairs(base, tuned, called)
-    if partial == "refuse" and not coverage.is_enough:
+    # What --keep-mismatched keeps is kept on request.
+    kept = sum(p.tuned.size for p in pairs if p.status in _WRONG and p.key == p.name)
+    if partial == "refuse" and not coverage.is_enough(besides=kept):
         raise MismatchError(
             coverage.summary,
             file=tuned.label,
@@ -211,6 +216,28 @@ def align(
         prefix_on=found.matcher.prefix_on,
         warnings=tuple(filter(None, warnings)),
         coverage=coverage,
+    )
+
+
+def align_to_edit(
+    base: Checkpoint, tuned: Checkpoint, *, keep_mismatched: bool, allow_partial: bool
+) -> Alignment:
+    """Pair the tensors of TUNED with those of BASE, for an operator.
+
+    Args:
+        base: Trusted pre-trained weights.
+        tuned: Fine-tuned weights.
+        keep_mismatched: Keep TUNED's tensor where the shapes differ.
+        allow_partial: Continue where less than 95 % of TUNED's parameters have a counterpart.
+
+    Raises:
+        MismatchError: As `align`.
+    """
+    return align(
+        base,
+        tuned,
+        mismatched="keep" if keep_mismatched else "refuse",
+        partial="keep" if allow_partial else "refuse",
     )
 
 

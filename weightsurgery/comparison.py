@@ -6,7 +6,7 @@ Our own; the papers look at drift per dimension, and these are the numbers that 
 from __future__ import annotations
 
 import heapq
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -49,6 +49,7 @@ class DiffReport:
         top: "dimensions", "rows", "columns" and "tokens" of largest drift.
         alignment: What belongs together, and what does not.
         warnings: What the user should know.
+        gates: What `--fail-if` conditions say, where there are any.
     """
 
     base: str
@@ -61,6 +62,7 @@ class DiffReport:
     top: dict[str, list[dict[str, Any]]]
     alignment: dict[str, Any]
     warnings: list[str]
+    gates: list[dict[str, Any]] = field(default_factory=list)
 
     def to_json(self) -> dict[str, Any]:
         """The report in its versioned schema."""
@@ -96,8 +98,8 @@ def diff(
         raise SettingError(f"top is {top}; expected 0 or more")
     engine = engine or Engine()
     alignment = align(base, tuned, mismatched="keep")
-    equal = _equal_copies(alignment, engine)
-    pairs = [p for p in map(_comparable, alignment.pairs) if p is not None and p.name not in equal]
+    once = (pair for pair in alignment.pairs if not pair.is_tied_copy)
+    pairs = [pair for pair in map(_comparable, once) if pair is not None]
     if not pairs:
         raise MismatchError(
             "no tensor of BASE and TUNED can be compared: their shapes differ",
@@ -105,29 +107,12 @@ def diff(
             hint="are these the same architecture?",
             code="E-PAIR-SHAPE",
         )
-    collector = _Collector(alignment, top, equal)
+    collector = _Collector(alignment, top)
     fold(partial(_compare, top), _combine, collector, pairs, engine=engine, what="comparing")
     report = collector.report()
     for given in (base, tuned):
         given.check_unchanged()
     return report
-
-
-def _equal_copies(alignment: Alignment, engine: Engine) -> set[str]:
-    """Tied copies that TUNED stores with the very bytes of what they are tied to.
-
-    They are counted once. A copy whose bytes differ is a tensor of its own, whatever config.json
-    says: transformers may load it, so it must not stay unseen.
-    """
-    stored = {pair.name: pair.tuned for pair in alignment.pairs}
-    copies = [Pair(p.tuned, stored[p.key], p.tuned.size) for p in alignment.pairs if p.is_tied_copy]
-
-    def combine(different: set[str], pair: Pair, _start: int, count: int) -> set[str]:
-        return different | {pair.name} if count else different
-
-    none: set[str] = set()
-    different = fold(_count_bytes, combine, none, copies, engine=engine, what="tied weights")
-    return {pair.name for pair in copies} - different
 
 
 def _comparable(pair: Pair) -> Pair | None:
@@ -167,8 +152,8 @@ def _combine(collector: _Collector, pair: Pair, start: int, result: Any) -> _Col
 class _Collector:
     """Gathers partial results block by block; holds one tensor's sums at a time."""
 
-    def __init__(self, alignment: Alignment, top: int, equal_copies: set[str]) -> None:
-        self.alignment, self.top, self.equal_copies = alignment, top, equal_copies
+    def __init__(self, alignment: Alignment, top: int) -> None:
+        self.alignment, self.top = alignment, top
         self.embedding = find_embedding(alignment.tuned)
         self.model = Statistics()
         self.layers: dict[str, Statistics] = {}
@@ -289,12 +274,6 @@ class _Collector:
         if bad:
             those = counted(bad, "dimension is", "dimensions are")
             found.append(f"{those} NaN or infinite on a side; left out of the sums")
-        found += [
-            f"'{shown(p.name)}': tied to '{shown(p.key)}' by config.json, but stored with other "
-            "bytes; compared on its own"
-            for p in self.alignment.pairs
-            if p.is_tied_copy and p.name not in self.equal_copies
-        ]
         for checkpoint in (self.alignment.base, self.alignment.tuned):
             try:
                 require_unquantised(checkpoint)
@@ -313,7 +292,7 @@ def _vocabulary(tuned: Checkpoint) -> tuple[dict[int, str], str]:
 
 def _has_rows(pair: Pair) -> bool:
     """Rows and columns are ranked in tensors of two dimensions or more, of rows up to a block."""
-    return len(pair.tuned.shape) > 1 and 0 < pair.tuned.width <= BLOCK
+    return len(pair.tuned.shape) > 1 and 0 < pair.tuned.width <= BLOCK and pair.has_whole_rows
 
 
 def _largest(values: Block, count: int) -> Block:

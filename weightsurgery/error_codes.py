@@ -205,6 +205,11 @@ _PAIR: Rows = {
         "numbers on one side, codes or other integers on the other",
         "`--keep-mismatched` keeps TUNED's",
     ),
+    "E-PAIR-COVERAGE": (
+        MismatchError,
+        "less than 95 % of TUNED's parameters have a counterpart in BASE",
+        "pair names with `--map`; `--allow-partial` continues",
+    ),
     "E-PAIR-NONE": (MismatchError, "no two tensors belong together", "`--strip-prefix`, `--map`"),
     "E-OVERFLOW": (
         NonFiniteError,

@@ -25,6 +25,7 @@ from weightsurgery.ties import is_output_head, says_tied, tied_to
 
 # What a fine-tuning adds to a model; a pre-trained one has a language model's head at most.
 _TASKS = re.compile(r"For\w*(?:Classification|QuestionAnswering|MultipleChoice)$")
+TIED = "tied to another tensor in TUNED"  # why a tensor of BASE has no counterpart of its own
 _TASK_HEAD = re.compile(r"(?:^|\.)(?:classifier|score|qa_outputs|logits_proj)\.")
 
 
@@ -203,19 +204,20 @@ class Pairing:
         count = sum(number for _, _, number in rows)
         shapes = f"{list(found.view.shape)} in BASE, {list(view.shape)} in {self.called}"
         by = "rows of the same tokens" if self.tokens.differ else "common rows"
-        reason = f"{count:,} {by} ({shapes})"
         if not rows:
-            return Pair(view, found.view, 0, reason, key, note, Status.SHAPE, names=found.names)
+            reason = f"no {by} ({shapes})"
+            return Pair(view, found.view, 0, reason, key, note, Status.ROWS, names=found.names)
         if rows == [(0, 0, count)]:
             base, runs = found.view, ()
         else:
             base, runs = row_view(view, found.view, rows, width)
-        whole = count * width == view.size
-        status = Status.PAIRED if whole else Status.PARTLY
-        if whole:
-            reason, runs = "", ()
-            note = f"{by}{note and '; '}{note}" if self.tokens.differ else note
-        return Pair(view, base, count * width, reason, key, note, status, runs, found.names)
+        if count * width < view.size:
+            reason = f"{count:,} {by} ({shapes})"
+            return Pair(
+                view, base, count * width, reason, key, note, Status.ROWS, runs, found.names
+            )
+        note = f"{by} ({shapes})" + (note and f"; {note}")
+        return Pair(view, base, view.size, "", key, note, names=found.names)
 
     def is_head(self, side: Side, name: str) -> bool:
         """True for what a model has for its task, outside of the base model."""
@@ -243,7 +245,7 @@ class Pairing:
             tuned.names.architecture is None
             and (name in tied_to(self.base) or (is_output_head(name) and says_tied(self.tuned)))
         )
-        return "tied to another tensor in TUNED" if is_tied else "TUNED has no such tensor"
+        return TIED if is_tied else "TUNED has no such tensor"
 
     @property
     def warnings(self) -> tuple[str, ...]:
@@ -275,17 +277,21 @@ class Pairing:
     @property
     def coverage(self) -> Coverage:
         """Which share of TUNED's parameters has a counterpart."""
-        counted_ = [p for p in self.pairs if p.tuned.dtype.name in FLOATING and p.key == p.name]
-        is_paired = {p.name: p.eligible or (p.status is Status.BYTES) * p.tuned.size for p in counted_}
+        once = [p for p in self.pairs if p.tuned.dtype.name in FLOATING and p.key == p.name]
+        bytes_ = {p.name: p.tuned.size for p in once if p.status is Status.BYTES}
+        paired = {p.name: p.eligible or bytes_.get(p.name, 0) for p in once}
         known = self.matcher.tuned.names.architecture
+        rest = [p for p in once if paired[p.name] < p.tuned.size]
         return Coverage(
-            parameters=sum(p.tuned.size for p in counted_),
-            paired=sum(is_paired.values()),
-            heads=sum(p.tuned.size for p in counted_ if p.status is Status.HEAD),
+            parameters=sum(p.tuned.size for p in once),
+            paired=sum(paired.values()),
+            heads=sum(p.tuned.size for p in rest if p.status is Status.HEAD),
+            added=sum(p.tuned.size - p.eligible for p in rest if p.status is Status.ROWS),
             unpaired={
                 p.name: p.reason
-                for p in counted_
-                if is_paired[p.name] < p.tuned.size and p.status is not Status.HEAD
+                for p in rest
+                if not paired[p.name] and p.status is not Status.HEAD
             },
+            partly={p.name: p.reason for p in rest if paired[p.name]},
             architecture=known.name if known else "",
         )

@@ -15,6 +15,7 @@ class Status(Enum):
 
     PAIRED = "paired"
     PARTLY = "partly paired"
+    ROWS = "tokens that BASE lacks"
     EMPTY = "empty"
     MISSING = "not in BASE"
     HEAD = "a task head that BASE lacks"

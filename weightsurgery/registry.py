@@ -49,6 +49,9 @@ AllowNonfinite = Annotated[bool, Setting("let NaN and infinity pass through the 
 KeepMismatched = Annotated[
     bool, Setting("keep TUNED's tensor where the shapes differ, instead of refusing")
 ]
+AllowPartial = Annotated[
+    bool, Setting("continue where less than 95 % of TUNED's parameters have a counterpart in BASE")
+]
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import click
@@ -11,7 +12,7 @@ from weightsurgery.comparison import DiffReport, diff, drift
 from weightsurgery.errors import SurgeryError, shown
 from weightsurgery.formats import save
 from weightsurgery.formats.plan import make_plan
-from weightsurgery.gates import check_gates, parse_gate
+from weightsurgery.gates import gate_results, parse_gate, refuse_failed
 from weightsurgery.report.comparison import comparison_csv, comparison_tables
 from weightsurgery.report.tables import show
 from weightsurgery.statistics import METRICS
@@ -52,12 +53,17 @@ def _diff(
     if delta is not None and failure is None:
         click.echo(f"the drift is in {shown(drift_out)}, its record beside it", err=True)
     options.warn(report.warnings)
+    results: list[dict[str, Any]] = []
     try:
-        _show(report, limit=_limit(top, show_all), as_csv=as_csv, as_json=as_json)
-    finally:  # the verdict counts even if nobody reads the report
-        if failure is not None:
-            raise failure
-        check_gates(report, gates)
+        results = gate_results(report, gates)
+        report = replace(report, gates=results)
+    finally:  # a condition that cannot be judged should not cost the report
+        try:
+            _show(report, limit=_limit(top, show_all), as_csv=as_csv, as_json=as_json)
+        finally:  # the verdict counts even if nobody reads the report
+            if failure is not None:
+                raise failure
+            refuse_failed(results)
 
 
 def _check_usage(context: click.Context) -> None:

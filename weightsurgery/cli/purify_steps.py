@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from weightsurgery.alignment import align
+from weightsurgery.alignment import align_to_edit
 from weightsurgery.checkpoint import Checkpoint
 from weightsurgery.cli import model_options, options
 from weightsurgery.cli.companion import Companion, Given, Inputs
@@ -101,7 +101,8 @@ def _before(inputs: Inputs, settings: Given, given: Given) -> dict[str, Checkpoi
         return {}
     ranked = given["from_mask"] is None and settings["score"] in ("fisher", "inverse-fisher")
     if given["from_mask"] is None:
-        paired = align(*inputs, mismatched="keep" if settings["keep_mismatched"] else "refuse")
+        chosen = {name: settings[name] for name in ("keep_mismatched", "allow_partial")}
+        paired = align_to_edit(*inputs, **chosen)
         names = ("ratio", "epsilon", "embeddings", "embedding", "counts")
         looked_at: dict[str, Any] = {name: settings.get(name) for name in names}
         checked(paired.only(settings["include"], settings["exclude"]), **looked_at)

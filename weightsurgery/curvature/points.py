@@ -67,10 +67,9 @@ def _blocks(model: Model, base: Checkpoint) -> Iterator[tuple[str, torch.Tensor,
             continue
         values = model.names[pair.name].data.view(-1)
         for start, end in pair.tuned.blocks():
-            stop = min(end, pair.eligible)
-            if start < stop:
+            for first, last in pair.spans(start, end):
                 b, t = (
-                    to_float(view.read(start, stop)).astype(np.float32, copy=False)
+                    to_float(view.read(first, last)).astype(np.float32, copy=False)
                     for view in (pair.base, pair.tuned)
                 )
-                yield pair.name, values[start:stop], b, t
+                yield pair.name, values[first:last], b, t

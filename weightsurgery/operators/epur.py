@@ -15,7 +15,7 @@ from typing import Annotated, Any
 
 import numpy as np
 
-from weightsurgery.alignment import Alignment, Pair, align
+from weightsurgery.alignment import Alignment, Pair, align_to_edit
 from weightsurgery.anatomy import find_embedding
 from weightsurgery.checkpoint import Checkpoint
 from weightsurgery.errors import MismatchError, NonFiniteError, SettingError, shown
@@ -23,7 +23,7 @@ from weightsurgery.formats.vocabulary import read_special, read_vocabulary
 from weightsurgery.kernels import Block, choose
 from weightsurgery.masks import rows_of
 from weightsurgery.quantised import require_unquantised
-from weightsurgery.registry import KeepMismatched, operator
+from weightsurgery.registry import AllowPartial, KeepMismatched, operator
 from weightsurgery.score_kernel import squared_rows
 from weightsurgery.stream import Edit, Engine, fold, map_tensors
 from weightsurgery.token_counts import TokenCounts
@@ -42,6 +42,7 @@ def epur(
     clamp: Clamp = 20.0,
     embedding: Annotated[str, "name of the word-embedding matrix; found by itself if empty"] = "",
     keep_mismatched: KeepMismatched = False,
+    allow_partial: AllowPartial = False,
     engine: Engine,
 ) -> Checkpoint:
     """Reset the embeddings of rare words that moved far, as triggers do (E-PUR).
@@ -67,6 +68,7 @@ def epur(
         clamp: Smallest count that makes a difference; the paper's 20.
         embedding: TUNED's name for the word embedding, where it cannot be found.
         keep_mismatched: Keep TUNED's tensor where shapes differ, instead of refusing.
+        allow_partial: Continue where less than 95 % of TUNED's parameters have a counterpart.
         engine: How to run the scoring.
 
     Returns:
@@ -82,7 +84,9 @@ def epur(
         PolicyError: A model is quantised.
     """
     require_unquantised(base, tuned)
-    paired = align(base, tuned, mismatched="keep" if keep_mismatched else "refuse")
+    paired = align_to_edit(
+        base, tuned, keep_mismatched=keep_mismatched, allow_partial=allow_partial
+    )
     pair = embedding_pair(paired, embedding)
     rows = score_rows(pair, tuned, counts, top=top, clamp=clamp, engine=engine)
     names = [p.name for p in paired.eligible if p.key == pair.key]
@@ -226,7 +230,7 @@ def score_rows(
         raise SettingError(f"top is {top}; expected 0 or more")
     if not 1 < clamp < np.inf:
         raise SettingError(f"clamp is {clamp:g}; expected a number above 1")
-    known = _look_up(tuned, counts, pair.eligible // pair.tuned.width)
+    known = _look_up(tuned, counts, pair.tuned.shape[0])
     norms = np.sqrt(_squared_norms(pair, engine))
     if not np.isfinite(norms).all():
         row = int(np.flatnonzero(~np.isfinite(norms))[0])
@@ -261,7 +265,7 @@ def _squared_norms(pair: Pair, engine: Engine) -> Block:
         total[start // width : start // width + part.size] += part
         return total
 
-    zeros = np.zeros(pair.eligible // width)
+    zeros = np.zeros(pair.tuned.shape[0])
     return fold(step, combine, zeros, [pair], engine=engine, what="scoring the embedding")
 
 

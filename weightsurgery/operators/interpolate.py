@@ -11,12 +11,13 @@ from typing import Annotated
 
 import numpy as np
 
-from weightsurgery.alignment import align
+from weightsurgery.alignment import align_to_edit
 from weightsurgery.checkpoint import Checkpoint
 from weightsurgery.kernels import Block, same_float, to_dtype, to_float
 from weightsurgery.quantised import require_unquantised
 from weightsurgery.registry import (
     AllowNonfinite,
+    AllowPartial,
     Exclude,
     Include,
     KeepMismatched,
@@ -35,6 +36,7 @@ def interpolate(
     include: Include = (),
     exclude: Exclude = (),
     keep_mismatched: KeepMismatched = False,
+    allow_partial: AllowPartial = False,
     allow_nonfinite: AllowNonfinite = False,
 ) -> Checkpoint:
     """Interpolate linearly between BASE and TUNED (WiSE-FT).
@@ -50,6 +52,7 @@ def interpolate(
         include: Globs; where given, only matching tensors are edited.
         exclude: Globs; matching tensors are kept from TUNED.
         keep_mismatched: Keep TUNED's tensor where shapes differ, instead of refusing.
+        allow_partial: Continue where less than 95 % of TUNED's parameters have a counterpart.
         allow_nonfinite: Let NaN and infinity pass instead of refusing them.
 
     Returns:
@@ -72,7 +75,9 @@ def interpolate(
         with np.errstate(invalid="ignore"):  # inf - inf, where that is allowed, is NaN
             return to_dtype(b + w * (t - b), tuned.dtype)
 
-    paired = align(base, tuned, mismatched="keep" if keep_mismatched else "refuse")
+    paired = align_to_edit(
+        base, tuned, keep_mismatched=keep_mismatched, allow_partial=allow_partial
+    )
     return map_tensors(
         edit, paired.only(include, exclude), arithmetic=True, allow_nonfinite=allow_nonfinite
     )

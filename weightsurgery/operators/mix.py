@@ -15,12 +15,13 @@ from typing import Annotated, Literal
 
 import numpy as np
 
-from weightsurgery.alignment import Alignment, Pair, align, check_glob, matches
+from weightsurgery.alignment import Alignment, Pair, align_to_edit, check_glob, matches
 from weightsurgery.checkpoint import Checkpoint
 from weightsurgery.errors import SettingError, shown
 from weightsurgery.kernels import Block, choose, magnitude_of_drift
 from weightsurgery.quantised import require_unquantised
 from weightsurgery.registry import (
+    AllowPartial,
     Exclude,
     Include,
     KeepMismatched,
@@ -54,6 +55,7 @@ def mix(
     include: Include = (),
     exclude: Exclude = (),
     keep_mismatched: KeepMismatched = False,
+    allow_partial: AllowPartial = False,
     engine: Engine,
 ) -> Checkpoint:
     """Reset a share of TUNED's dimensions to BASE (Fine-mixing).
@@ -78,6 +80,7 @@ def mix(
         include: Globs; where given, only matching tensors are edited.
         exclude: Globs; matching tensors are kept from TUNED.
         keep_mismatched: Keep TUNED's tensor where shapes differ, instead of refusing.
+        allow_partial: Continue where less than 95 % of TUNED's parameters have a counterpart.
         engine: How to run the ranking.
 
     Returns:
@@ -91,7 +94,9 @@ def mix(
         PolicyError: A model is quantised.
     """
     require_unquantised(base, tuned)
-    paired = align(base, tuned, mismatched="keep" if keep_mismatched else "refuse")
+    paired = align_to_edit(
+        base, tuned, keep_mismatched=keep_mismatched, allow_partial=allow_partial
+    )
     paired = paired.only(include, exclude)
     pools = _pools(paired, ratio, ratio_for)
     edit = _reset_random(pools, seed) if select == "random" else _reset_small_drifts(pools, engine)

@@ -18,7 +18,7 @@ from typing import Annotated, Any, Literal
 
 import numpy as np
 
-from weightsurgery.alignment import Alignment, Pair, align
+from weightsurgery.alignment import Alignment, Pair, align, align_to_edit
 from weightsurgery.anatomy import find_embedding
 from weightsurgery.checkpoint import Checkpoint, TensorView
 from weightsurgery.diagnostics import Diagnostics
@@ -28,6 +28,7 @@ from weightsurgery.masks import edit_by_mask
 from weightsurgery.operators.epur import Rows, embedding_pair, reset_rows, score_rows
 from weightsurgery.quantised import require_unquantised
 from weightsurgery.registry import (
+    AllowPartial,
     Exclude,
     Include,
     KeepMismatched,
@@ -104,6 +105,7 @@ def purify(
     include: Include = (),
     exclude: Exclude = (),
     keep_mismatched: KeepMismatched = False,
+    allow_partial: AllowPartial = False,
     engine: Engine,
 ) -> Checkpoint:
     """Reset the dimensions that drifted most for their curvature (Fine-purifying).
@@ -139,6 +141,7 @@ def purify(
         include: Globs; where given, only matching tensors are edited.
         exclude: Globs; matching tensors are kept from TUNED.
         keep_mismatched: Keep TUNED's tensor where shapes differ, instead of refusing.
+        allow_partial: Continue where less than 95 % of TUNED's parameters have a counterpart.
         engine: How to run the ranking; one that keeps results computes the scores once for any
             number of ratios.
 
@@ -155,7 +158,9 @@ def purify(
         PolicyError: A model is quantised.
     """
     require_unquantised(base, tuned)
-    paired = align(base, tuned, mismatched="keep" if keep_mismatched else "refuse")
+    paired = align_to_edit(
+        base, tuned, keep_mismatched=keep_mismatched, allow_partial=allow_partial
+    )
     paired = paired.only(include, exclude)
     if from_mask is not None:
         edit = edit_by_mask(from_mask, paired.eligible, invert=invert)
@@ -175,7 +180,7 @@ def purify(
     kept = engine.keeping((*origin, score, scale, seed), raw)
     ranking = _Ranking(kept, once, score == "fisher", engine)
     thresholds, found = ranking.thresholds(ratio, scope)
-    edit = reset_rows(rows, _reset_above(raw, kept, thresholds, paired))
+    edit = reset_rows(rows, _reset_above(kept, thresholds, paired))
     edited = [p.name for p in paired.eligible if p.key in thresholds or p.key in rows]
     result = map_tensors(edit, paired.keeping(edited, f"word embedding ({embeddings})"))
     listed = [chosen.to_json() for chosen in rows.values() if embeddings == "epur"]
@@ -357,18 +362,13 @@ class _Ranking:
         return found, notes
 
 
-def _reset_above(
-    raw: Score, kept: Score, thresholds: Mapping[str, float], paired: Alignment
-) -> Edit:
-    """`kept` gives the scores that were ranked; a tied copy is scored from its own bytes."""
+def _reset_above(score: Score, thresholds: Mapping[str, float], paired: Alignment) -> Edit:
     pairs = {p.key: p for p in paired.eligible if not p.is_tied_copy}
-    twice = {p.key for p in paired.eligible if p.is_tied_copy}
 
     def edit(name: str, start: int, tuned: Block, base: Block) -> Block:
         threshold = thresholds[name]
         if threshold == -np.inf:  # ratio 1: what is NaN or infinite is reset too
             return choose(np.ones(tuned.size, np.bool_), base, tuned)
-        score = raw if name in twice else kept
         return choose(score(pairs[name], start, base, tuned) > threshold, base, tuned)
 
     return edit

@@ -232,13 +232,15 @@ def count_origins(
     if not doubted and origin.mask is None:
         return
     changed = bits_of(block) != bits_of(tuned)
-    common = max(0, min(stop, pair.eligible) - start)
-    is_base = np.zeros(changed.size, np.bool_)
-    if common and pair.base is not None and (doubted or not origin.exact):
-        reset = pair.base.read(start, start + common)
-        if reset.dtype != tuned.dtype:
-            reset = to_dtype(to_float(reset), tuned.dtype)
-        is_base[:common] = bits_of(block[:common]) == bits_of(reset)
+    is_base, may_be = np.zeros((2, changed.size), np.bool_)
+    for first, last in pair.spans(start, stop) if pair.base is not None else ():
+        here = slice(first - start, last - start)
+        may_be[here] = True
+        if doubted or not origin.exact:
+            reset = pair.base.read(first, last)
+            if reset.dtype != tuned.dtype:
+                reset = to_dtype(to_float(reset), tuned.dtype)
+            is_base[here] = bits_of(block[here]) == bits_of(reset)
     if doubted:
         counts.neither += int(np.count_nonzero(changed & ~is_base))
     if origin.mask is None:
@@ -247,8 +249,7 @@ def count_origins(
     if origin.exact:
         counts.unlike_mask += int(np.count_nonzero(flags != changed))
     else:  # what the mask leaves alone, and what is not its own, is TUNED's
-        flags = (flags == origin.reset_where) & (view.name in origin.edited)
-        flags[common:] = False
+        flags = (flags == origin.reset_where) & (view.name in origin.edited) & may_be
         counts.unlike_mask += int(np.count_nonzero(np.where(flags, ~is_base, changed)))
 
 

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from weightsurgery.comparison import DiffReport
+from weightsurgery.coverage import percent
 from weightsurgery.errors import counted, shown
 from weightsurgery.report.tables import Table, names, number, share
 from weightsurgery.statistics import METRICS, QUANTILE_ERROR
@@ -135,6 +136,19 @@ def alignment_tables(
     ]
 
 
+def coverage_text(coverage: Mapping[str, Any]) -> str:
+    """Coverage in a line: the share, how tensors were paired, and what was left out of it.
+
+    Args:
+        coverage: The report of `Coverage.to_json`.
+    """
+    heads = counted(coverage["task_heads"], "parameter")
+    besides = f", besides {heads} of task heads" if coverage["task_heads"] else ""
+    known = coverage["architecture"]
+    by = f"as {shown(known)}" if known else "architecture unknown: paired by names"
+    return f"{percent(coverage['share'])} of TUNED's parameters{besides} ({by})"
+
+
 def _nonfinite_table(report: DiffReport) -> Table:
     kinds = ("base_nan", "base_inf", "tuned_nan", "tuned_inf")
     rows = [
@@ -150,6 +164,7 @@ def _summary(report: DiffReport) -> Table:
     model = report.model
     rows = [
         ["tensors compared", f"{len(report.tensors):,} ({_equal(report):,} bit-equal)"],
+        ["coverage", coverage_text(report.alignment["coverage"])],
         ["dimensions", number(model["count"])],
         ["changed", f"{number(model['changed'])} ({share(model['changed_share'])})"],
         ["L2 of the drift", number(model["l2"])],
@@ -161,7 +176,11 @@ def _summary(report: DiffReport) -> Table:
         ["|δ| at 50, 90, 99, 99.9 %", ", ".join(number(model[f"q{q}"]) for q in _QUANTILES)],
     ]
     title = f"Model: {shown(report.base)} → {shown(report.tuned)}"
-    return Table(title, ("", ""), rows, f"Quantiles are within {share(QUANTILE_ERROR)}.")
+    equal = bool(report.tensors) and _equal(report) == len(report.tensors)
+    same = not any(entry["changed"] for entry in report.other)
+    verdict = "All tensors compared are equal, bit for bit." if equal and same else ""
+    note = f"Quantiles are within {share(QUANTILE_ERROR)}."
+    return Table(title, ("", ""), rows, verdict or note)
 
 
 _QUANTILES = ("50", "90", "99", "99.9")

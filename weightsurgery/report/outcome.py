@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from weightsurgery.errors import counted, shown
-from weightsurgery.report.comparison import alignment_tables
+from weightsurgery.report.comparison import alignment_tables, coverage_text
 from weightsurgery.report.purification import purification_tables
 from weightsurgery.report.tables import Table, number, share, size
 
@@ -38,6 +38,8 @@ def outcome_tables(out: str, record: Mapping[str, Any]) -> list[Table]:
     if asked:
         rows.append(["asked", ", ".join(asked)])
     rows.append(["tensors", _statuses(record)])
+    if record["alignment"] and "coverage" in record["alignment"]:
+        rows.append(["coverage", coverage_text(record["alignment"]["coverage"])])
     if record["effective_share"] is not None:
         changed, eligible = record["changed_dimensions"], record["eligible_dimensions"]
         text = f"{number(changed)} of {number(eligible)} eligible dimensions"
