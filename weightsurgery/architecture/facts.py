@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -81,6 +81,8 @@ class Architecture:
         base_prefix: A base model's prefix within other classes; else "".
         text: Path of the text model inside a multimodal model; "" for a plain text model.
         text_config_key: Dotted key of the nested text config; "" if there is none.
+        parts: The model type of each nested config, by its dotted key, that the facts hold for. A
+            config.json with another one has other `parameters` and `rules` in that part.
         embedding: Name of the input embedding's weight; "" if there is none.
         head: Name of the output head's weight; "" if there is none.
         vocabulary: The dimension that grows with the vocabulary, by template.
@@ -99,6 +101,7 @@ class Architecture:
     base_prefix: str
     text: str
     text_config_key: str
+    parts: Mapping[str, str]
     embedding: str
     head: str
     vocabulary: Mapping[str, int]
@@ -186,8 +189,8 @@ def _architecture(model_type: str, name: str) -> Architecture | None:
     record = classes[name]
     prefix = record.get("prefix", "")
     dotted = f"{prefix}." if prefix else ""
-    lacking = set(record.get("without", ()))
-    inherited = (dotted + part for part in line["backbone"] if part not in lacking)
+    inherited = set(_names(line["backbone"])).difference(_names(record.get("without", {})))
+    parameters = {dotted + name for name in inherited}.union(_names(record.get("parameters", {})))
     own = (_rule(line["rules"][place]) for place in record.get("rules", ()))
     return Architecture(
         name=name,
@@ -197,12 +200,13 @@ def _architecture(model_type: str, name: str) -> Architecture | None:
         base_prefix=record.get("base_prefix", ""),
         text=record.get("text", ""),
         text_config_key=record.get("text_config_key", ""),
+        parts=record.get("parts", {}),
         embedding=record.get("embedding", ""),
         head=record.get("head", ""),
         vocabulary=record.get("vocabulary", {}),
         rules=(*own, *_legacy()),
         final=frozenset(record.get("final", ())),
-        parameters=frozenset((*inherited, *record.get("parameters", ()))),
+        parameters=frozenset(parameters),
         ties=tuple(Tie(*tie) for tie in record.get("ties", ())),
         float32=tuple(record.get("float32", ())),
         float32_strict=tuple(record.get("float32_strict", ())),
@@ -215,6 +219,15 @@ def _default_class(classes: Mapping[str, Any]) -> str:
             if name.endswith(ending):
                 return name
     return next((name for name in classes if classes[name].get("base")), next(iter(classes)))
+
+
+def _names(tree: Mapping[str, Any], start: str = "") -> Iterator[str]:
+    """The dotted names in nested objects."""
+    for part, inner in tree.items():
+        if inner:
+            yield from _names(inner, f"{start}{part}.")
+        else:
+            yield start + part
 
 
 def _rule(record: Mapping[str, Any]) -> Rule:

@@ -21,8 +21,8 @@ from peft.utils import transformers_weight_conversion as peft_conversion
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 from transformers.core_model_loading import WeightRenaming
 
-from weightsurgery.architecture.build import class_named, default_config, list_classes
-from weightsurgery.architecture.observe import Json, class_record, compact, rule_record
+from weightsurgery.architecture.build import WRAPPERS, class_named, default_config, list_classes
+from weightsurgery.architecture.observe import Json, class_record, compact, rule_record, tree
 
 FACTS = Path(__file__).with_name("facts.jsonl")
 
@@ -39,6 +39,8 @@ def type_line(model_type: str, names: list[str]) -> tuple[Json, dict[str, str]]:
     """
     records: dict[str, Json] = {}
     rules: dict[str, Json] = {}
+    if model_type in WRAPPERS:
+        return {}, {f"{model_type}/{name}": "made of any two models" for name in names}
     reasons: dict[str, str] = {}
     for name in names:
         try:
@@ -56,7 +58,7 @@ def type_line(model_type: str, names: list[str]) -> tuple[Json, dict[str, str]]:
     backbone = _backbone(records)
     for record in records.values():
         _factor(record, backbone)
-    line = {"model_type": model_type, "classes": records, "backbone": backbone}
+    line = {"model_type": model_type, "classes": records, "backbone": tree(backbone)}
     return line | ({"rules": list(rules.values())} if rules else {}), reasons
 
 
@@ -76,10 +78,10 @@ def _factor(record: Json, backbone: list[str]) -> None:
     prefix = f"{record['prefix']}." if "prefix" in record else ""
     own = set(record.pop("parameters"))
     implied = {prefix + name for name in backbone}
-    more = sorted(own - implied)
+    more = own - implied
     less = [name for name in backbone if prefix + name not in own]
-    record |= {"parameters": more} if more else {}
-    record |= {"without": less} if less else {}
+    record |= {"parameters": tree(more)} if more else {}
+    record |= {"without": tree(less)} if less else {}
 
 
 def peft_facts() -> Json:

@@ -40,6 +40,18 @@ def templates(names: Iterable[str]) -> list[str]:
     return sorted({template(name) for name in names})
 
 
+def tree(names: Iterable[str]) -> Json:
+    """Dotted names as nested objects, 0 at each name's end; no name may continue another."""
+    root: Json = {}
+    for name in names:
+        node = root
+        *parents, last = name.split(".")
+        for part in parents:
+            node = node.setdefault(part, {})
+        node[last] = 0
+    return root
+
+
 def rule_record(transform: Any) -> Json:
     """A transformers weight transform as data; empty fields are left out."""
     record = {
@@ -75,6 +87,7 @@ def class_record(class_: Any, config: Any) -> tuple[Json, list[Json]]:
     prefix = model.base_model_prefix
     is_base = not (prefix and hasattr(model, prefix))
     text_path = text_config_path(config)
+    parts = dict(nested_configs(model.config))
     embedding = _weight_of(model, "get_input_embeddings")
     record = {
         "prefix": "" if is_base else prefix,
@@ -84,9 +97,10 @@ def class_record(class_: Any, config: Any) -> tuple[Json, list[Json]]:
         "final": _final(model, names),
         "ties": _ties(class_, config, text_path) if _may_tie(model) else [],
         "text_config_key": text_path,
+        "parts": {path: part.model_type for path, part in parts.items()},
         "embedding": embedding,
         "head": _weight_of(model, "get_output_embeddings"),
-        "text": _text_module(model, embedding) if text_path else "",
+        "text": _text_module(model, embedding, parts.get(text_path)),
         "vocabulary": _vocabulary(class_, config, text_path, model),
         "float32": sorted(model._keep_in_fp32_modules),
         "float32_strict": sorted(model._keep_in_fp32_modules_strict),
@@ -172,16 +186,20 @@ def _weight_of(model: Any, getter: str) -> str:
     return next((name for name, tensor in named if tensor is wanted), "")
 
 
-def _text_module(model: Any, embedding: str) -> str:
-    """The innermost model within `model` that owns the input embedding; not its base model."""
-    owners = [
-        name
+def _text_module(model: Any, embedding: str, text_config: Any) -> str:
+    """The innermost model within `model` that owns the input embedding and has the text config.
+
+    It is not `model`'s base model. The encoder of an encoder-decoder has another config.
+    """
+    owners = {
+        name: module
         for name, module in model.named_modules(remove_duplicate=False)
         if isinstance(module, PreTrainedModel)
         and name not in {"", model.base_model_prefix}
         and embedding.startswith(f"{name}.")
-    ]
-    return max(owners, key=len, default="")
+    }
+    name = max(owners, key=len, default="")
+    return name if name and owners[name].config is text_config else ""
 
 
 def _vocabulary(class_: Any, config: Any, text_path: str, model: Any) -> dict[str, int]:
