@@ -16,8 +16,9 @@ from typing import Any
 
 _PATH = Path(__file__).with_name("facts.jsonl")
 _LONGEST_TYPE = 100
-# Classes to fall back on, by how their names end; last the base model.
-_WITH_HEAD = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration", "ForMaskedLM")
+_TIE = "tie_word_embeddings"
+# Classes to fall back on, by how their names end, the first choice first.
+_WITH_HEAD = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration", "MTModel", "ForMaskedLM")
 
 
 @dataclass(frozen=True)
@@ -111,6 +112,20 @@ class Architecture:
     ties: tuple[Tie, ...]
     float32: tuple[str, ...]
     float32_strict: tuple[str, ...]
+
+    def ties_of(self, config: Mapping[str, Any]) -> tuple[Tie, ...]:
+        """The ties that hold for a model.
+
+        Args:
+            config: The contents of its config.json.
+        """
+        place = _flag(config)
+        if self.text_config_key:
+            nested: object = config
+            for key in self.text_config_key.split("."):
+                nested = nested.get(key) if isinstance(nested, Mapping) else None
+            place = 3 * place + _flag(nested)
+        return tuple(tie for tie in self.ties if tie.when[place] == "1")
 
 
 def architecture_of(config: Mapping[str, Any]) -> Architecture | None:
@@ -214,11 +229,21 @@ def _architecture(model_type: str, name: str) -> Architecture | None:
 
 
 def _default_class(classes: Mapping[str, Any]) -> str:
-    for ending in _WITH_HEAD:
-        for name in classes:
-            if name.endswith(ending):
-                return name
+    """The class with a language-model head that lacks least of the base model; else that one.
+
+    An encoder-decoder's causal class is its decoder alone, so the first choice is not always it.
+    """
+    heads = [name for end in _WITH_HEAD for name in classes if name.endswith(end)]
+    if heads:
+        return min(heads, key=lambda name: len([*_names(classes[name].get("without", {}))]))
     return next((name for name in classes if classes[name].get("base")), next(iter(classes)))
+
+
+def _flag(config: object) -> int:
+    """How a config has `tie_word_embeddings`: absent, false or true."""
+    if not isinstance(config, Mapping) or _TIE not in config:
+        return 0
+    return 2 if config[_TIE] else 1
 
 
 def _names(tree: Mapping[str, Any], start: str = "") -> Iterator[str]:

@@ -209,9 +209,9 @@ def _vocabulary(class_: Any, config: Any, text_path: str, model: Any) -> dict[st
     size = getattr(inner.get(text_path, larger), "vocab_size", None)
     if not isinstance(size, int):
         return {}
-    for part in (larger, *inner.values()):
-        if getattr(part, "vocab_size", None) == size:
-            part.vocab_size = size + _MORE_TOKENS
+    for part, key in product((larger, *inner.values()), ("vocab_size", "decoder_vocab_size")):
+        if getattr(part, key, None) == size:
+            setattr(part, key, size + _MORE_TOKENS)
     before = model.state_dict()
     found = {}
     for name, tensor in build(class_, larger).state_dict().items():
