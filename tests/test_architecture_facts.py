@@ -220,3 +220,18 @@ def test_transformers_still_agrees() -> None:
     stored = PATH.read_text("ascii").splitlines()
     for line in generate(types)[1:]:
         assert line in stored, line[:80]
+
+
+@pytest.mark.slow
+def test_some_types_are_replaced_and_the_others_stay() -> None:
+    from weightsurgery.architecture.generate import merge
+
+    lines = (f'{{"model_type":"{kind}","n":1}}' for kind in "abd")
+    stored = ['{"not_built":{"a/A":"old","c/C":"old"}}', *lines]
+    renewed = ['{"not_built":{"a/A":"new"}}', '{"model_type":"c","n":2}']
+    assert merge(stored, renewed, ["a", "c"]) == [
+        '{"not_built":{"a/A":"new"}}',
+        '{"model_type":"b","n":1}',
+        '{"model_type":"c","n":2}',
+        '{"model_type":"d","n":1}',
+    ]

@@ -1,6 +1,6 @@
 """Write `facts.jsonl`, the facts about each architecture, from the installed transformers.
 
-Run by hand whenever the pinned transformers or PEFT changes:
+Run by hand whenever the pinned transformers or PEFT changes; it takes about four minutes:
 
     python -m weightsurgery.architecture.generate [--check] [MODEL_TYPE ...]
 
@@ -10,6 +10,7 @@ The package never imports this module: it needs transformers, PEFT and torch.
 from __future__ import annotations
 
 import argparse
+import json
 import logging
 import sys
 import warnings
@@ -98,7 +99,9 @@ def peft_facts() -> Json:
         "types": {
             kind: pattern
             for kind, pattern in sorted(patterns.items())
-            if pattern in targets and get_checkpoint_conversion_mapping(kind) is not None
+            if kind.islower()  # others are classes, which PEFT never looks up
+            and pattern in targets
+            and get_checkpoint_conversion_mapping(kind) is not None
         },
     }
 
@@ -149,8 +152,33 @@ def _silence() -> None:
     transformers.logging.set_verbosity_error()
 
 
+def merge(stored: list[str], renewed: list[str], types: list[str]) -> list[str]:
+    """Replace the lines of some model types.
+
+    Args:
+        stored: The file's lines.
+        renewed: What `generate` gives for `types`.
+        types: The model types to replace; what is no longer built is removed.
+
+    Returns:
+        The lines of the whole file.
+    """
+    first: Json = json.loads(renewed[0])
+    before: Json = json.loads(stored[0])["not_built"]
+    kept = {key: reason for key, reason in before.items() if key.split("/")[0] not in types}
+    first["not_built"] |= kept
+    starts = tuple(f'{{"model_type":"{model_type}",' for model_type in types)
+    lines = [line for line in stored[1:] if not line.startswith(starts)]
+    return [compact(first), *sorted([*lines, *renewed[1:]], key=_type_of)]
+
+
+def _type_of(line: str) -> str:
+    found: str = json.loads(line)["model_type"]
+    return found
+
+
 def main(arguments: list[str] | None = None) -> int:
-    """Write the file, or say where it differs from transformers.
+    """Write the file, or report where it differs from transformers.
 
     Args:
         arguments: The command line.
@@ -160,16 +188,17 @@ def main(arguments: list[str] | None = None) -> int:
     """
     parser = argparse.ArgumentParser(description="Write facts.jsonl from transformers.")
     parser.add_argument("--check", action="store_true", help="Compare only; write nothing.")
-    parser.add_argument("types", nargs="*", help="With --check: compare these model types only.")
+    parser.add_argument("types", nargs="*", help="Model types; all if none is given.")
     options = parser.parse_args(arguments)
-    if options.types and not options.check:
-        parser.error("model types can be chosen only with --check")
+    stored = FACTS.read_text("ascii").splitlines() if options.check or options.types else []
+    lines = generate(options.types or None)
+    if options.types:
+        lines = merge(stored, lines, options.types)
     if not options.check:
-        FACTS.write_text("\n".join(generate()) + "\n", "ascii")
+        FACTS.write_text("\n".join(lines) + "\n", "ascii")
         return 0
-    stored = FACTS.read_text("ascii").splitlines()
-    differ = [line[:60] for line in generate(options.types or None) if line not in stored]
-    sys.stdout.write("".join(f"differs: {start}\n" for start in differ))
+    differ = sorted(set(stored) ^ set(lines))
+    sys.stdout.write("".join(f"differs: {line[:60]}\n" for line in differ))
     return 1 if differ else 0
 
 
