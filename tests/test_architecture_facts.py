@@ -95,6 +95,31 @@ def test_what_a_multimodal_model_is() -> None:
     assert found.ties == (facts.Tie("lm_head.weight", found.embedding, "001001111"),)
 
 
+@pytest.mark.parametrize(
+    ("config", "tied"),
+    [
+        ({}, False),
+        ({"tie_word_embeddings": True}, True),
+        ({"tie_word_embeddings": False}, False),
+        ({"text_config": {"tie_word_embeddings": True}}, True),
+        ({"text_config": {"tie_word_embeddings": True}, "tie_word_embeddings": False}, True),
+        ({"text_config": {"tie_word_embeddings": False}, "tie_word_embeddings": True}, True),
+        ({"text_config": "text", "tie_word_embeddings": None}, False),
+    ],
+)
+def test_which_ties_hold_by_the_flags_of_both_configs(config: dict[str, Any], tied: bool) -> None:
+    found = described("qwen2_vl", "Qwen2VLForConditionalGeneration")
+    assert found is not None
+    assert found.ties_of(config) == (found.ties if tied else ())
+
+
+def test_a_plain_config_has_one_flag() -> None:
+    found = described("gpt2", "GPT2LMHeadModel")
+    assert found is not None
+    assert found.ties_of({}) == found.ties_of({"tie_word_embeddings": True}) == found.ties
+    assert found.ties_of({"tie_word_embeddings": False}) == ()
+
+
 def test_fused_experts_have_their_operations() -> None:
     found = described("mixtral", "MixtralForCausalLM")
     assert found is not None
@@ -145,6 +170,9 @@ def test_unknown_and_hostile_configs_have_no_facts(config: dict[str, Any]) -> No
         ("bert", "BertLMHeadModel"),
         ("roberta", "RobertaForCausalLM"),
         ("distilbert", "DistilBertForMaskedLM"),
+        ("bart", "BartForConditionalGeneration"),
+        ("marian", "MarianMTModel"),
+        ("mllama", "MllamaForConditionalGeneration"),
         ("vit", "ViTModel"),
     ],
 )
@@ -192,3 +220,18 @@ def test_transformers_still_agrees() -> None:
     stored = PATH.read_text("ascii").splitlines()
     for line in generate(types)[1:]:
         assert line in stored, line[:80]
+
+
+@pytest.mark.slow
+def test_some_types_are_replaced_and_the_others_stay() -> None:
+    from weightsurgery.architecture.generate import merge
+
+    lines = (f'{{"model_type":"{kind}","n":1}}' for kind in "abd")
+    stored = ['{"not_built":{"a/A":"old","c/C":"old"}}', *lines]
+    renewed = ['{"not_built":{"a/A":"new"}}', '{"model_type":"c","n":2}']
+    assert merge(stored, renewed, ["a", "c"]) == [
+        '{"not_built":{"a/A":"new"}}',
+        '{"model_type":"b","n":1}',
+        '{"model_type":"c","n":2}',
+        '{"model_type":"d","n":1}',
+    ]

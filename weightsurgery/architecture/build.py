@@ -86,6 +86,18 @@ _OVERRIDES: Mapping[str, Mapping[str, Any]] = {
 }
 
 
+# Types made of any two models: the default pair says nothing about another one.
+WRAPPERS = frozenset(
+    (
+        "encoder-decoder",
+        "rag",
+        "speech-encoder-decoder",
+        "vision-encoder-decoder",
+        "vision-text-dual-encoder",
+    )
+)
+
+
 def list_classes() -> dict[str, list[str]]:
     """Each model type's class names, its plain base model first."""
     found: dict[str, list[str]] = {}

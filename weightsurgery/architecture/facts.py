@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -16,8 +16,9 @@ from typing import Any
 
 _PATH = Path(__file__).with_name("facts.jsonl")
 _LONGEST_TYPE = 100
-# Classes to fall back on, by how their names end; last the base model.
-_WITH_HEAD = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration", "ForMaskedLM")
+_TIE = "tie_word_embeddings"
+# Classes to fall back on, by how their names end, the first choice first.
+_WITH_HEAD = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration", "MTModel", "ForMaskedLM")
 
 
 @dataclass(frozen=True)
@@ -81,6 +82,8 @@ class Architecture:
         base_prefix: A base model's prefix within other classes; else "".
         text: Path of the text model inside a multimodal model; "" for a plain text model.
         text_config_key: Dotted key of the nested text config; "" if there is none.
+        parts: The model type of each nested config, by its dotted key, that the facts hold for. A
+            config.json with another one has other `parameters` and `rules` in that part.
         embedding: Name of the input embedding's weight; "" if there is none.
         head: Name of the output head's weight; "" if there is none.
         vocabulary: The dimension that grows with the vocabulary, by template.
@@ -99,6 +102,7 @@ class Architecture:
     base_prefix: str
     text: str
     text_config_key: str
+    parts: Mapping[str, str]
     embedding: str
     head: str
     vocabulary: Mapping[str, int]
@@ -108,6 +112,20 @@ class Architecture:
     ties: tuple[Tie, ...]
     float32: tuple[str, ...]
     float32_strict: tuple[str, ...]
+
+    def ties_of(self, config: Mapping[str, Any]) -> tuple[Tie, ...]:
+        """The ties that hold for a model.
+
+        Args:
+            config: The contents of its config.json.
+        """
+        place = _flag(config)
+        if self.text_config_key:
+            nested: object = config
+            for key in self.text_config_key.split("."):
+                nested = nested.get(key) if isinstance(nested, Mapping) else None
+            place = 3 * place + _flag(nested)
+        return tuple(tie for tie in self.ties if tie.when[place] == "1")
 
 
 def architecture_of(config: Mapping[str, Any]) -> Architecture | None:
@@ -187,8 +205,8 @@ def _architecture(model_type: str, name: str) -> Architecture | None:
     record = classes[name]
     prefix = record.get("prefix", "")
     dotted = f"{prefix}." if prefix else ""
-    lacking = set(record.get("without", ()))
-    inherited = (dotted + part for part in line["backbone"] if part not in lacking)
+    inherited = set(_names(line["backbone"])).difference(_names(record.get("without", {})))
+    parameters = {dotted + name for name in inherited}.union(_names(record.get("parameters", {})))
     own = (_rule(line["rules"][place]) for place in record.get("rules", ()))
     return Architecture(
         name=name,
@@ -198,12 +216,13 @@ def _architecture(model_type: str, name: str) -> Architecture | None:
         base_prefix=record.get("base_prefix", ""),
         text=record.get("text", ""),
         text_config_key=record.get("text_config_key", ""),
+        parts=record.get("parts", {}),
         embedding=record.get("embedding", ""),
         head=record.get("head", ""),
         vocabulary=record.get("vocabulary", {}),
         rules=(*own, *legacy_rules()),
         final=frozenset(record.get("final", ())),
-        parameters=frozenset((*inherited, *record.get("parameters", ()))),
+        parameters=frozenset(parameters),
         ties=tuple(Tie(*tie) for tie in record.get("ties", ())),
         float32=tuple(record.get("float32", ())),
         float32_strict=tuple(record.get("float32_strict", ())),
@@ -211,11 +230,30 @@ def _architecture(model_type: str, name: str) -> Architecture | None:
 
 
 def _default_class(classes: Mapping[str, Any]) -> str:
-    for ending in _WITH_HEAD:
-        for name in classes:
-            if name.endswith(ending):
-                return name
+    """The class with a language-model head that lacks least of the base model; else that one.
+
+    An encoder-decoder's causal class is its decoder alone, so the first choice is not always it.
+    """
+    heads = [name for end in _WITH_HEAD for name in classes if name.endswith(end)]
+    if heads:
+        return min(heads, key=lambda name: len([*_names(classes[name].get("without", {}))]))
     return next((name for name in classes if classes[name].get("base")), next(iter(classes)))
+
+
+def _flag(config: object) -> int:
+    """How a config has `tie_word_embeddings`: absent, false or true."""
+    if not isinstance(config, Mapping) or _TIE not in config:
+        return 0
+    return 2 if config[_TIE] else 1
+
+
+def _names(tree: Mapping[str, Any], start: str = "") -> Iterator[str]:
+    """The dotted names in nested objects."""
+    for part, inner in tree.items():
+        if inner:
+            yield from _names(inner, f"{start}{part}.")
+        else:
+            yield start + part
 
 
 def _rule(record: Mapping[str, Any]) -> Rule:

@@ -1,6 +1,6 @@
 """Write `facts.jsonl`, the facts about each architecture, from the installed transformers.
 
-Run by hand whenever the pinned transformers or PEFT changes:
+Run by hand whenever the pinned transformers or PEFT changes; it takes about four minutes:
 
     python -m weightsurgery.architecture.generate [--check] [MODEL_TYPE ...]
 
@@ -10,6 +10,7 @@ The package never imports this module: it needs transformers, PEFT and torch.
 from __future__ import annotations
 
 import argparse
+import json
 import logging
 import sys
 import warnings
@@ -21,8 +22,8 @@ from peft.utils import transformers_weight_conversion as peft_conversion
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 from transformers.core_model_loading import WeightRenaming
 
-from weightsurgery.architecture.build import class_named, default_config, list_classes
-from weightsurgery.architecture.observe import Json, class_record, compact, rule_record
+from weightsurgery.architecture.build import WRAPPERS, class_named, default_config, list_classes
+from weightsurgery.architecture.observe import Json, class_record, compact, rule_record, tree
 
 FACTS = Path(__file__).with_name("facts.jsonl")
 
@@ -39,6 +40,8 @@ def type_line(model_type: str, names: list[str]) -> tuple[Json, dict[str, str]]:
     """
     records: dict[str, Json] = {}
     rules: dict[str, Json] = {}
+    if model_type in WRAPPERS:
+        return {}, {f"{model_type}/{name}": "made of any two models" for name in names}
     reasons: dict[str, str] = {}
     for name in names:
         try:
@@ -56,7 +59,7 @@ def type_line(model_type: str, names: list[str]) -> tuple[Json, dict[str, str]]:
     backbone = _backbone(records)
     for record in records.values():
         _factor(record, backbone)
-    line = {"model_type": model_type, "classes": records, "backbone": backbone}
+    line = {"model_type": model_type, "classes": records, "backbone": tree(backbone)}
     return line | ({"rules": list(rules.values())} if rules else {}), reasons
 
 
@@ -76,10 +79,10 @@ def _factor(record: Json, backbone: list[str]) -> None:
     prefix = f"{record['prefix']}." if "prefix" in record else ""
     own = set(record.pop("parameters"))
     implied = {prefix + name for name in backbone}
-    more = sorted(own - implied)
+    more = own - implied
     less = [name for name in backbone if prefix + name not in own]
-    record |= {"parameters": more} if more else {}
-    record |= {"without": less} if less else {}
+    record |= {"parameters": tree(more)} if more else {}
+    record |= {"without": tree(less)} if less else {}
 
 
 def peft_facts() -> Json:
@@ -96,7 +99,9 @@ def peft_facts() -> Json:
         "types": {
             kind: pattern
             for kind, pattern in sorted(patterns.items())
-            if pattern in targets and get_checkpoint_conversion_mapping(kind) is not None
+            if kind.islower()  # others are classes, which PEFT never looks up
+            and pattern in targets
+            and get_checkpoint_conversion_mapping(kind) is not None
         },
     }
 
@@ -147,8 +152,33 @@ def _silence() -> None:
     transformers.logging.set_verbosity_error()
 
 
+def merge(stored: list[str], renewed: list[str], types: list[str]) -> list[str]:
+    """Replace the lines of some model types.
+
+    Args:
+        stored: The file's lines.
+        renewed: What `generate` gives for `types`.
+        types: The model types to replace; what is no longer built is removed.
+
+    Returns:
+        The lines of the whole file.
+    """
+    first: Json = json.loads(renewed[0])
+    before: Json = json.loads(stored[0])["not_built"]
+    kept = {key: reason for key, reason in before.items() if key.split("/")[0] not in types}
+    first["not_built"] |= kept
+    starts = tuple(f'{{"model_type":"{model_type}",' for model_type in types)
+    lines = [line for line in stored[1:] if not line.startswith(starts)]
+    return [compact(first), *sorted([*lines, *renewed[1:]], key=_type_of)]
+
+
+def _type_of(line: str) -> str:
+    found: str = json.loads(line)["model_type"]
+    return found
+
+
 def main(arguments: list[str] | None = None) -> int:
-    """Write the file, or say where it differs from transformers.
+    """Write the file, or report where it differs from transformers.
 
     Args:
         arguments: The command line.
@@ -158,16 +188,17 @@ def main(arguments: list[str] | None = None) -> int:
     """
     parser = argparse.ArgumentParser(description="Write facts.jsonl from transformers.")
     parser.add_argument("--check", action="store_true", help="Compare only; write nothing.")
-    parser.add_argument("types", nargs="*", help="With --check: compare these model types only.")
+    parser.add_argument("types", nargs="*", help="Model types; all if none is given.")
     options = parser.parse_args(arguments)
-    if options.types and not options.check:
-        parser.error("model types can be chosen only with --check")
+    stored = FACTS.read_text("ascii").splitlines() if options.check or options.types else []
+    lines = generate(options.types or None)
+    if options.types:
+        lines = merge(stored, lines, options.types)
     if not options.check:
-        FACTS.write_text("\n".join(generate()) + "\n", "ascii")
+        FACTS.write_text("\n".join(lines) + "\n", "ascii")
         return 0
-    stored = FACTS.read_text("ascii").splitlines()
-    differ = [line[:60] for line in generate(options.types or None) if line not in stored]
-    sys.stdout.write("".join(f"differs: {start}\n" for start in differ))
+    differ = sorted(set(stored) ^ set(lines))
+    sys.stdout.write("".join(f"differs: {line[:60]}\n" for line in differ))
     return 1 if differ else 0
 
 

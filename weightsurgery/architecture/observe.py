@@ -12,6 +12,7 @@ from collections.abc import Iterable, Sequence
 from itertools import product
 from typing import Any
 
+from huggingface_hub.errors import StrictDataclassError
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
@@ -38,6 +39,18 @@ def template(name: str) -> str:
 def templates(names: Iterable[str]) -> list[str]:
     """The distinct templates of tensor names, sorted."""
     return sorted({template(name) for name in names})
+
+
+def tree(names: Iterable[str]) -> Json:
+    """Dotted names as nested objects, 0 at each name's end; no name may continue another."""
+    root: Json = {}
+    for name in names:
+        node = root
+        *parents, last = name.split(".")
+        for part in parents:
+            node = node.setdefault(part, {})
+        node[last] = 0
+    return root
 
 
 def rule_record(transform: Any) -> Json:
@@ -75,6 +88,7 @@ def class_record(class_: Any, config: Any) -> tuple[Json, list[Json]]:
     prefix = model.base_model_prefix
     is_base = not (prefix and hasattr(model, prefix))
     text_path = text_config_path(config)
+    parts = dict(nested_configs(model.config))
     embedding = _weight_of(model, "get_input_embeddings")
     record = {
         "prefix": "" if is_base else prefix,
@@ -84,9 +98,10 @@ def class_record(class_: Any, config: Any) -> tuple[Json, list[Json]]:
         "final": _final(model, names),
         "ties": _ties(class_, config, text_path) if _may_tie(model) else [],
         "text_config_key": text_path,
+        "parts": {path: part.model_type for path, part in parts.items()},
         "embedding": embedding,
         "head": _weight_of(model, "get_output_embeddings"),
-        "text": _text_module(model, embedding) if text_path else "",
+        "text": _text_module(model, embedding, parts.get(text_path)),
         "vocabulary": _vocabulary(class_, config, text_path, model),
         "float32": sorted(model._keep_in_fp32_modules),
         "float32_strict": sorted(model._keep_in_fp32_modules_strict),
@@ -136,7 +151,10 @@ def _ties(class_: Any, config: Any, text_path: str) -> list[list[str]]:
             for key in text_path.split("."):
                 nested = nested[key]
             _set_flag(nested, inner)
-        variant = type(config).from_dict(changed)
+        try:
+            variant = type(config).from_dict(changed)
+        except StrictDataclassError:  # DBRX cannot be tied: such a model is never loaded
+            continue
         identity = variant.to_json_string(use_diff=False)
         if identity not in seen:
             seen[identity] = build(class_, variant).all_tied_weights_keys
@@ -172,16 +190,20 @@ def _weight_of(model: Any, getter: str) -> str:
     return next((name for name, tensor in named if tensor is wanted), "")
 
 
-def _text_module(model: Any, embedding: str) -> str:
-    """The innermost model within `model` that owns the input embedding; not its base model."""
-    owners = [
-        name
+def _text_module(model: Any, embedding: str, text_config: Any) -> str:
+    """The innermost model within `model` that owns the input embedding and has the text config.
+
+    It is not `model`'s base model. The encoder of an encoder-decoder has another config.
+    """
+    owners = {
+        name: module
         for name, module in model.named_modules(remove_duplicate=False)
         if isinstance(module, PreTrainedModel)
         and name not in {"", model.base_model_prefix}
         and embedding.startswith(f"{name}.")
-    ]
-    return max(owners, key=len, default="")
+    }
+    name = max(owners, key=len, default="")
+    return name if name and owners[name].config is text_config else ""
 
 
 def _vocabulary(class_: Any, config: Any, text_path: str, model: Any) -> dict[str, int]:
@@ -191,9 +213,9 @@ def _vocabulary(class_: Any, config: Any, text_path: str, model: Any) -> dict[st
     size = getattr(inner.get(text_path, larger), "vocab_size", None)
     if not isinstance(size, int):
         return {}
-    for part in (larger, *inner.values()):
-        if getattr(part, "vocab_size", None) == size:
-            part.vocab_size = size + _MORE_TOKENS
+    for part, key in product((larger, *inner.values()), ("vocab_size", "decoder_vocab_size")):
+        if getattr(part, key, None) == size:
+            setattr(part, key, size + _MORE_TOKENS)
     before = model.state_dict()
     found = {}
     for name, tensor in build(class_, larger).state_dict().items():
