@@ -9,9 +9,6 @@ from typing import Any
 from weightsurgery.architecture.canonical import relative
 from weightsurgery.architecture.facts import Architecture, Tie
 
-_STATES = (None, False, True)  # of `tie_word_embeddings`: absent, false, true
-
-
 @dataclass(frozen=True)
 class Ties:
     """The canonical names that are one tensor.
@@ -43,30 +40,15 @@ def find_ties(architecture: Architecture | None, config: Mapping[str, Any]) -> T
     """
     if architecture is None:
         return Ties({}, {})
-    state = _state(architecture, config)
-    found: tuple[dict[str, str], dict[str, str]] = ({}, {})
-    for tie in architecture.ties:
-        if "*" in tie.target or "*" in tie.source:
-            continue  # boxes of detection models, by number
-        names = {relative(architecture, tie.target): relative(architecture, tie.source)}
-        found[not _holds(tie, state)].update(names)
-    return Ties(*found)
+    held = architecture.ties_of(config)
+    others = tuple(tie for tie in architecture.ties if tie not in held)
+    return Ties(_named(architecture, held), _named(architecture, others))
 
 
-def _state(architecture: Architecture, config: Mapping[str, Any]) -> tuple[int, int]:
-    """What the model's configuration says of ties, and what its text model's does."""
-    inner: Any = config
-    for key in (architecture.text_config_key or "text_config").split("."):
-        inner = inner.get(key) if isinstance(inner, Mapping) else None
-    return _said(config), _said(inner)
-
-
-def _said(config: Any) -> int:
-    said = config.get("tie_word_embeddings") if isinstance(config, Mapping) else None
-    return next((i for i, state in enumerate(_STATES) if said is state), 2 if said else 1)
-
-
-def _holds(tie: Tie, state: tuple[int, int]) -> bool:
-    place = 3 * state[0] + state[1] if len(tie.when) == 9 else state[0]
-    return tie.when[place : place + 1] == "1"
-
+def _named(architecture: Architecture, ties: tuple[Tie, ...]) -> dict[str, str]:
+    """Canonical names of ties; what is tied by number, as layers of Zamba are, is left out."""
+    return {
+        relative(architecture, tie.target): relative(architecture, tie.source)
+        for tie in ties
+        if "*" not in tie.target and "*" not in tie.source
+    }
