@@ -231,24 +231,25 @@ class Zoo:
     def _store(self, models: Models, name: str, way: str, side: str) -> Path:
         model = models.tuned if side == "tuned" else models.base
         place, saved = self._place(name, way, side), self._place(name, "saved", side)
-        problem = "no candidate"
+        problems: dict[str, None] = {}
         for number, write in enumerate(_candidates(way, model, saved, self.segment(name))):
             folder = place.with_name(f"{place.name}-{number}")
             try:
                 folder.mkdir(parents=True)
                 write(folder)
             except Unstorable as error:
-                problem = str(error)
+                problems[str(error)] = None
                 continue
             except Exception as error:
-                problem = f"{type(error).__name__}: {error}"
+                problems[f"{type(error).__name__}: {error}"] = None
                 continue
             problem = "" if way == "wrapped" else _not_loaded(folder, model)
             if not problem:
                 if side == "tuned":
                     write_vocabulary(folder)
                 return folder
-        raise Unstorable(problem)
+            problems[problem] = None
+        raise Unstorable("; ".join(problems))
 
 
 def _not_loaded(folder: Path, model: Any) -> str:

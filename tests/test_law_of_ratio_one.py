@@ -49,7 +49,7 @@ def zoo(tmp_path_factory: pytest.TempPathFactory) -> Zoo:
     return Zoo(tmp_path_factory.mktemp("zoo"))
 
 
-@pytest.mark.parametrize(("name", "way", "side"), _cases())
+@pytest.mark.parametrize(("name", "way", "side"), list(_cases()))
 def test_the_law(zoo: Zoo, name: str, way: str, side: str) -> None:
     try:
         verdicts = list(judge(zoo, name, way, side))
