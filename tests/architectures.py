@@ -428,7 +428,7 @@ MIXTURES = {
             "n_heads": 2,
             "n_layers": 2,
             "max_seq_len": 48,
-            "attn_config": {"kv_n_heads": 1, "clip_qkv": 8.0},
+            "attn_config": {"kv_n_heads": 1, "clip_qkv": 8.0, "rope_theta": 1e4},
             "ffn_config": {
                 "ffn_hidden_size": 24,
                 "moe_num_experts": 4,

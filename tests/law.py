@@ -22,6 +22,7 @@ from weightsurgery.masks import changed_mask
 from weightsurgery.token_counts import TokenCounts
 
 TOP = 3
+_ROUNDING = 1e-5
 COUNTS = TokenCounts({word: float(10 + 40 * row) for row, word in enumerate(WORDS)}, "made up")
 CHECKS = ("ratio 1", "ratio 0", "interpolate", "epur", "mask", "coverage")
 
@@ -222,7 +223,11 @@ def _equals(case: _Case, check: str, found: Any, expected: Any) -> Verdict:
         right = outputs_of(expected, case.models.inputs)
     computed = outputs_of(found, case.models.inputs)
     wrong = differing(found, expected)
-    if not wrong and torch.equal(computed, right):
+    if not wrong and (
+        torch.equal(computed, right)
+        # The same weights elsewhere in memory: kernels round by how the memory is aligned.
+        or torch.allclose(computed, right, rtol=0, atol=_ROUNDING * float(right.abs().max()))
+    ):
         return Verdict(check, "pass")
     numbers = {
         "to expected": _distance(computed, right),
