@@ -29,6 +29,17 @@ _IN_BLOCKS = ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
 State = dict[str, Any]
 
 
+# What transformers does not load in some way, and why; all else is "the same names as saved".
+SAME_NAMES = "the same names as saved"
+_UNMAPPED = "transformers loads other weights"  # it has no rule for the names of before 4.52
+EXCEPTIONS = {
+    ("florence2", "v4"): _UNMAPPED,
+    ("qwen3-5", "v4"): _UNMAPPED,
+    ("qwen3-vl", "v4"): _UNMAPPED,
+    ("qwen3-vl-moe", "v4"): _UNMAPPED,
+}
+
+
 class Unstorable(Exception):
     """There is no such way for this model: transformers does not load it, or it changes nothing."""
 
@@ -97,7 +108,6 @@ class Models:
         tuned: The model of TUNED.
         reset: TUNED with all that BASE has: what ratio 1 must be.
         inputs: Arguments of a forward pass of TUNED's class.
-        base_inputs: The same for BASE's class.
     """
 
     base: Any
@@ -112,12 +122,24 @@ class Models:
 
     @cached_property
     def embedding(self) -> tuple[str, ...]:
-        """The names of TUNED's word embedding and of what is tied to it; () without one."""
+        """The names of TUNED's one word embedding and of what is tied to it; () without one."""
         weight = getattr(_word_embedding(self.tuned), "weight", None)
         if weight is None or tuple(weight.shape)[:1] != (VOCABULARY,):
             return ()
+        if len(_vocabulary_embeddings(self.tuned)) > 1:
+            return ()
         state = self.tuned.state_dict()
         return tuple(n for n, t in state.items() if t.data_ptr() == weight.data_ptr())
+
+
+def _vocabulary_embeddings(model: Any) -> set[int]:
+    import torch
+
+    return {
+        module.weight.data_ptr()
+        for module in model.modules()
+        if isinstance(module, torch.nn.Embedding) and module.num_embeddings == VOCABULARY
+    }
 
 
 def _word_embedding(model: Any) -> Any:
@@ -220,32 +242,44 @@ class Zoo:
     def _store(self, models: Models, name: str, way: str, side: str) -> Path:
         model = models.tuned if side == "tuned" else models.base
         place, saved = self._place(name, way, side), self._place(name, "saved", side)
-        problem = "no candidate"
+        problems: dict[str, None] = {}
         for number, write in enumerate(_candidates(way, model, saved, self.segment(name))):
             folder = place.with_name(f"{place.name}-{number}")
             try:
                 folder.mkdir(parents=True)
                 write(folder)
             except Unstorable as error:
-                problem = str(error)
+                problems[str(error)] = None
                 continue
             except Exception as error:
-                problem = f"{type(error).__name__}: {error}"
+                problems[f"{type(error).__name__}: {error}"] = None
                 continue
             problem = "" if way == "wrapped" else _not_loaded(folder, model)
             if not problem:
                 if side == "tuned":
                     write_vocabulary(folder)
                 return folder
-        raise Unstorable(problem)
+            problems[problem] = None
+        raise Unstorable("; ".join(problems))
 
 
 def _not_loaded(folder: Path, model: Any) -> str:
     try:
-        names = differing(load(folder, type(model)), model)
+        loaded = load(folder, type(model))
     except Exception as error:
         return f"transformers does not load it: {type(error).__name__}: {error}"
-    return f"transformers loads other weights: {', '.join(names[:3])}" if names else ""
+    names = differing(loaded, model)
+    if names:
+        return f"transformers loads other weights: {', '.join(names[:3])}"
+    return "" if _ties(loaded) == _ties(model) else "transformers ties other weights"
+
+
+def _ties(model: Any) -> set[frozenset[str]]:
+    groups: dict[int, set[str]] = {}
+    for name, tensor in model.state_dict().items():
+        if tensor.numel():
+            groups.setdefault(tensor.data_ptr(), set()).add(name)
+    return {frozenset(names) for names in groups.values() if len(names) > 1}
 
 
 Write = Callable[[Path], None]
@@ -338,7 +372,7 @@ def _write_v4(to: Path, model: Any, saved: Path, prefixes: bool, legacy: bool) -
         multimodal = any(name.startswith("model.language_model.") for name in state)
         state = {_old_spelling(name, multimodal): tensor for name, tensor in state.items()}
     if set(state) == set(_read(saved)):
-        raise Unstorable("the same names as saved")
+        raise Unstorable(SAME_NAMES)
     _write(to, state, saved)
 
 
@@ -403,7 +437,7 @@ def _write_sharded(to: Path, model: Any) -> None:
 def _write_inner(to: Path, model: Any, saved: Path) -> None:
     state = untied(model)
     if set(state) == set(_read(saved)):
-        raise Unstorable("the same names as saved")
+        raise Unstorable(SAME_NAMES)
     _write(to, state, saved)
 
 
@@ -413,7 +447,10 @@ def write_vocabulary(folder: Path, words: Iterable[str] = WORDS) -> None:
     empty = dict.fromkeys(("truncation", "padding", "normalizer", "post_processor", "decoder"))
     model = {"type": "WordLevel", "vocab": vocabulary, "unk_token": "w0"}
     text = {
-        **{**empty, "version": "1.0", "added_tokens": [], "model": model},
+        **empty,
+        "version": "1.0",
+        "added_tokens": [],
+        "model": model,
         "pre_tokenizer": {"type": "WhitespaceSplit"},
     }
     (folder / "tokenizer.json").write_text(json.dumps(text))
