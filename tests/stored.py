@@ -384,8 +384,24 @@ def _write_bin(to: Path, model: Any, saved: Path, untold: bool, revert: bool) ->
     torch.save({name: tensor.detach() for name, tensor in state.items()}, to / "pytorch_model.bin")
     config = json.loads((saved / "config.json").read_text())
     if untold:
-        _untell_ties(config)
+        config = _untold(config)
     (to / "config.json").write_text(json.dumps(config))
+
+
+def _untold(config: dict[str, Any]) -> dict[str, Any]:
+    """A configuration that leaves out that weights are tied, where that is the class's default."""
+    from transformers import CONFIG_MAPPING
+
+    shorter = copy.deepcopy(config)
+    _untell_ties(shorter)
+    kind = CONFIG_MAPPING[config["model_type"]]
+    before, after = (_flags(kind.from_dict(copy.deepcopy(c)).to_dict()) for c in (config, shorter))
+    return shorter if before == after else config
+
+
+def _flags(config: dict[str, Any]) -> list[Any]:
+    parts = [part for part in config.values() if isinstance(part, dict)]
+    return [part.get("tie_word_embeddings") for part in (config, *parts)]
 
 
 def _untell_ties(config: dict[str, Any]) -> None:
