@@ -40,7 +40,9 @@ def test_rows_in_another_order(tmp_path: Path) -> None:
     tuned = model(tmp_path / "tuned", ["a", "c", "b", "d"], drift=1)
     found = align(base, tuned)
     assert found.coverage.is_complete
-    assert {p.note for p in found.pairs} == {"rows of the same tokens ([4, 2] in BASE, [4, 2] in TUNED)"}
+    assert {p.note for p in found.pairs} == {
+        "4 rows of the same tokens ([4, 2] in BASE, [4, 2] in TUNED)"
+    }
     assert mixed(base, tuned).tolist() == [[97, 97], [99, 99], [98, 98], [100, 100]]
     assert diff(base, tuned).model["max_abs"] == 1
 

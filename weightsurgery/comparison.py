@@ -23,7 +23,6 @@ from weightsurgery.errors import (
     PolicyError,
     SettingError,
     counted,
-    shown,
 )
 from weightsurgery.formats.vocabulary import read_vocabulary
 from weightsurgery.kernels import Block, count_different, same_float

@@ -213,16 +213,15 @@ class Pairing:
         if not rows:
             reason = f"no {by} ({shapes})"
             return Pair(view, found.view, 0, reason, key, note, Status.ROWS, names=found.names)
-        if rows == [(0, 0, count)]:
-            base, runs = found.view, ()
-        else:
+        base, runs = found.view, found.runs
+        if rows != [(0, 0, count)]:
             base, runs = row_view(view, found.view, rows, width)
         if count * width < view.size:
             reason = f"{count:,} {by} ({shapes})"
             return Pair(
                 view, base, count * width, reason, key, note, Status.ROWS, runs, found.names
             )
-        note = f"{by} ({shapes})" + (note and f"; {note}")
+        note = f"{count:,} {by} ({shapes})" + (note and f"; {note}")
         return Pair(view, base, view.size, "", key, note, names=found.names)
 
     def is_head(self, side: Side, name: str) -> bool:
@@ -269,8 +268,8 @@ class Pairing:
             for name in self.untied
         ]
         found += [
-            f"BASE has '{shown(name)}' apart from '{shown(other)}', and TUNED ties the two: no edit "
-            "of TUNED can have both"
+            f"BASE has '{shown(name)}' apart from '{shown(other)}', and TUNED ties the two: no "
+            "edit of TUNED can have both"
             for name, other in self._lost_by_ties()
         ]
         found += [self.tokens.warning] if self._has_vocabulary and self.tokens.warning else []
@@ -310,9 +309,7 @@ class Pairing:
             heads=sum(p.tuned.size for p in rest if p.status is Status.HEAD),
             added=sum(p.tuned.size - p.eligible for p in rest if p.status is Status.ROWS),
             unpaired={
-                p.name: p.reason
-                for p in rest
-                if not paired[p.name] and p.status is not Status.HEAD
+                p.name: p.reason for p in rest if not paired[p.name] and p.status is not Status.HEAD
             },
             partly={p.name: p.reason for p in rest if paired[p.name]},
             architecture=known.name if known else "",
