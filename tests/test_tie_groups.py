@@ -10,6 +10,7 @@ import pytest
 from tests import cases
 from weightsurgery import diff, epur, mix
 from weightsurgery.alignment import align
+from weightsurgery.architecture.embedding import find_embedding
 from weightsurgery.checkpoint import from_arrays
 from weightsurgery.token_counts import TokenCounts
 
@@ -135,3 +136,18 @@ def test_a_head_that_tuned_ties_and_base_does_not_is_warned_of() -> None:
     found = align(base, model(LLAMA | TIED, EMBED, moved=1))
     assert found.unused == ((HEAD, "tied to another tensor in TUNED"),)
     assert any("TUNED ties" in warning and HEAD in warning for warning in found.warnings)
+
+
+EMBEDDINGS = {
+    "the head stands for it": (model(LLAMA | TIED, HEAD), HEAD),
+    "the first of four": (model(BART, *BART_NAMES), BART_NAMES[0]),
+    "a copy alone": (model(BART, BART_NAMES[2]), BART_NAMES[2]),
+    "wrapped": (model(LLAMA, f"_orig_mod.{EMBED}"), f"_orig_mod.{EMBED}"),
+    "an unknown architecture": (model({}, EMBED), EMBED),
+    "none": (from_arrays({"a": REST}, config=LLAMA), None),
+}
+
+
+@pytest.mark.parametrize(("checkpoint", "name"), EMBEDDINGS.values(), ids=EMBEDDINGS)
+def test_the_word_embedding_is_found(checkpoint: Any, name: str | None) -> None:
+    assert find_embedding(checkpoint) == name
