@@ -275,10 +275,10 @@ def _not_loaded(folder: Path, model: Any) -> str:
 
 
 def _ties(model: Any) -> set[frozenset[str]]:
+    # Not by address: tensors of one storage in a .bin share it here, tied or not.
     groups: dict[int, set[str]] = {}
-    for name, tensor in model.state_dict().items():
-        if tensor.numel():
-            groups.setdefault(tensor.data_ptr(), set()).add(name)
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        groups.setdefault(id(parameter), set()).add(name)
     return {frozenset(names) for names in groups.values() if len(names) > 1}
 
 
