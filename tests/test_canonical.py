@@ -48,7 +48,8 @@ ALIKE: dict[str, list[tuple[Config, str]]] = {
     ],
     "wrappers": [
         (BERT, "bert.encoder.layer.0.output.dense.weight"),
-        (BERT, "_fsdp_wrapped_module.bert.encoder.layer.0._fsdp_wrapped_module.output.dense.weight"),
+        (BERT, "bert.encoder.layer.0._fsdp_wrapped_module.output.dense.weight"),
+        (BERT, "_fsdp_wrapped_module.bert.encoder.layer.0.output.dense.weight"),
         (BERT, "module._orig_mod.bert.encoder.layer.0.output.dense.weight"),
         (BERT, "base_model.model.bert.encoder.layer.0.output.dense.base_layer.weight"),
         (BERT, "_orig_mod.bert.encoder.layer.0._checkpoint_wrapped_module.output.dense.weight"),
@@ -59,6 +60,17 @@ ALIKE: dict[str, list[tuple[Config, str]]] = {
 @pytest.mark.parametrize("spellings", ALIKE.values(), ids=ALIKE)
 def test_spellings_of_one_tensor(spellings: list[tuple[Config, str]]) -> None:
     assert len({canonical(name, config) for config, name in spellings}) == 1
+
+
+def test_experts_of_a_text_model_of_another_type_are_converted() -> None:
+    config = {
+        "model_type": "llava",
+        "architectures": ["LlavaForConditionalGeneration"],
+        "text_config": {"model_type": "qwen3_moe"},
+    }
+    name = "model.language_model.layers.0.mlp.experts.3.up_proj.weight"
+    place = read_names([name], architecture_of(config)).places[name]
+    assert place.target == "layers.0.mlp.experts.gate_up_proj"
 
 
 APART = {
