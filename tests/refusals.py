@@ -514,7 +514,7 @@ REFUSALS: dict[str, Case] = {
     "E-PAIR-TYPE": two_types,
     "E-PAIR-SHAPE": tensors(x=(F4, F4.T)),
     "E-PAIR-DTYPE": tensors(x=(F4.astype("i4"), F4.astype("i8"))),
-    "E-PAIR-COVERAGE": lambda place: place.pair({"w": F4}, {"w": F4, "more": F4}),
+    "E-PAIR-COVERAGE": lambda place: place.pair({"w": F4, "more": F4}, {"w": F4}),
     "E-PAIR-NONE": lambda place: place.pair({"else": F4}, {"w": F4}),
     "E-OVERFLOW": tensors(x=(F4 * 1e30, F4.astype("f2"))),
     "E-QUANTISED-CONFIG": quantised,

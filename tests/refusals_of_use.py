@@ -87,7 +87,7 @@ def added_embedding(place: Place) -> list[Any]:
     """A word embedding that BASE does not have."""
     (place.folder / "counts.json").write_text('{"the": 1}')
     arguments = place.pair({"w": F4, "new.weight": F4}, {"w": F4})
-    options = ("--counts", "counts.json", "--embedding", "new.weight")
+    options = ("--counts", "counts.json", "--embedding", "new.weight", "--allow-partial")
     return ["epur", *arguments[1:3], *options, "-o", "out.safetensors"]
 
 

@@ -357,7 +357,7 @@ def spoil(kind: str) -> list[str]:
         ("command", 2, "did you mean 'mix'"),
         ("size", 2, "is not a size"),
         ("endless size", 2, "more bytes than there can be"),
-        ("gate", 2, "no metric 'relativ_l2'"),
+        ("gate", 2, "unknown metric 'relativ_l2'"),
         ("suffix", 2, "does not end in .safetensors"),
         ("malformed", 3, "tuned.safetensors"),
         ("other model", 4, "belongs together"),

@@ -642,8 +642,8 @@ def test_a_tied_copy_counts_only_if_it_differs() -> None:
     assert "lm_head.weight" not in [one["tensor"] for one in told["left_out"]]
     tuned["lm_head.weight"] = tuned["lm_head.weight"] + 1
     told = report_of(extract_adapter(*pair_of(base, tuned, **fields)))
-    reason = "tied to 'model.embed_tokens.weight'"
-    assert {"tensor": "lm_head.weight", "reason": reason} in told["left_out"]
+    (reason,) = (one["reason"] for one in told["left_out"] if one["tensor"] == "lm_head.weight")
+    assert "an adapter cannot untie it" in reason
 
 
 def test_the_base_is_named_without_its_place(tmp_path: Path) -> None:

@@ -124,7 +124,9 @@ class TestCommandLine:
         out, name = tmp_path / "out.safetensors", cases.EMBEDDING["bert"]
         names = tmp_path / "map.json"
         names.write_text(json.dumps({name: f"old/{name}"}))
-        assert cases.wsurg("mix", *files, "-o", out, "--map", names, "--ratio", 1) == 0
+        assert cases.wsurg("mix", *files, "-o", out, "--map", names, "--ratio", 1) == 4
+        given = ["--map", names, "--ratio", 1, "--allow-partial"]
+        assert cases.wsurg("mix", *files, "-o", out, *given) == 0
         _, tuned = cases.pair("bert")
         expected = cases.stored(tuned | {name: cases.model("bert")[name]})
         assert cases.stored_in(out) == expected

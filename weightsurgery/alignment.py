@@ -256,12 +256,13 @@ def _check_pairs(pairs: Sequence[Pair], mismatched: str, tuned: Checkpoint, call
         wrong = [pair for pair in wrong if not _are_integers(pair)]
     if wrong and mismatched != "keep":
         first = wrong[0]
+        code = _WRONG[first.status]
         raise MismatchError(
             f"{first.reason} ({counted(len(wrong), 'tensor')} like this)",
             file=tuned.label,
             tensor=first.name,
             hint=_doubt(called, "--keep-mismatched keeps TUNED's"),
-            code=_WRONG[first.status],
+            code=code,
         )
 
 
@@ -277,14 +278,10 @@ def _compare_types(base: Checkpoint, tuned: Checkpoint, called: str, *, refuse: 
     reason = f"model_type is {shown(types[0])} in BASE and {shown(types[1])} in {called}"
     if not refuse and called == "TUNED":
         return f"{reason}; what is compared are the tensors of the same name and shape"
-    made = "fine-tuned" if called == "TUNED" else "made"
-    hint = f"was {called} {made} from this model?"
-    raise MismatchError(
-        reason,
-        file=tuned.label,
-        hint=hint + (" --allow-partial pairs what fits" if called == "TUNED" else ""),
-        code="E-PAIR-TYPE",
-    )
+    hint = f"give the model that {called} was made from"
+    if called == "TUNED":
+        hint = "was TUNED fine-tuned from this model? --allow-partial pairs what fits"
+    raise MismatchError(reason, file=tuned.label, hint=hint, code="E-PAIR-TYPE")
 
 
 def _are_related(base: Mapping[str, Any], tuned: Mapping[str, Any]) -> bool:

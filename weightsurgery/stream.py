@@ -7,6 +7,7 @@ order of that grid; so neither workers nor sharding can change a bit of them.
 
 from __future__ import annotations
 
+import math
 import os
 from collections import deque
 from collections.abc import Callable, Generator, Hashable, Iterable, Iterator
@@ -194,8 +195,9 @@ def _whole(pair: Pair) -> Pair:
     """A pair cut to the rows up to its last eligible one, for results that hold nothing else."""
     view = pair.tuned
     last = pair.runs[-1][1] if pair.runs else pair.eligible
-    rows = -(-last // max(1, view.width))
-    if not view.shape or rows * view.width >= view.size:
+    width = math.prod(view.shape[1:])
+    rows = -(-last // max(1, width))
+    if not view.shape or rows >= view.shape[0]:
         return pair
     return replace(pair, tuned=replace(view, shape=(rows, *view.shape[1:])))
 

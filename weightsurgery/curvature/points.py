@@ -33,7 +33,7 @@ def between(model: Model, base: Checkpoint) -> Iterator[Callable[[float], None]]
     import torch
 
     try:
-        align(base, model.checkpoint, mismatched=_MISMATCHED)
+        align(base, model.checkpoint, mismatched=_MISMATCHED, partial="refuse")
     except MismatchError as error:
         hint = "the points begin at the base that this model was fine-tuned from"
         raise MismatchError(
