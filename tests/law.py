@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 import math
+import os
 import tempfile
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,10 +16,13 @@ from tests.stored import WORDS, Models, Zoo, differing, load, outputs_of, unwrap
 from weightsurgery import epur, interpolate, mix, open_checkpoint, purify, save
 from weightsurgery.alignment import align
 from weightsurgery.checkpoint import Checkpoint
+from weightsurgery.formats import confined, pickled
+from weightsurgery.formats.files import InputFile
 from weightsurgery.masks import changed_mask
 from weightsurgery.token_counts import TokenCounts
 
 TOP = 3
+_ROUNDING = 1e-5
 COUNTS = TokenCounts({word: float(10 + 40 * row) for row, word in enumerate(WORDS)}, "made up")
 CHECKS = ("ratio 1", "ratio 0", "interpolate", "epur", "mask", "coverage")
 
@@ -60,17 +65,37 @@ def judge(zoo: Zoo, name: str, way: str, side: str) -> Iterator[Verdict]:
     folders = [zoo.folder(name, way if side == one else "saved", one) for one in ("base", "tuned")]
     with tempfile.TemporaryDirectory(dir=zoo.root) as scratch:
         try:
-            base, tuned = (open_checkpoint(folder, allow_pickle=True) for folder in folders)
+            with _pickles_in_this_process():
+                base, tuned = (open_checkpoint(folder, allow_pickle=True) for folder in folders)
         except Exception as error:
             yield from (Verdict(check, "error", _said(error)) for check in CHECKS)
             return
         wrapped = way == "wrapped" and side == "tuned"
         case = _Case(models, base, tuned, Path(scratch), wrapped)
         for check, run in _RUNS.items():
+            if way == "sharded" and check not in CHECKS[:2]:
+                continue  # it differs from "saved" in the reading alone
             try:
                 yield run(case, check)
             except Exception as error:
                 yield Verdict(check, "error", _said(error))
+
+
+@contextmanager
+def _pickles_in_this_process() -> Iterator[None]:
+    """The confined child takes a second to import torch; these pickles are our own."""
+
+    def convert(file: InputFile, made: str, _private: str) -> None:
+        tensors, warnings = confined._tensors(confined._load(os.dup(file.fileno())))
+        told = {"shared": confined._shared(tensors), "warnings": warnings}
+        confined._write(tensors, told, made)
+
+    before = pickled._convert
+    pickled._convert = convert
+    try:
+        yield
+    finally:
+        pickled._convert = before
 
 
 def _said(error: Exception) -> str:
@@ -124,7 +149,7 @@ def _epur(case: _Case, check: str) -> Verdict:
 
     names = case.models.embedding
     if not names:
-        return Verdict(check, "skip", "no word embedding")
+        return Verdict(check, "skip", "no word embedding, or several")
     found = case.loaded(epur(case.base, case.tuned, counts=COUNTS, top=TOP), check)
     expected = copy.deepcopy(case.models.tuned)
     before, after = (m.state_dict()[names[0]] for m in (case.models.reset, expected))
@@ -154,7 +179,7 @@ def _mask(case: _Case, check: str) -> Verdict:
 
 
 def _shares(case: _Case, found: Any) -> dict[str, float]:
-    """The elements in which the models differ: which share of them is BASE's, how many neither's."""
+    """Of the elements in which the models differ: the share that is BASE's, how many neither's."""
     base, tuned = case.models.reset.state_dict(), case.models.tuned.state_dict()
     total = bases = neither = 0
     seen = set()
@@ -194,10 +219,15 @@ def _equals(case: _Case, check: str, found: Any, expected: Any) -> Verdict:
     base, tuned = case.models.outputs
     known = {id(case.models.reset): base, id(case.models.tuned): tuned}
     right = known.get(id(expected))
-    right = outputs_of(expected, case.models.inputs) if right is None else right
+    if right is None:
+        right = outputs_of(expected, case.models.inputs)
     computed = outputs_of(found, case.models.inputs)
     wrong = differing(found, expected)
-    if not wrong and torch.equal(computed, right):
+    if not wrong and (
+        torch.equal(computed, right)
+        # The same weights elsewhere in memory: kernels round by how the memory is aligned.
+        or torch.allclose(computed, right, rtol=0, atol=_ROUNDING * float(right.abs().max()))
+    ):
         return Verdict(check, "pass")
     numbers = {
         "to expected": _distance(computed, right),

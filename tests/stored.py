@@ -97,7 +97,6 @@ class Models:
         tuned: The model of TUNED.
         reset: TUNED with all that BASE has: what ratio 1 must be.
         inputs: Arguments of a forward pass of TUNED's class.
-        base_inputs: The same for BASE's class.
     """
 
     base: Any
@@ -112,12 +111,24 @@ class Models:
 
     @cached_property
     def embedding(self) -> tuple[str, ...]:
-        """The names of TUNED's word embedding and of what is tied to it; () without one."""
+        """The names of TUNED's one word embedding and of what is tied to it; () without one."""
         weight = getattr(_word_embedding(self.tuned), "weight", None)
         if weight is None or tuple(weight.shape)[:1] != (VOCABULARY,):
             return ()
+        if len(_vocabulary_embeddings(self.tuned)) > 1:
+            return ()
         state = self.tuned.state_dict()
         return tuple(n for n, t in state.items() if t.data_ptr() == weight.data_ptr())
+
+
+def _vocabulary_embeddings(model: Any) -> set[int]:
+    import torch
+
+    return {
+        module.weight.data_ptr()
+        for module in model.modules()
+        if isinstance(module, torch.nn.Embedding) and module.num_embeddings == VOCABULARY
+    }
 
 
 def _word_embedding(model: Any) -> Any:
@@ -220,24 +231,25 @@ class Zoo:
     def _store(self, models: Models, name: str, way: str, side: str) -> Path:
         model = models.tuned if side == "tuned" else models.base
         place, saved = self._place(name, way, side), self._place(name, "saved", side)
-        problem = "no candidate"
+        problems: dict[str, None] = {}
         for number, write in enumerate(_candidates(way, model, saved, self.segment(name))):
             folder = place.with_name(f"{place.name}-{number}")
             try:
                 folder.mkdir(parents=True)
                 write(folder)
             except Unstorable as error:
-                problem = str(error)
+                problems[str(error)] = None
                 continue
             except Exception as error:
-                problem = f"{type(error).__name__}: {error}"
+                problems[f"{type(error).__name__}: {error}"] = None
                 continue
             problem = "" if way == "wrapped" else _not_loaded(folder, model)
             if not problem:
                 if side == "tuned":
                     write_vocabulary(folder)
                 return folder
-        raise Unstorable(problem)
+            problems[problem] = None
+        raise Unstorable("; ".join(problems))
 
 
 def _not_loaded(folder: Path, model: Any) -> str:
@@ -413,7 +425,10 @@ def write_vocabulary(folder: Path, words: Iterable[str] = WORDS) -> None:
     empty = dict.fromkeys(("truncation", "padding", "normalizer", "post_processor", "decoder"))
     model = {"type": "WordLevel", "vocab": vocabulary, "unk_token": "w0"}
     text = {
-        **{**empty, "version": "1.0", "added_tokens": [], "model": model},
+        **empty,
+        "version": "1.0",
+        "added_tokens": [],
+        "model": model,
         "pre_tokenizer": {"type": "WhitespaceSplit"},
     }
     (folder / "tokenizer.json").write_text(json.dumps(text))
