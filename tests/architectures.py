@@ -120,7 +120,7 @@ class Architecture:
         settings: What makes it tiny.
         base: The class that BASE has, where it is another.
         inputs: Which builder makes the forward pass's arguments: a key of `INPUTS`.
-        fast: True for what runs in `tox`.
+        fast: True for a cheap one of its kind; `law_table --fast` takes these.
     """
 
     model: str

@@ -16,7 +16,7 @@ from typing import Any
 
 from tests.architectures import ARCHITECTURES
 from tests.law import CHECKS, Verdict, judge
-from tests.stored import WAYS, Unstorable, Zoo
+from tests.stored import SAME_NAMES, WAYS, Unstorable, Zoo
 
 CASES = ("saved/tuned", *(f"{way}/{side}" for way in WAYS[1:] for side in ("tuned", "base")))
 _MARK = {"pass": "·", "fail": "X", "error": "E", "skip": "-"}
@@ -28,7 +28,7 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--exact", action="store_true", help="Match whole architecture names.")
     parser.add_argument("--way", action="append", help=f"Ways of storing, of {', '.join(CASES)}.")
     parser.add_argument("--json", type=Path, help="Write every verdict to this file.")
-    parser.add_argument("--fast", action="store_true", help="Only what runs in tox.")
+    parser.add_argument("--fast", action="store_true", help="Only a few cheap architectures.")
     parser.add_argument("--failures", type=int, default=40, help="Number of failures to describe.")
     return parser.parse_args(arguments)
 
@@ -108,7 +108,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _report(rows: list[dict[str, Any]], cases: Sequence[str], options: argparse.Namespace) -> None:
     print()
     for row in rows:
-        if row["status"] == "not storable" and "same names" not in row["reason"]:
+        if row["status"] == "not storable" and row["reason"] != SAME_NAMES:
             print(f"not stored: {row['architecture']} {row['case']}: {row['reason'][:200]}")
         if row["status"] == "not built":
             print(f"NOT BUILT: {row['architecture']} {row['case']}: {row['reason'][:200]}")
