@@ -125,7 +125,11 @@ class Alignment:
                 {"tensor": name, "reason": reason, "tied": reason == TIED}
                 for name, reason in self.unused
             ],
-            "notes": [{"tensor": p.name, "note": p.note} for p in self.pairs if p.note],
+            "notes": [
+                {"tensor": p.name, "note": p.note}
+                for p in self.pairs
+                if p.note and not p.is_tied_copy
+            ],
         }
 
 

@@ -10,12 +10,14 @@ from dataclasses import replace
 
 import numpy as np
 
-from weightsurgery.alignment import Pair
+from weightsurgery.architecture.canonical import read_names
+from weightsurgery.architecture.facts import architecture_of
 from weightsurgery.buffers import empty
 from weightsurgery.checkpoint import BLOCK, Checkpoint, Step, TensorView
 from weightsurgery.dtypes import DTYPES
 from weightsurgery.errors import MismatchError, counted
 from weightsurgery.kernels import Block, bits_of, choose
+from weightsurgery.pairs import Pair
 from weightsurgery.stream import Edit
 
 KIND = {"wsurg": "mask/1"}  # metadata of a mask's file
@@ -48,6 +50,25 @@ def _packed(view: TensorView) -> TensorView:
         return out, out
 
     return TensorView(view.name, ((view.size + 7) // 8,), DTYPES["U8"], read_both, "added")
+
+
+def mask_under_names_of(tuned: Checkpoint, mask: Checkpoint) -> Checkpoint:
+    """A mask whose tensors are named as TUNED's are; those that are not TUNED's keep their names.
+
+    A mask may come from the same model in other files: wrapped, or with older spellings.
+
+    Args:
+        tuned: The model whose dimensions the mask is about.
+        mask: From `changed_mask`.
+    """
+    architecture = architecture_of(tuned.config)
+    ours, theirs = (read_names(names, architecture) for names in (tuned, mask))
+    named = {name: ours.stored.get(place.canonical) for name, place in theirs.places.items()}
+    names = {name: new for name, new in named.items() if new and name not in tuned}
+    if not names:
+        return mask
+    views = {names.get(n, n): replace(view, name=names.get(n, n)) for n, view in mask.items()}
+    return replace(mask, tensors=views)
 
 
 def edit_by_mask(mask: Checkpoint, pairs: tuple[Pair, ...], *, invert: bool) -> Edit:

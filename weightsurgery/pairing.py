@@ -175,15 +175,27 @@ class Pairing:
         side = self.matcher.tuned
         known = side.names.architecture
         if known is not None:
-            like = template(side.canonical(view.name))
-            axes = {template(relative(known, n)): axis for n, axis in known.vocabulary.items()}
-            return axes.get(like)
+            canonical = side.canonical(view.name)
+            if canonical in self._axes or not self._has_numbered_axes:
+                return self._axes.get(canonical)
+            return self._axes.get(template(canonical))
         if kind_of(view.name) == "embedding" and len(view.shape) == 2:
             return 0
         rows = [other.shape[0], view.shape[0]] if other.shape and view.shape else []
         if kind_of(view.name) != "head" or not rows:
             return None
         return 0 if rows in (self._embedding_rows, self._configured_rows) else None
+
+    @cached_property
+    def _axes(self) -> Mapping[str, int]:
+        """The dimension of the vocabulary by canonical name, numbers in it replaced."""
+        known = self.matcher.tuned.names.architecture
+        held = known.vocabulary.items() if known is not None else ()
+        return {template(relative(known, name)): axis for name, axis in held if known}
+
+    @cached_property
+    def _has_numbered_axes(self) -> bool:
+        return any("*" in name for name in self._axes)
 
     @cached_property
     def _embedding_rows(self) -> list[int]:
@@ -222,7 +234,7 @@ class Pairing:
     def is_head(self, side: Side, name: str) -> bool:
         """True for what a model has for its task, outside of the base model."""
         known = side.names.architecture
-        loaded = side.names.places[name].loaded.target
+        loaded = side.names.places[name].model_name
         outside = (
             known is not None
             and bool(known.prefix)

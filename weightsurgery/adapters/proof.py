@@ -200,7 +200,7 @@ def _absent(reading: Reading, paired: Alignment, merged: Checkpoint) -> list[dic
     """Verdicts on what MERGED should store and does not, and on a head it should not tie."""
     updates, tie = reading.updates(), reading.tie
     head = tie.head if tie is not None and reading.needs_untying else None
-    seen = {pair.base.name for pair in paired.pairs if pair.base is not None}
+    seen = {name for pair in paired.pairs for name in pair.names}
     copies = tied_to(reading.base) if says_tied(merged) else {}
     missing = [
         name

@@ -12,9 +12,10 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from weightsurgery.architecture.conversion import Loaded, Renamer
-from weightsurgery.architecture.facts import Architecture, architecture_of, legacy_rules
+from weightsurgery.architecture.facts import Architecture, Rule, architecture_of, legacy_rules
 
 # Left in names by FSDP, activation checkpointing, torch.compile, FairScale and PEFT.
 _WRAPPERS = frozenset(
@@ -23,10 +24,39 @@ _WRAPPERS = frozenset(
         *("_fpw_module", "_forward_module", "base_layer"),
     )
 )
+_ALONE = frozenset(("module", "base_model"))  # what may be a wrapper's in front
 _FRONT = ("module",)  # DistributedDataParallel and DeepSpeed: only in front of all else
 _ADAPTED = ("base_model", "model")  # PEFT's, in front of the model's own names
 _DIGITS = re.compile(r"\d+")
-_SENTINEL = 90_010  # stands for a number of a name while rules look at it, and so do its multiples
+_MOST_NUMBERS = 32  # in a name; more are not told apart from its words
+# Stand for a name's numbers while rules look at it.
+_SENTINELS = tuple(str(90_010 * (1 + i)) for i in range(_MOST_NUMBERS))
+_PLACES = {sentinel: i for i, sentinel in enumerate(_SENTINELS)}
+
+
+@dataclass(frozen=True)
+class Form:
+    """What all names become that differ only in their numbers.
+
+    Attributes:
+        loaded: What the loading library does with them, sentinels in place of the numbers.
+        canonical: The canonical name, likewise.
+        target: Canonical name of the model's tensor that they become part of, likewise.
+    """
+
+    loaded: Loaded
+    canonical: str
+    target: str
+
+    @cached_property
+    def pattern(self) -> tuple[str, tuple[int, ...]]:
+        """The canonical name as a format string, and the places of the numbers that go in."""
+        parts, picks = [], []
+        for part in self.canonical.split("."):
+            place = _PLACES.get(part)
+            parts.append(part.replace("%", "%%") if place is None else "%s")
+            picks += [] if place is None else [place]
+        return ".".join(parts), tuple(picks)
 
 
 @dataclass(frozen=True)
@@ -35,14 +65,33 @@ class Place:
 
     Attributes:
         canonical: Its canonical name.
-        target: Canonical name of the model's tensor that it becomes, or the first one that it
-            becomes part of; `canonical` unless a converter is at work.
-        loaded: What the loading library does with it.
+        form: What it has in common with names that differ only in their numbers.
+        numbers: Its numbers; () where the form is the name's own.
     """
 
     canonical: str
-    target: str
-    loaded: Loaded
+    form: Form
+    numbers: tuple[str, ...] = ()
+
+    @property
+    def converter(self) -> Rule | None:
+        """The rule that makes it a part of another tensor, None if it is loaded as it is."""
+        return self.form.loaded.converter
+
+    @property
+    def source(self) -> str:
+        """Which of the converter's source patterns it matches."""
+        return self.form.loaded.source
+
+    @property
+    def target(self) -> str:
+        """Canonical name of the model's tensor that it becomes, or the first one it is part of."""
+        return _filled(self.form.target, self.numbers)
+
+    @property
+    def model_name(self) -> str:
+        """The model's own name for that tensor, prefixes included."""
+        return _filled(self.form.loaded.target, self.numbers)
 
 
 @dataclass(frozen=True)
@@ -104,7 +153,7 @@ def read_names(names: Iterable[str], architecture: Architecture | None) -> Names
         place = reader.place(name)
         if place.canonical in stored:
             ambiguous.append(name)
-            place = Place(name, name, Loaded(name, name))
+            place = Place(name, Form(Loaded(name, name), name, name))
         places[name] = place
         stored.setdefault(place.canonical, name)
     return Names(architecture, places, stored, tuple(ambiguous))
@@ -119,63 +168,63 @@ class _Reader:
         self._renamer = Renamer(rules, map(unwrapped, names))
         patterns = " ".join(text for rule in rules for text in (rule.match, *rule.targets))
         self._literal = set(_DIGITS.findall(re.sub(r"\\\d|P<g\d+>", "", patterns)))
-        self._known: dict[str, Place | None] = {}
+        self._forms: dict[str, tuple[Form, bool]] = {}
 
     def place(self, name: str) -> Place:
         """A stored name's place."""
-        parts = unwrapped(name).split(".")
-        at = [i for i, p in enumerate(parts) if p.isdecimal() and p not in self._literal]
-        numbers = {str((1 + i) * _SENTINEL): parts[j] for i, j in enumerate(at)}
-        for sentinel, j in zip(numbers, at, strict=True):
-            parts[j] = sentinel
+        parts = name.split(".")
+        if parts[0] in _ALONE or not _WRAPPERS.isdisjoint(parts):
+            parts = unwrapped(name).split(".")
+        plain, numbers = parts[:], []
+        for i, part in enumerate(parts):
+            if part.isdecimal() and part not in self._literal and len(numbers) < _MOST_NUMBERS:
+                parts[i] = _SENTINELS[len(numbers)]
+                numbers.append(part)
         like = ".".join(parts)
-        if like not in self._known:
-            found = self._place(like)
-            texts = (found.canonical, found.target, found.loaded.renamed, found.loaded.target)
-            fits = all(_is_filled(text, numbers, self._literal) for text in texts)
-            self._known[like] = found if fits else None
-        known = self._known[like]
-        return self._place(unwrapped(name)) if known is None else _filled(known, numbers)
+        if like not in self._forms:
+            form = self._form(like)
+            self._forms[like] = form, _keeps_numbers(form, len(numbers), self._literal)
+        form, is_kept = self._forms[like]
+        if not numbers:
+            return Place(form.canonical, form)
+        if not is_kept:
+            form = self._form(".".join(plain))
+            return Place(form.canonical, form)
+        text, picks = form.pattern
+        return Place(text % tuple(numbers[i] for i in picks), form, tuple(numbers))
 
-    def _place(self, name: str) -> Place:
-        loaded = self._renamer.load(name)
-        known = self._architecture
+    def _form(self, name: str) -> Form:
+        loaded, known = self._renamer.load(name), self._architecture
         if known is None:
-            return Place(loaded.renamed, loaded.target, loaded)
+            return Form(loaded, loaded.renamed, loaded.target)
         if not _is_parameter(known, loaded.target) and template(name) in known.parameters:
             loaded = Loaded(name, name)  # it is a name of the model already; rules do not count
-        return Place(relative(known, loaded.renamed), relative(known, loaded.target), loaded)
+        return Form(loaded, relative(known, loaded.renamed), relative(known, loaded.target))
 
 
-def _experts() -> Iterable[object]:
+def _experts() -> Iterable[Rule]:
     """How mixtures of experts are mostly stored, for architectures that are not known."""
     for kind in ("qwen2_moe", "mixtral"):
         found = architecture_of({"model_type": kind})
         yield from (rule for rule in found.rules if rule.operations) if found else ()
 
 
-def _is_filled(text: str, numbers: Mapping[str, str], literal: set[str]) -> bool:
-    """True if each number of a result is one that was put in, or one that rules name."""
-    allowed = numbers.keys() | literal
-    return all(p in allowed for p in text.split(".") if p.isdecimal()) and not any(
-        n in part and n != part for part in text.split(".") for n in numbers
-    )
+def _keeps_numbers(form: Form, count: int, literal: set[str]) -> bool:
+    """True if what became of a name has its numbers as they were put in, and rules' own at most."""
+    known = set(_SENTINELS[:count])
+    for text in (form.canonical, form.target, form.loaded.target):
+        for part in text.split("."):
+            if part.isdecimal() and part not in known and part not in literal:
+                return False
+            if part not in known and any(number in part for number in known):
+                return False
+    return True
 
 
-def _filled(place: Place, numbers: Mapping[str, str]) -> Place:
-    """A place with the numbers that sentinels stand for."""
-
-    def fill(text: str) -> str:
-        return ".".join(numbers.get(part, part) for part in text.split("."))
-
-    loaded = place.loaded
-    renamed = fill(loaded.renamed)
-    if loaded.converter is None:
-        canonical = fill(place.canonical)
-        return Place(canonical, canonical, Loaded(renamed, renamed))
-    target = fill(loaded.target)
-    made = Loaded(renamed, target, loaded.converter, loaded.source)
-    return Place(fill(place.canonical), fill(place.target), made)
+def _filled(text: str, numbers: tuple[str, ...]) -> str:
+    """A text with the numbers that sentinels stand for."""
+    known = dict(zip(_SENTINELS, numbers, strict=False))
+    return ".".join(known.get(part, part) for part in text.split("."))
 
 
 def _is_parameter(known: Architecture, name: str) -> bool:

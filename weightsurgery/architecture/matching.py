@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from weightsurgery.anatomy import natural_key
 from weightsurgery.architecture.canonical import Names, read_names
@@ -113,11 +114,12 @@ class Matcher:
 
     def __post_init__(self) -> None:
         self.prefix, self.prefix_on = _common_prefix(self.base, self.tuned)
-        self._made = {side: _Made(one) for side, one in self._sides()}
         self._links: dict[str, dict[str, list[Link]]] = {}
 
-    def _sides(self) -> tuple[tuple[str, Side], ...]:
-        return ("base", self.base), ("tuned", self.tuned)
+    @cached_property
+    def _made(self) -> tuple[_Made, _Made]:
+        """What converters make of BASE's tensors, and of TUNED's."""
+        return _Made(self.base), _Made(self.tuned)
 
     def find(self, name: str, *, alone: bool = False) -> Counterpart | None:
         """What BASE has for a stored tensor of TUNED's.
@@ -182,7 +184,7 @@ class Matcher:
 
     def _converted(self, name: str) -> Counterpart | None:
         """A view of the pieces that the loading library makes the same parameters of."""
-        mine, theirs = self._made["tuned"], self._made["base"]
+        theirs, mine = self._made
         links: list[Link] = []
         for target in mine.targets_of(name):
             if not mine.makes(target) and not theirs.makes(target):
@@ -215,29 +217,29 @@ class _Made:
         self._side = side
         self._groups: dict[tuple[int, str], dict[str, list[str]]] = {}
         for name, place in side.names.places.items():
-            if place.loaded.converter is not None:
-                key = (id(place.loaded.converter), place.target)
+            if place.converter is not None:
+                key = (id(place.converter), place.target)
                 group = self._groups.setdefault(key, {})
-                group.setdefault(place.loaded.source, []).append(name)
+                group.setdefault(place.source, []).append(name)
         self._by_target: dict[str, tuple[int, str]] = {}
         for key, group in self._groups.items():
-            rule = side.names.places[next(iter(group.values()))[0]].loaded.converter
+            rule = side.names.places[next(iter(group.values()))[0]].converter
             for pattern in rule.targets if rule else ():
                 target = key[1].replace(rule.targets[0], pattern, 1) if rule else ""
                 self._by_target.setdefault(target, key)
         self._shapes = {
             place.canonical: side.checkpoint[name].shape
             for name, place in side.names.places.items()
-            if place.loaded.converter is None
+            if place.converter is None
         }
         self._outputs: dict[tuple[int, str], dict[str, Assembly]] = {}
 
     def targets_of(self, name: str) -> list[str]:
         """Canonical names of the model's tensors that a stored one becomes part of."""
         place = self._side.names.places[name]
-        if place.loaded.converter is None:
+        if place.converter is None:
             return [place.canonical]
-        outputs = self._output(id(place.loaded.converter), place.target)
+        outputs = self._output(id(place.converter), place.target)
         return [t for t, one in outputs.items() if any(p.stored == name for p in one.pieces)]
 
     def makes(self, target: str) -> bool:
@@ -249,7 +251,7 @@ class _Made:
         if target in self._by_target:
             return self._output(*self._by_target[target]).get(target)
         name = self._side.stored(target)
-        if name is None or self._side.names.places[name].loaded.converter is not None:
+        if name is None or self._side.names.places[name].converter is not None:
             return None
         return whole(name, self._side.checkpoint[name].shape)
 
@@ -258,7 +260,7 @@ class _Made:
         if key not in self._outputs:
             names, view = self._side.names, self._side.checkpoint
             group = self._groups[key]
-            converter = names.places[next(iter(group.values()))[0]].loaded.converter
+            converter = names.places[next(iter(group.values()))[0]].converter
             if converter is None:
                 raise ValueError("only converters make groups")
             sources = {

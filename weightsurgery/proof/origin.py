@@ -11,10 +11,11 @@ import numpy as np
 
 from weightsurgery.alignment import Pair, align
 from weightsurgery.checkpoint import Checkpoint, TensorView
+from weightsurgery.coverage import Coverage
 from weightsurgery.errors import FormatError, MismatchError, SettingError, SurgeryError, shown
 from weightsurgery.formats.recorded import Recorded
 from weightsurgery.kernels import Block, bits_of, count_different, to_dtype, to_float
-from weightsurgery.masks import KIND, flags_of
+from weightsurgery.masks import KIND, flags_of, mask_under_names_of
 from weightsurgery.proof.again import do_again
 from weightsurgery.stream import Engine
 
@@ -35,6 +36,7 @@ class Origin:
 
     Attributes:
         pairs: TUNED's name to what belongs together.
+        coverage: Which share of TUNED's parameters has a counterpart in BASE.
         base: BASE, under the names that the record gives it.
         tuned: TUNED.
         mask: What a mask says was reset; None if none was given.
@@ -48,6 +50,7 @@ class Origin:
     """
 
     pairs: Mapping[str, Pair]
+    coverage: Coverage
     base: Checkpoint
     tuned: Checkpoint
     mask: Checkpoint | None
@@ -185,16 +188,18 @@ def _pair(
     """What belongs together, and what the recorded steps give."""
     named, renamed = _renamed(base, renamings, recorded.path)
     edited = {n for n, entry in recorded.tensors.items() if entry["status"] == "edited"}
-    pairs = {pair.name: pair for pair in align(named, tuned, mismatched="keep").pairs}
+    alignment = align(named, tuned, mismatched="keep")
     inputs = {places["base"]: base, places["tuned"]: tuned}
     reset_where, exact = True, True
     if mask is not None:
         reset_where, exact, place = _rule(recorded, mask)
+        mask = mask_under_names_of(tuned, mask)
         _check_mask(recorded, mask)
         inputs |= {} if place is None else {place: mask}
     expected, why_not = do_again(recorded, inputs, engine)
     return Origin(
-        pairs=pairs,
+        pairs={pair.name: pair for pair in alignment.pairs},
+        coverage=alignment.coverage,
         base=named,
         tuned=tuned,
         mask=mask,

@@ -301,6 +301,7 @@ def _selection(
     return {
         "inputs": inputs,
         "renamed": dict(origin.renamed),
+        "coverage": origin.coverage.to_json(),
         "changed_dimensions": sum(c.changed for n, c in counts.items() if n not in copies),
         "known_by": [name for name, given in by.items() if given is not None],
         "not_by_recipe": origin.why_not or None,

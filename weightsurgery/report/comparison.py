@@ -142,10 +142,10 @@ def coverage_text(coverage: Mapping[str, Any]) -> str:
     Args:
         coverage: The report of `Coverage.to_json`.
     """
-    heads = counted(coverage["task_heads"], "parameter")
-    besides = f", besides {heads} of task heads" if coverage["task_heads"] else ""
+    heads = coverage["task_heads"]
+    besides = f", not counting {heads:,} in task heads" if heads else ""
     known = coverage["architecture"]
-    by = f"as {shown(known)}" if known else "architecture unknown: paired by names"
+    by = shown(known) if known else "architecture unknown: paired by names"
     return f"{percent(coverage['share'])} of TUNED's parameters{besides} ({by})"
 
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from weightsurgery.errors import counted, shown
+from weightsurgery.coverage import percent
+from weightsurgery.errors import counted, first_few, shown
+from weightsurgery.report.comparison import coverage_text
 from weightsurgery.report.tables import Table, number
 
 LISTED = 20  # problems shown unless all are asked for
@@ -38,7 +40,7 @@ def verification_tables(report: Mapping[str, Any], *, limit: int, more: str) -> 
         *_selected(report["selection"], report["proved"]),
     ]
     whole = "as recorded" if report["selection"] is None else "what its record, BASE and TUNED give"
-    title = f"The output is {'' if report['proved'] else 'NOT '}{whole}"
+    title = f"The output is {'' if report['proved'] else 'NOT '}{whole}{_how_much(report)}"
     return [
         Table(
             "What is wrong",
@@ -50,12 +52,26 @@ def verification_tables(report: Mapping[str, Any], *, limit: int, more: str) -> 
     ]
 
 
+def _how_much(report: Mapping[str, Any]) -> str:
+    """Which part of TUNED the proof is about, where that is not all but task heads."""
+    coverage = {} if report["selection"] is None else report["selection"]["coverage"]
+    if not coverage or not (coverage["unpaired"] or coverage["partly_paired"]):
+        return ""
+    share = percent(coverage["share"])
+    return f", for {share} of TUNED's parameters; BASE has no counterpart for the rest"
+
+
 def _selected(selection: Mapping[str, Any] | None, proved: bool) -> Iterator[list[str]]:
     """What the proof with BASE and TUNED says of the two, and by what the dimensions are known."""
     if selection is None:
         return
     for given in selection["inputs"]:
         yield [given["input"], f"{shown(given['given'])}: {_SAME[given['same']]}"]
+    yield ["coverage", coverage_text(selection["coverage"])]
+    alone = {e["tensor"]: e["reason"] for e in selection["coverage"]["unpaired"]}
+    if alone:
+        names = first_few([f"'{shown(name)}'" for name in alone])
+        yield ["not in BASE", f"{counted(len(alone), 'tensor')}, compared with TUNED alone: {names}"]
     renamed = selection["renamed"]
     if renamed:
         old, new = next(iter(renamed.items()))
