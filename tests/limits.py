@@ -7,11 +7,11 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Limit:
-    """A case in which an output is not what the law says.
+    """A case in which the law does not hold.
 
     Attributes:
         case: What the models are like.
-        result: What is written.
+        result: What happens.
         reason: Why it cannot be otherwise.
     """
 
@@ -20,11 +20,17 @@ class Limit:
     reason: str
 
 
-LIMITS = (
-    Limit(
-        "TUNED ties its output head to the word embedding, BASE has a head of its own",
-        "`--ratio 1` gives BASE's embedding in both places; BASE's head is listed under"
-        " `only_in_base` with `tied` true",
-        "outputs keep TUNED's config.json, which makes the two one tensor",
-    ),
+UNTIED_BASE = Limit(
+    "TUNED ties its output head to the word embedding, BASE has a head of its own",
+    "`mix --ratio 1` gives BASE's embedding in both places; BASE's head is listed under"
+    " `only_in_base` with `tied` true",
+    "outputs keep TUNED's config.json, which makes the two one tensor",
 )
+SHARED_LAYERS = Limit(
+    "Zamba and Zamba 2: TUNED stores a copy of the shared layer for each place where it is used,"
+    " BASE stores it once",
+    "refused (`E-PAIR-COVERAGE`)",
+    "which layers share weights depends on the layer layout in config.json, and the facts do not"
+    " cover layouts",
+)
+LIMITS = (UNTIED_BASE, SHARED_LAYERS)
