@@ -275,10 +275,10 @@ def _not_loaded(folder: Path, model: Any) -> str:
 
 
 def _ties(model: Any) -> set[frozenset[str]]:
+    # Not by address: tensors of one storage in a .bin share it here, tied or not.
     groups: dict[int, set[str]] = {}
-    for name, tensor in model.state_dict().items():
-        if tensor.numel():
-            groups.setdefault(tensor.data_ptr(), set()).add(name)
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        groups.setdefault(id(parameter), set()).add(name)
     return {frozenset(names) for names in groups.values() if len(names) > 1}
 
 
@@ -384,8 +384,24 @@ def _write_bin(to: Path, model: Any, saved: Path, untold: bool, revert: bool) ->
     torch.save({name: tensor.detach() for name, tensor in state.items()}, to / "pytorch_model.bin")
     config = json.loads((saved / "config.json").read_text())
     if untold:
-        _untell_ties(config)
+        config = _untold(config)
     (to / "config.json").write_text(json.dumps(config))
+
+
+def _untold(config: dict[str, Any]) -> dict[str, Any]:
+    """A configuration that leaves out that weights are tied, where that is the class's default."""
+    from transformers import CONFIG_MAPPING
+
+    shorter = copy.deepcopy(config)
+    _untell_ties(shorter)
+    kind = CONFIG_MAPPING[config["model_type"]]
+    before, after = (_flags(kind.from_dict(copy.deepcopy(c)).to_dict()) for c in (config, shorter))
+    return shorter if before == after else config
+
+
+def _flags(config: dict[str, Any]) -> list[Any]:
+    parts = [part for part in config.values() if isinstance(part, dict)]
+    return [part.get("tie_word_embeddings") for part in (config, *parts)]
 
 
 def _untell_ties(config: dict[str, Any]) -> None:

@@ -27,9 +27,22 @@ FLOORS = {
         ),
         0,
     ),
-    **dict.fromkeys(("checkpoint", "anatomy", "architecture", "statistics", "tasks", "ties"), 1),
     **dict.fromkeys(
-        ("alignment", "name_map", "quantised", "stream", "select", "registry", "formats"), 2
+        ("checkpoint", "anatomy", "statistics", "tasks", "ties", "pairs", "coverage"), 1
+    ),
+    **dict.fromkeys(
+        (
+            "alignment",
+            "architecture",
+            "pairing",
+            "name_map",
+            "quantised",
+            "stream",
+            "select",
+            "registry",
+            "formats",
+        ),
+        2,
     ),
     **dict.fromkeys(("models", "datasets", "token_counts", "masks", "diagnostics"), 2),
     **dict.fromkeys(

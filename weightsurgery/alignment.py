@@ -245,9 +245,7 @@ def align_to_edit(
     )
 
 
-def _check_pairs(
-    pairs: Sequence[Pair], mismatched: str, tuned: Checkpoint, called: str
-) -> None:
+def _check_pairs(pairs: Sequence[Pair], mismatched: str, tuned: Checkpoint, called: str) -> None:
     """Refuse pairs that do not fit.
 
     Raises:

@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 
 from weightsurgery.alignment import Alignment, Pair, align
-from weightsurgery.anatomy import find_embedding, kind_of, layer_of, natural_key
+from weightsurgery.anatomy import kind_of, layer_of, natural_key
+from weightsurgery.architecture.embedding import find_embedding
 from weightsurgery.checkpoint import BLOCK, Checkpoint, Step, require_checkpoints
 from weightsurgery.drift_kernel import drift_statistics
 from weightsurgery.dtypes import DTYPES, DType
@@ -23,7 +24,6 @@ from weightsurgery.errors import (
     PolicyError,
     SettingError,
     counted,
-    shown,
 )
 from weightsurgery.formats.vocabulary import read_vocabulary
 from weightsurgery.kernels import Block, count_different, same_float

@@ -334,10 +334,10 @@ def _disk_names(module: Any, checkpoint: Checkpoint) -> dict[str, Any]:
     lost = [n for n, p in module.named_parameters() if p.requires_grad and id(p) not in seen]
     if lost:
         raise MismatchError(
-            "transformers has a parameter that no tensor on disk stands for as it is",
+            "the model computes with a parameter that the file stores in another form, such as "
+            "experts one by one; this command needs it as the model has it",
             file=checkpoint.label,
             tensor=lost[0],
-            hint="save the model again with this version of transformers",
             code="E-MODEL-WEIGHTS",
         )
     return found

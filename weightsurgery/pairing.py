@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -65,7 +65,7 @@ class Pairing:
         A copy whose bytes differ stands for itself: the loading library leaves it untied.
         """
         return {
-            name: leader if name == leader or self._are_equal(name, leader) else name
+            name: leader if name == leader or _are_equal(self.tuned, name, leader) else name
             for leader, names in self._tied.items()
             for name in names
         }
@@ -90,12 +90,6 @@ class Pairing:
             if names:
                 groups[names[0]] = names
         return groups
-
-    def _are_equal(self, one: str, other: str) -> bool:
-        a, b = self.tuned[one], self.tuned[other]
-        return (a.shape, a.dtype) == (b.shape, b.dtype) and not any(
-            count_different(a.read(start, stop), b.read(start, stop)) for start, stop in a.blocks()
-        )
 
     def _pair(self, view: TensorView) -> Pair:
         key = self.keys.get(view.name, view.name)
@@ -219,16 +213,15 @@ class Pairing:
         if not rows:
             reason = f"no {by} ({shapes})"
             return Pair(view, found.view, 0, reason, key, note, Status.ROWS, names=found.names)
-        if rows == [(0, 0, count)]:
-            base, runs = found.view, ()
-        else:
+        base, runs = found.view, found.runs
+        if rows != [(0, 0, count)]:
             base, runs = row_view(view, found.view, rows, width)
         if count * width < view.size:
             reason = f"{count:,} {by} ({shapes})"
             return Pair(
                 view, base, count * width, reason, key, note, Status.ROWS, runs, found.names
             )
-        note = f"{by} ({shapes})" + (note and f"; {note}")
+        note = f"{count:,} {by} ({shapes})" + (note and f"; {note}")
         return Pair(view, base, view.size, "", key, note, names=found.names)
 
     def is_head(self, side: Side, name: str) -> bool:
@@ -274,8 +267,24 @@ class Pairing:
             "tensor of its own, as transformers does"
             for name in self.untied
         ]
+        found += [
+            f"BASE has '{shown(name)}' apart from '{shown(other)}', and TUNED ties the two: no "
+            "edit of TUNED can have both"
+            for name, other in self._lost_by_ties()
+        ]
         found += [self.tokens.warning] if self._has_vocabulary and self.tokens.warning else []
         return tuple(found)
+
+    def _lost_by_ties(self) -> Iterator[tuple[str, str]]:
+        """BASE's tensors that TUNED ties to another, whose values in BASE are others."""
+        base, tuned = self.matcher.base, self.matcher.tuned
+        for name, reason in self.unused:
+            canonical = base.canonical(name)
+            source = tuned.ties.sources.get(canonical)
+            other = base.stored(source) if source else None
+            tied = canonical in base.ties.sources
+            if reason == TIED and other and not tied and not _are_equal(self.base, name, other):
+                yield name, other
 
     @property
     def _has_vocabulary(self) -> bool:
@@ -300,10 +309,16 @@ class Pairing:
             heads=sum(p.tuned.size for p in rest if p.status is Status.HEAD),
             added=sum(p.tuned.size - p.eligible for p in rest if p.status is Status.ROWS),
             unpaired={
-                p.name: p.reason
-                for p in rest
-                if not paired[p.name] and p.status is not Status.HEAD
+                p.name: p.reason for p in rest if not paired[p.name] and p.status is not Status.HEAD
             },
             partly={p.name: p.reason for p in rest if paired[p.name]},
             architecture=known.name if known else "",
         )
+
+
+def _are_equal(checkpoint: Checkpoint, one: str, other: str) -> bool:
+    """True if two tensors have the same shape, dtype and bytes."""
+    a, b = checkpoint[one], checkpoint[other]
+    return (a.shape, a.dtype) == (b.shape, b.dtype) and not any(
+        count_different(a.read(start, stop), b.read(start, stop)) for start, stop in a.blocks()
+    )

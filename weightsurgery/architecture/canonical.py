@@ -148,7 +148,9 @@ def read_names(names: Iterable[str], architecture: Architecture | None) -> Names
     """
     names = list(names)
     reader = _Reader(architecture, names)
-    places, stored, ambiguous = {}, {}, []
+    places: dict[str, Place] = {}
+    stored: dict[str, str] = {}
+    ambiguous = []
     for name in names:
         place = reader.place(name)
         if place.canonical in stored:
@@ -175,7 +177,8 @@ class _Reader:
         parts = name.split(".")
         if parts[0] in _ALONE or not _WRAPPERS.isdisjoint(parts):
             parts = unwrapped(name).split(".")
-        plain, numbers = parts[:], []
+        plain = parts[:]
+        numbers: list[str] = []
         for i, part in enumerate(parts):
             if part.isdecimal() and part not in self._literal and len(numbers) < _MOST_NUMBERS:
                 parts[i] = _SENTINELS[len(numbers)]
@@ -228,7 +231,7 @@ def _filled(text: str, numbers: tuple[str, ...]) -> str:
 
 
 def _is_parameter(known: Architecture, name: str) -> bool:
-    """True if the model has it, under this name or with the base model's prefix added or removed."""
+    """True if the model has it, perhaps with the base model's prefix added or removed."""
     like = template(name)
     prefix = f"{known.base_prefix if known.is_base else known.prefix}."
     if like in known.parameters:

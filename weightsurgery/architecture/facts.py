@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
@@ -121,10 +121,7 @@ class Architecture:
         """
         place = _flag(config)
         if self.text_config_key:
-            nested: object = config
-            for key in self.text_config_key.split("."):
-                nested = nested.get(key) if isinstance(nested, Mapping) else None
-            place = 3 * place + _flag(nested)
+            place = 3 * place + _flag(_nested(config, self.text_config_key))
         return tuple(tie for tie in self.ties if tie.when[place] == "1")
 
 
@@ -142,7 +139,32 @@ def architecture_of(config: Mapping[str, Any]) -> Architecture | None:
     name = names[0] if isinstance(names, list) else None
     if not isinstance(model_type, str) or not isinstance(name, str):
         return None
-    return _architecture(model_type, name)
+    known = _architecture(model_type, name)
+    return None if known is None else _with_parts(known, config)
+
+
+def _with_parts(known: Architecture, config: Mapping[str, Any]) -> Architecture:
+    """Facts of a composite model, with the converters of parts that are of another type.
+
+    The facts hold for one set of parts. A LLaVA may have any text model, such as a mixture of
+    experts, whose experts are then fused too.
+    """
+    rules: list[Rule] = []
+    for key, usual in known.parts.items():
+        part = _nested(config, key)
+        kind = part.get("model_type") if isinstance(part, Mapping) else None
+        if isinstance(kind, str) and kind != usual:
+            other = _architecture(kind, "")
+            rules += [rule for rule in other.rules if rule.operations] if other else []
+    return replace(known, rules=(*rules, *known.rules)) if rules else known
+
+
+def _nested(config: Mapping[str, Any], key: str) -> object:
+    """What stands under a dotted key."""
+    found: object = config
+    for part in key.split("."):
+        found = found.get(part) if isinstance(found, Mapping) else None
+    return found
 
 
 @lru_cache(maxsize=1)

@@ -296,4 +296,3 @@ def _endings(name: str) -> Iterator[str]:
     while dot >= 0:
         yield name[dot + 1 :]
         dot = name.find(".", dot + 1)
-

@@ -158,7 +158,9 @@ def join(parts: Sequence[Assembly], axis: int) -> Assembly:
     at, start, pieces = like.first(axis), 0, []
     for part in parts:
         pieces += [
-            Piece(p.stored, _with(p.starts, at, p.starts[at] + start), p.counts, p.strides, p.offset)
+            Piece(
+                p.stored, _with(p.starts, at, p.starts[at] + start), p.counts, p.strides, p.offset
+            )
             for p in part.pieces
         ]
         start += part.shape[axis]
@@ -191,7 +193,9 @@ def split(whole_: Assembly, axis: int, sizes: Sequence[int]) -> list[Assembly]:
         count = size // inner
         cut = (piece.cut(at, start, start + count) for piece in whole_.pieces)
         pieces = tuple(
-            Piece(p.stored, _with(p.starts, at, p.starts[at] - start), p.counts, p.strides, p.offset)
+            Piece(
+                p.stored, _with(p.starts, at, p.starts[at] - start), p.counts, p.strides, p.offset
+            )
             for p in cut
             if p is not None
         )

@@ -9,6 +9,7 @@ from typing import Any
 from weightsurgery.architecture.canonical import relative
 from weightsurgery.architecture.facts import Architecture, Tie
 
+
 @dataclass(frozen=True)
 class Ties:
     """The canonical names that are one tensor.

@@ -177,8 +177,8 @@ def _read(
     first = max(0, -(at // ours))
     last = min(count, (out.size - at - wide) // ours + 1)
     if first < last:
-        box = ((last - first, ours, theirs), *inner)
-        _copy(source, out, box, at + first * ours, offset + first * theirs)
+        parts = ((last - first, ours, theirs), *inner)
+        _copy(source, out, parts, at + first * ours, offset + first * theirs)
     else:
         first = last = highest
     for index in (*range(lowest, first), *range(last, highest)):

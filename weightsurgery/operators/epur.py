@@ -16,7 +16,7 @@ from typing import Annotated, Any
 import numpy as np
 
 from weightsurgery.alignment import Alignment, Pair, align_to_edit
-from weightsurgery.anatomy import find_embedding
+from weightsurgery.architecture.embedding import find_embedding
 from weightsurgery.checkpoint import Checkpoint
 from weightsurgery.errors import MismatchError, NonFiniteError, SettingError, shown
 from weightsurgery.formats.vocabulary import read_special, read_vocabulary

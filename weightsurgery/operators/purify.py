@@ -19,7 +19,7 @@ from typing import Annotated, Any, Literal
 import numpy as np
 
 from weightsurgery.alignment import Alignment, Pair, align, align_to_edit
-from weightsurgery.anatomy import find_embedding
+from weightsurgery.architecture.embedding import find_embedding
 from weightsurgery.checkpoint import Checkpoint, TensorView
 from weightsurgery.diagnostics import Diagnostics
 from weightsurgery.errors import MismatchError, SettingError, conflict, counted

@@ -238,11 +238,12 @@ def count_origins(
         return
     changed = bits_of(block) != bits_of(tuned)
     is_base, may_be = np.zeros((2, changed.size), np.bool_)
-    for first, last in pair.spans(start, stop) if pair.base is not None else ():
+    base = pair.base
+    for first, last in pair.spans(start, stop) if base is not None else ():
         here = slice(first - start, last - start)
         may_be[here] = True
-        if doubted or not origin.exact:
-            reset = pair.base.read(first, last)
+        if base is not None and (doubted or not origin.exact):
+            reset = base.read(first, last)
             if reset.dtype != tuned.dtype:
                 reset = to_dtype(to_float(reset), tuned.dtype)
             is_base[here] = bits_of(block[here]) == bits_of(reset)

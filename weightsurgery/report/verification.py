@@ -71,7 +71,8 @@ def _selected(selection: Mapping[str, Any] | None, proved: bool) -> Iterator[lis
     alone = {e["tensor"]: e["reason"] for e in selection["coverage"]["unpaired"]}
     if alone:
         names = first_few([f"'{shown(name)}'" for name in alone])
-        yield ["not in BASE", f"{counted(len(alone), 'tensor')}, compared with TUNED alone: {names}"]
+        text = f"{counted(len(alone), 'tensor')}, compared with TUNED alone: {names}"
+        yield ["not in BASE", text]
     renamed = selection["renamed"]
     if renamed:
         old, new = next(iter(renamed.items()))
