@@ -116,6 +116,26 @@ def test_added_tokens_need_no_permission_but_are_warned_of() -> None:
     assert align(base, tuned).coverage.to_json()["added_tokens"] == 4
 
 
+# --- the wrong way round ----------------------------------------------------------------------
+
+
+def test_base_and_tuned_the_wrong_way_round_are_recognized() -> None:
+    """By a task head, by added tokens, by all that TUNED would lack."""
+    plain = {MLP: WIDE, "embed_tokens.weight": np.ones((4, 10), np.float32)}
+    more: dict[str, Any] = {
+        "a head that TUNED lacks, 'score.weight'": {"score.weight": WIDE[:2]},
+        "6 rows of the vocabulary and TUNED 4": {"embed_tokens.weight": WIDE[:6]},
+        "58.33 % of BASE's parameters": {"visual.weight": WIDE},
+    }
+    for says, added in more.items():
+        tuned, base = from_arrays(plain), from_arrays({**plain, **added})
+        (warning,) = align(base, tuned).warnings
+        assert says in warning
+        assert warning.endswith("are BASE and TUNED the right way round?")
+        right_way = align(tuned, base).warnings
+        assert not any("right way round" in one for one in right_way)
+
+
 # --- gates ------------------------------------------------------------------------------------
 
 
@@ -193,3 +213,26 @@ def test_percent_says_all_of_all_alone(share: float, text: str) -> None:
 def test_nothing_to_cover_is_covered() -> None:
     found = Coverage(parameters=5, paired=0, heads=5, added=0, unpaired={}, partly={})
     assert (found.share, found.is_complete, found.is_enough()) == (1.0, True, True)
+
+
+# --- proofs -----------------------------------------------------------------------------------
+
+
+def test_a_proof_says_which_part_of_tuned_it_is_about(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    models = pair(**{"extra.weight": np.ones(10, np.float32)})
+    base, tuned = (
+        cases.write_file(tmp_path / f"{name}.safetensors", cases.read(given))
+        for name, given in zip(("base", "tuned"), models, strict=True)
+    )
+    out = str(tmp_path / "out.safetensors")
+    assert cases.wsurg("mix", base, tuned, "--allow-partial", "-o", out) == 0
+    capsys.readouterr()
+    assert cases.wsurg("verify", out, "--base", base, "--tuned", tuned) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "for 91.23 % of TUNED's parameters; BASE has no counterpart for the rest" in shown
+    assert "1 tensor, compared with TUNED alone: 'extra.weight'" in shown
+    assert cases.wsurg("verify", out, "--base", base, "--tuned", tuned, "--json") == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["selection"]["coverage"]["unpaired"][0]["tensor"] == "extra.weight"

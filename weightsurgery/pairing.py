@@ -16,7 +16,7 @@ from weightsurgery.architecture.pieces import UnsupportedError
 from weightsurgery.architecture.tokens import Tokens
 from weightsurgery.architecture.views import row_view
 from weightsurgery.checkpoint import Checkpoint, TensorView
-from weightsurgery.coverage import Coverage
+from weightsurgery.coverage import ENOUGH, Coverage, percent
 from weightsurgery.dtypes import FLOATING
 from weightsurgery.errors import shown
 from weightsurgery.kernels import count_different
@@ -25,6 +25,7 @@ from weightsurgery.ties import is_output_head, says_tied, tied_to
 
 # What a fine-tuning adds to a model; a pre-trained one has a language model's head at most.
 _TASKS = re.compile(r"For\w*(?:Classification|QuestionAnswering|MultipleChoice)$")
+_SWAPPED = "are BASE and TUNED the right way round?"
 TIED = "tied to another tensor in TUNED"  # why a tensor of BASE has no counterpart of its own
 _TASK_HEAD = re.compile(r"(?:^|\.)(?:classifier|score|qa_outputs|logits_proj)\.")
 
@@ -255,13 +256,7 @@ class Pairing:
     @property
     def warnings(self) -> tuple[str, ...]:
         """What looks like a mistake, though it may be none."""
-        found = []
-        lost = [name for name, _ in self.unused if self._is_task_head(self.matcher.base, name)]
-        if lost and not any(self._is_task_head(self.matcher.tuned, n) for n in self.tuned):
-            found.append(
-                f"BASE has a head that TUNED lacks, '{shown(lost[0])}': are BASE and TUNED the "
-                "right way round?"
-            )
+        found = [f"{reason}: {_SWAPPED}" for reason in self._signs_of_a_swap()]
         found += [
             f"'{shown(name)}': tied by config.json, but stored with other values; treated as a "
             "tensor of its own, as transformers does"
@@ -274,6 +269,29 @@ class Pairing:
         ]
         found += [self.tokens.warning] if self._has_vocabulary and self.tokens.warning else []
         return tuple(found)
+
+    def _signs_of_a_swap(self) -> Iterator[str]:
+        """What BASE has and TUNED lacks, though fine-tuning adds rather than removes."""
+        side = self.matcher.base
+        lost = [name for name, reason in self.unused if reason != TIED]
+        heads = [name for name in lost if self._is_task_head(side, name)]
+        if heads and not any(self._is_task_head(self.matcher.tuned, n) for n in self.tuned):
+            yield f"BASE has a head that TUNED lacks, '{shown(heads[0])}'"
+        rows = [
+            (pair.base.shape[0], pair.tuned.shape[0])
+            for pair in self.pairs
+            if pair.base is not None and self._row_width(pair.tuned, pair.base)
+        ]
+        if rows and rows[0][0] > rows[0][1]:
+            yield f"BASE has {rows[0][0]:,} rows of the vocabulary and TUNED {rows[0][1]:,}"
+        rest = [n for n in lost if n not in heads and not self.is_head(side, n)]
+        size = sum(self.base[name].size for name in rest)
+        whole = sum(view.size for view in self.base.values())
+        if self.coverage.is_complete and size > (1 - ENOUGH) * whole:
+            yield (
+                f"{percent(1 - size / whole)} of BASE's parameters have a counterpart in TUNED "
+                f"(none has '{shown(rest[0])}')"
+            )
 
     def _lost_by_ties(self) -> Iterator[tuple[str, str]]:
         """BASE's tensors that TUNED ties to another, whose values in BASE are others."""

@@ -126,6 +126,11 @@ def unwrapped(name: str) -> str:
     return ".".join(parts)
 
 
+def _is_wrapped(name: str) -> bool:
+    parts = name.split(".")
+    return parts[0] in _ALONE or not _WRAPPERS.isdisjoint(parts)
+
+
 def template(name: str) -> str:
     """A name with its numbers replaced by `*`, as facts list parameters.
 
@@ -144,9 +149,10 @@ def read_names(names: Iterable[str], architecture: Architecture | None) -> Names
         architecture: The facts; None applies only what holds for all architectures.
 
     Returns:
-        The places. Where two stored names would be one tensor, the second keeps its own.
+        The places. Where two stored names would be one tensor, the loading library reads the one
+        without wrapper segments; the other keeps its own name.
     """
-    names = list(names)
+    names = sorted(names, key=_is_wrapped)  # stable: what the loading library reads comes first
     reader = _Reader(architecture, names)
     places: dict[str, Place] = {}
     stored: dict[str, str] = {}
