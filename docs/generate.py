@@ -17,7 +17,7 @@ import json
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, get_args, get_origin, get_type_hints
@@ -359,42 +359,88 @@ def _describe_member(owner: str, name: str, member: Any) -> list[str]:
 def architectures_page() -> str:
     """The model types that there are facts for, and those that the law test covers."""
     types = {name: facts.known_classes(name) for name in facts.known_types()}
-    version = facts.library_versions()["transformers"]
-    lines = [
-        _NOTE,
-        "# Architectures",
-        "",
-        f"weightsurgery knows how transformers {version} loads the checkpoints of"
-        f" {sum(map(len, types.values())):,} classes",
-        f"of {len(types)} model types. It reads the model type and the class from config.json.",
-        "[Canonical names](../explanation/canonical-names.md) explains how it uses these facts, and",
-        "[Which checkpoints work](../how-to/which-checkpoints.md) what you can do with other models.",
-        "",
-        "Below: [classes without facts](#classes-without-facts), [tested models](#tested), and",
-        "[what cannot hold](#what-cannot-hold).",
-        "",
-        "## Model types",
-        "",
-        "| column | meaning |",
-        "|---|---|",
-        "| classes | number of transformers classes with facts |",
-        "| head tied | whether the output head and the word embedding are one tensor if config.json"
-        " does not set `tie_word_embeddings`; empty for types without such a head |",
-        "| rules | what transformers does with stored tensors when it loads them; the old spellings"
-        " that it accepts for every model are not listed |",
-        "| text model | path of the text model inside a multimodal model |",
-        "",
-        "The last three columns describe the type's class with a language-model head, or its base model",
-        "if there is no such class.",
-        "",
-        "| model type | classes | head tied | rules | text model |",
-        "|---|---:|---|---|---|",
-        *(_type_row(name, len(classes)) for name, classes in types.items()),
-        "",
-        *_without_facts(),
-        *_tested(),
-    ]
-    return "\n".join(lines)
+    return _FRAME.format(
+        note=_NOTE,
+        version=facts.library_versions()["transformers"],
+        classes=sum(map(len, types.values())),
+        count=len(types),
+        types="\n".join(_type_row(name, len(classes)) for name, classes in types.items()),
+        unbuilt=_rows((f"`{n}`", _cause(e)) for n, e in facts.classes_not_built().items()),
+        tested=len(architectures.ARCHITECTURES),
+        ways=_rows((way, _WAYS[way]) for way in stored.WAYS),
+        models="\n".join(itertools.starmap(_model_row, architectures.ARCHITECTURES.items())),
+        limits=_rows((one.case, one.result, one.reason) for one in limits.LIMITS),
+    )
+
+
+_FRAME = """\
+{note}
+# Architectures
+
+weightsurgery knows how transformers {version} loads the checkpoints of {classes:,} classes of
+{count} model types. It reads the model type and the class from config.json. [Canonical
+names](../explanation/canonical-names.md) explains how it uses these facts, and [Which checkpoints
+work](../how-to/which-checkpoints.md) what you can do with other models.
+
+Below: [classes without facts](#classes-without-facts), [tested models](#tested), and [what cannot
+hold](#what-cannot-hold).
+
+## Model types
+
+- **classes**: number of transformers classes with facts.
+- **head tied**: whether the output head and the word embedding are one tensor if config.json does
+  not set `tie_word_embeddings`; empty for types without such a head.
+- **rules**: what transformers does with stored tensors when it loads them. The old spellings that
+  it accepts for every model are not listed.
+- **text model**: path of the text model inside a multimodal model.
+
+The last three columns describe the type's class with a language-model head, or its base model if
+there is no such class.
+
+| model type | classes | head tied | rules | text model |
+|---|---:|---|---|---|
+{types}
+
+## Classes without facts
+
+These could not be built when the facts were recorded. If the model type has another class in the
+table above, the facts of that class are used; if not, tensors are paired by names and shapes.
+
+| class | reason |
+|---|---|
+{unbuilt}
+
+## Tested
+
+`tests/test_law_of_ratio_one.py` makes a tiny BASE and TUNED of each of these {tested} models. It
+stores one of the two in each of the ways below that transformers loads, runs the operators, and
+loads their outputs with transformers. The loaded model must be the one that the same edit gives
+in memory: BASE with TUNED's task head for `mix --ratio 1`, TUNED for `mix --ratio 0`, and
+likewise for `interpolate --weight 0.5`, `epur` and `purify --from-mask`. A few cases run in
+`tox`, all of them in `tox -e slow`. `python -m tests.law_table` prints the results.
+
+| way | how the checkpoint is stored |
+|---|---|
+{ways}
+
+A way that gives the same names as `saved` is skipped. The last column has the ways that are left
+out for another reason.
+
+| model | class | BASE's class, if different | ways left out |
+|---|---|---|---|
+{models}
+
+## What cannot hold
+
+| case | what happens | why |
+|---|---|---|
+{limits}
+
+"""
+
+
+def _rows(rows: Iterable[tuple[str, ...]]) -> str:
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in rows)
 
 
 _RULES = {
@@ -424,21 +470,6 @@ def _type_row(name: str, classes: int) -> str:
     return f"| `{name}` | {classes} | {tied} | {', '.join(rules)} | {text} |"
 
 
-def _without_facts() -> list[str]:
-    return [
-        "## Classes without facts",
-        "",
-        "These could not be built when the facts were recorded. If the model type has another class in",
-        "the table above, the facts of that class are used; if not, tensors are paired by names and",
-        "shapes.",
-        "",
-        "| class | reason |",
-        "|---|---|",
-        *(f"| `{name}` | {_cause(why)} |" for name, why in facts.classes_not_built().items()),
-        "",
-    ]
-
-
 def _cause(error: str) -> str:
     package = re.search(r"requires the (\w+) library", error)
     if package:
@@ -458,36 +489,7 @@ _WAYS = {
 }
 
 
-def _tested() -> list[str]:
-    zoo = architectures.ARCHITECTURES
-    return [
-        "## Tested",
-        "",
-        f"`tests/test_law_of_ratio_one.py` makes a tiny BASE and TUNED of each of these {len(zoo)} models.",
-        "It stores one of the two in each of the ways below that transformers loads, runs the operators,",
-        "and loads their outputs with transformers. The loaded model must be the one that the same edit",
-        "gives in memory: BASE with TUNED's task head for `mix --ratio 1`, TUNED for `mix --ratio 0`, and",
-        "likewise for `interpolate --weight 0.5`, `epur` and `purify --from-mask`. A few cases run in",
-        "`tox`, all of them in `tox -e slow`. `python -m tests.law_table` prints the results.",
-        "",
-        "| way | how the checkpoint is stored |",
-        "|---|---|",
-        *(f"| {way} | {_WAYS[way]} |" for way in stored.WAYS),
-        "",
-        "| model | class | BASE's class, if different | ways left out |",
-        "|---|---|---|---|",
-        *(_zoo_row(name, one) for name, one in zoo.items()),
-        "",
-        "## What cannot hold",
-        "",
-        "| case | what happens | why |",
-        "|---|---|---|",
-        *(f"| {one.case} | {one.result} | {one.reason} |" for one in limits.LIMITS),
-        "",
-    ]
-
-
-def _zoo_row(name: str, one: architectures.Architecture) -> str:
+def _model_row(name: str, one: architectures.Architecture) -> str:
     base = f"`{one.base}`" if one.base else ""
     left = [f"{way}: {why}" for (model, way), why in stored.EXCEPTIONS.items() if model == name]
     return f"| {name} | `{one.model}` | {base} | {'; '.join(left)} |"
