@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 
+from weightsurgery.alignment import align
 from weightsurgery.architecture.canonical import _Reader, read_names, template, unwrapped
 from weightsurgery.architecture.facts import architecture_of, known_types
+from weightsurgery.checkpoint import from_arrays
+from weightsurgery.name_map import match_names
 
 BERT = {"model_type": "bert", "architectures": ["BertForSequenceClassification"]}
 BERT_BASE = {"model_type": "bert", "architectures": ["BertModel"]}
@@ -121,3 +125,13 @@ def test_names_that_differ_in_numbers_are_looked_at_once(kind: str) -> None:
         if name not in together.ambiguous:
             assert (place.canonical, place.target) == (form.canonical, form.target)
             assert place.model_name == form.loaded.target
+
+
+def test_a_name_map_decides_before_all_else() -> None:
+    names = ["bert.pooler.dense.bias", "bert.embeddings.LayerNorm.bias"]
+    arrays = {name: np.full(3, i, np.float32) for i, name in enumerate(names)}
+    base, tuned = (from_arrays(arrays, config=BERT) for _ in range(2))
+    mapped = match_names(base, tuned, name_map={names[0]: names[1], names[1]: names[0]})
+    found = align(mapped, tuned)
+    assert [float(p.base.read(0, 1)[0]) for p in found.pairs if p.base] == [0.0, 1.0]
+    assert [p.name for p in found.pairs] == names[::-1]

@@ -117,6 +117,14 @@ class Matcher:
         self._links: dict[str, dict[str, list[Link]]] = {}
 
     @cached_property
+    def _mapped(self) -> frozenset[str]:
+        """Names of TUNED's that the user gave to tensors of BASE: nothing else decides these."""
+        step = self.base.checkpoint.step
+        if step is None or step.operator != "rename":
+            return frozenset()
+        return frozenset(step.settings["names"].values()) & self.base.checkpoint.keys()
+
+    @cached_property
     def _made(self) -> tuple[_Made, _Made]:
         """What converters make of BASE's tensors, and of TUNED's."""
         return _Made(self.base), _Made(self.tuned)
@@ -135,6 +143,8 @@ class Matcher:
         Raises:
             UnsupportedError: BASE has something, but its arrangement does not fit TUNED's.
         """
+        if name in self._mapped:
+            return self._plain(name)
         canonical = self.tuned.canonical(name)
         group = [canonical] if alone else self.tuned.ties.group(canonical)
         for one in group:
