@@ -13,13 +13,19 @@ from pathlib import Path
 
 import weightsurgery
 from weightsurgery import errors
+from weightsurgery.architecture.pieces import UnsupportedError
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "docs"))
 docstrings = importlib.import_module("docstrings")
 
 OURS = {n: c for n, c in vars(errors).items() if inspect.isclass(c)}
-RAISABLE = {*OURS, "CancelledError", *(n for n in vars(builtins) if n.endswith("Error"))}
+RAISABLE = {
+    *OURS,
+    "CancelledError",
+    UnsupportedError.__name__,
+    *(n for n in vars(builtins) if n.endswith("Error")),
+}
 assert issubclass(concurrent.futures.CancelledError, Exception)
 
 

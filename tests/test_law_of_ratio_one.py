@@ -13,6 +13,7 @@ import pytest
 from tests.architectures import ARCHITECTURES
 from tests.law import CHECKS, judge
 from tests.law_table import CASES
+from tests.limits import failing
 from tests.stored import EXCEPTIONS, SAME_NAMES, Unstorable, Zoo
 
 pytestmark = [
@@ -58,8 +59,8 @@ def test_the_law(zoo: Zoo, name: str, way: str, side: str) -> None:
         (pytest.skip if known else pytest.fail)(str(error))
     judged = [verdict.check for verdict in verdicts]
     assert judged == list(CHECKS[:2] if way == "sharded" else CHECKS)
-    wrong = [f"{one.check}: {one.detail}" for one in verdicts if not one.holds]
-    assert not wrong, "\n".join(wrong)
+    wrong = {one.check: one.detail for one in verdicts if not one.holds}
+    assert wrong.keys() == failing(name, f"{way}/{side}", judged), wrong
 
 
 def test_every_way_of_storing_is_in_the_fast_selection() -> None:

@@ -174,6 +174,27 @@ def known_types() -> tuple[str, ...]:
     return tuple(model_type.decode("ascii") for model_type in found)
 
 
+def known_classes(model_type: str) -> tuple[str, ...]:
+    """The classes of a model type that there are facts for, its base model first.
+
+    Args:
+        model_type: One of `known_types`; another has none.
+    """
+    line = _line(model_type)
+    return tuple(line["classes"]) if line else ()
+
+
+def library_versions() -> Mapping[str, str]:
+    """The versions of "transformers" and "peft" that the facts are about."""
+    return {name: _header()[name] for name in ("transformers", "peft")}
+
+
+def classes_not_built() -> Mapping[str, str]:
+    """Classes without facts, as "MODEL_TYPE/CLASS", each with the error that building it raised."""
+    held: Mapping[str, str] = _header()["not_built"]
+    return held
+
+
 @lru_cache(maxsize=1)
 def peft_renames() -> Mapping[str, Any]:
     """What PEFT itself knows of renamed modules.

@@ -1,0 +1,64 @@
+"""Where the law of ratio 1 cannot hold, and why: docs/reference/architectures.md lists it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Limit:
+    """A case in which the law does not hold.
+
+    Attributes:
+        case: What the models are like.
+        result: What happens.
+        reason: Why it cannot be otherwise.
+        models: Those of `architectures` that it is about.
+        ways: How one of the two is then stored, as `law_table` calls it; () for every way.
+        checks: The checks of `law` that fail then; () for all.
+    """
+
+    case: str
+    result: str
+    reason: str
+    models: tuple[str, ...] = ()
+    ways: tuple[str, ...] = ()
+    checks: tuple[str, ...] = ()
+
+
+UNTIED_BASE = Limit(
+    "TUNED ties its output head to the word embedding, BASE has a head of its own",
+    "`mix --ratio 1` gives BASE's embedding in both places; BASE's head is listed under"
+    " `only_in_base` with `tied` true",
+    "outputs keep TUNED's config.json, which makes the two one tensor",
+)
+SHARED_LAYERS = Limit(
+    "Zamba and Zamba 2: TUNED stores a copy of the shared layer for each place where it is used,"
+    " BASE stores it once",
+    "refused (`E-PAIR-COVERAGE`)",
+    "which layers share weights depends on the layer layout in config.json, and the facts do not"
+    " cover layouts",
+    models=("zamba", "zamba2"),
+    ways=("bin/tuned",),
+)
+NO_EMBEDDING = Limit(
+    "Bark's semantic model",
+    "`epur` asks for `--embedding`",
+    "the class does not name its word embedding, and its name is not a usual one",
+    models=("bark",),
+    checks=("epur",),
+)
+LIMITS = (UNTIED_BASE, SHARED_LAYERS, NO_EMBEDDING)
+
+
+def failing(model: str, way: str, checks: Iterable[str]) -> set[str]:
+    """The checks that cannot hold for a model.
+
+    Args:
+        model: One of `architectures`.
+        way: How one side is stored, as "bin/tuned".
+        checks: All checks that are made.
+    """
+    about = [x for x in LIMITS if model in x.models and (way in x.ways or not x.ways)]
+    return {check for check in checks for one in about if check in one.checks or not one.checks}
