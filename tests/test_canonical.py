@@ -7,6 +7,7 @@ import pytest
 
 from weightsurgery.alignment import align
 from weightsurgery.architecture.canonical import _Reader, read_names, template, unwrapped
+from weightsurgery.architecture.composite import find_architecture
 from weightsurgery.architecture.facts import architecture_of, known_types
 from weightsurgery.checkpoint import from_arrays
 from weightsurgery.name_map import match_names
@@ -73,7 +74,7 @@ def test_experts_of_a_text_model_of_another_type_are_converted() -> None:
         "text_config": {"model_type": "qwen3_moe"},
     }
     name = "model.language_model.layers.0.mlp.experts.3.up_proj.weight"
-    place = read_names([name], architecture_of(config)).places[name]
+    place = read_names([name], find_architecture(config)).places[name]
     assert place.target == "layers.0.mlp.experts.gate_up_proj"
 
 

@@ -11,7 +11,7 @@ from dataclasses import replace
 import numpy as np
 
 from weightsurgery.architecture.canonical import read_names
-from weightsurgery.architecture.facts import architecture_of
+from weightsurgery.architecture.composite import find_architecture
 from weightsurgery.buffers import empty
 from weightsurgery.checkpoint import BLOCK, Checkpoint, Step, TensorView
 from weightsurgery.dtypes import DTYPES
@@ -61,7 +61,7 @@ def mask_under_names_of(tuned: Checkpoint, mask: Checkpoint) -> Checkpoint:
         tuned: The model whose dimensions the mask is about.
         mask: From `changed_mask`.
     """
-    architecture = architecture_of(tuned.config)
+    architecture = find_architecture(tuned.config)
     ours, theirs = (read_names(names, architecture) for names in (tuned, mask))
     named = {name: ours.stored.get(place.canonical) for name, place in theirs.places.items()}
     names = {name: new for name, new in named.items() if new and name not in tuned}

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from weightsurgery.anatomy import find_embedding, kind_of
+from weightsurgery.anatomy import find_embedding, kind_of, natural_key
 from weightsurgery.architecture.canonical import relative, template
 from weightsurgery.architecture.matching import Counterpart, Matcher, Side, read_sides
 from weightsurgery.architecture.pieces import UnsupportedError
@@ -90,12 +90,28 @@ class Pairing:
             names = [name for name in stored if name is not None]
             if names:
                 groups[names[0]] = names
+        return groups | self._shared_layers(side)
+
+    def _shared_layers(self, side: Side) -> dict[str, list[str]]:
+        """Layers that share weights: of the tensors of one template those of equal values."""
+        groups: dict[str, list[str]] = {}
+        if not side.ties.numbered:
+            return groups
+        leaders: dict[str, list[str]] = {}
+        for name in sorted(self.tuned, key=natural_key):
+            like = template(side.canonical(name))
+            if like in side.ties.numbered:
+                known = leaders.setdefault(like, [])
+                equal = (one for one in known if _are_equal(self.tuned, name, one))
+                leader = next(equal, name)
+                known += [name] if leader == name else []
+                groups.setdefault(leader, []).append(name)
         return groups
 
     def _pair(self, view: TensorView) -> Pair:
         key = self.keys.get(view.name, view.name)
         try:
-            found = self.matcher.find(view.name, alone=view.name in self.untied)
+            found = self.matcher.find(key, alone=key in self.untied)
         except UnsupportedError as error:
             return Pair(view, None, 0, str(error), key, status=Status.ARRANGEMENT)
         found = found or self._guessed(view.name)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from weightsurgery import anatomy
 from weightsurgery.architecture.canonical import read_names, relative
-from weightsurgery.architecture.facts import architecture_of
+from weightsurgery.architecture.composite import find_architecture
 from weightsurgery.architecture.ties import find_ties
 from weightsurgery.checkpoint import Checkpoint
 
@@ -18,7 +18,7 @@ def find_embedding(checkpoint: Checkpoint) -> str | None:
     Returns:
         Its name; None where no tensor, or more than one, looks like it.
     """
-    known = architecture_of(checkpoint.config)
+    known = find_architecture(checkpoint.config)
     if known is not None and known.embedding:
         names, ties = read_names(checkpoint, known), find_ties(known, checkpoint.config)
         for canonical in ties.group(relative(known, known.embedding)):

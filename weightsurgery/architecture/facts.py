@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
@@ -121,12 +121,12 @@ class Architecture:
         """
         place = _flag(config)
         if self.text_config_key:
-            place = 3 * place + _flag(_nested(config, self.text_config_key))
+            place = 3 * place + _flag(nested(config, self.text_config_key))
         return tuple(tie for tie in self.ties if tie.when[place] == "1")
 
 
 def architecture_of(config: Mapping[str, Any]) -> Architecture | None:
-    """Find the facts about a model by its config.json.
+    """Find the facts about a model by its config.json; see `composite` for models of any two.
 
     Args:
         config: The contents of config.json.
@@ -135,32 +135,42 @@ def architecture_of(config: Mapping[str, Any]) -> Architecture | None:
         Facts of the class in "architectures"; if it is missing or unknown, of the model type's
         class with a language-model head, or else of its base model. None for an unknown type.
     """
-    model_type, names = config.get("model_type"), config.get("architectures") or [""]
-    name = names[0] if isinstance(names, list) else None
-    if not isinstance(model_type, str) or not isinstance(name, str):
+    model_type, name = config.get("model_type"), class_of(config)
+    if not isinstance(model_type, str) or name is None:
         return None
-    known = _architecture(model_type, name)
-    return None if known is None else _with_parts(known, config)
+    return _architecture(model_type, name)
 
 
-def _with_parts(known: Architecture, config: Mapping[str, Any]) -> Architecture:
-    """Facts of a composite model, with the converters of parts that are of another type.
+def class_of(config: Mapping[str, Any]) -> str | None:
+    """The class that config.json names, "" if it names none, None if it is malformed.
 
-    The facts hold for one set of parts. A LLaVA may have any text model, such as a mixture of
-    experts, whose experts are then fused too.
+    Args:
+        config: The contents of config.json.
     """
-    rules: list[Rule] = []
-    for key, usual in known.parts.items():
-        part = _nested(config, key)
-        kind = part.get("model_type") if isinstance(part, Mapping) else None
-        if isinstance(kind, str) and kind != usual:
-            other = _architecture(kind, "")
-            rules += [rule for rule in other.rules if rule.operations] if other else []
-    return replace(known, rules=(*rules, *known.rules)) if rules else known
+    names = config.get("architectures") or [""]
+    name = names[0] if isinstance(names, list) else None
+    return name if isinstance(name, str) else None
 
 
-def _nested(config: Mapping[str, Any], key: str) -> object:
-    """What stands under a dotted key."""
+def class_ending(model_type: str, endings: tuple[str, ...]) -> str:
+    """The first class of a model type whose name has one of the endings, "" if none has.
+
+    Args:
+        model_type: The type.
+        endings: In the order of preference.
+    """
+    line = _line(model_type)
+    names = [*line["classes"]] if line is not None else []
+    return next((name for ending in endings for name in names if name.endswith(ending)), "")
+
+
+def nested(config: Mapping[str, Any], key: str) -> object:
+    """What a configuration has under a dotted key, None if it has nothing there.
+
+    Args:
+        config: The contents of config.json.
+        key: Such as "thinker_config.text_config".
+    """
     found: object = config
     for part in key.split("."):
         found = found.get(part) if isinstance(found, Mapping) else None

@@ -14,8 +14,9 @@ from functools import cached_property
 
 from weightsurgery.anatomy import natural_key
 from weightsurgery.architecture.canonical import Names, read_names
+from weightsurgery.architecture.composite import find_architecture
 from weightsurgery.architecture.conversion import assemble
-from weightsurgery.architecture.facts import Architecture, architecture_of
+from weightsurgery.architecture.facts import Architecture
 from weightsurgery.architecture.pieces import Assembly, Link, link, whole
 from weightsurgery.architecture.ties import Ties, find_ties
 from weightsurgery.architecture.views import Run, linked_view
@@ -76,7 +77,7 @@ def read_sides(base: Checkpoint, tuned: Checkpoint) -> tuple[Side, Side]:
         base: The one.
         tuned: The other.
     """
-    found = [architecture_of(side.config) for side in (base, tuned)]
+    found = [find_architecture(side.config) for side in (base, tuned)]
     return (
         _side(base, found[0], found[1], tuned),
         _side(tuned, found[1], found[0], base),

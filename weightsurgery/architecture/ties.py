@@ -17,10 +17,13 @@ class Ties:
     Attributes:
         sources: Each tied name to the one that it is tied to.
         possible: The same for ties that this model does not have, but that its class can have.
+        numbered: Templates of names that may be tied to others of the same template: layers that
+            share their weights. Which ones do, only their values tell.
     """
 
     sources: Mapping[str, str]
     possible: Mapping[str, str]
+    numbered: frozenset[str] = frozenset()
 
     def group(self, name: str) -> list[str]:
         """The names that are one tensor with a name: the one they are tied to, then the others.
@@ -43,11 +46,16 @@ def find_ties(architecture: Architecture | None, config: Mapping[str, Any]) -> T
         return Ties({}, {})
     held = architecture.ties_of(config)
     others = tuple(tie for tie in architecture.ties if tie not in held)
-    return Ties(_named(architecture, held), _named(architecture, others))
+    numbered = (relative(architecture, name) for tie in held for name in (tie.target, tie.source))
+    return Ties(
+        _named(architecture, held),
+        _named(architecture, others),
+        frozenset(name for name in numbered if "*" in name),
+    )
 
 
 def _named(architecture: Architecture, ties: tuple[Tie, ...]) -> dict[str, str]:
-    """Canonical names of ties; what is tied by number, as layers of Zamba are, is left out."""
+    """Canonical names of ties, without those by number."""
     return {
         relative(architecture, tie.target): relative(architecture, tie.source)
         for tie in ties
