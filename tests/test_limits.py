@@ -35,11 +35,27 @@ def test_a_tied_head_gets_the_embedding_of_a_base_with_a_head_of_its_own() -> No
     assert (left["tensor"], left["tied"]) == ("lm_head.weight", True)
 
 
-def test_copies_of_a_shared_layer_that_base_stores_once_are_refused() -> None:
-    name = "model.layers.{}.shared_transf.feed_forward.down_proj.weight"
-    ours = numbers({name.format(1): (4, 4)}, 0)
-    theirs = numbers({name.format(i): (4, 4) for i in (1, 2)}, 1)
+SHARED = "model.layers.{}.shared_transf.feed_forward.down_proj.weight"
+
+
+def shared_layers(moved: float) -> tuple[Any, Any]:
+    """BASE stores a shared layer once, TUNED twice; the second copy moved this much further."""
+    ours = numbers({SHARED.format(1): (4, 4)}, 0)
+    theirs = {name: array + 1 for name, array in ours.items()}
+    theirs[SHARED.format(2)] = theirs[SHARED.format(1)] + np.float32(moved)
     base, tuned = (from_arrays(one, config={"model_type": "zamba"}) for one in (ours, theirs))
+    return base, tuned
+
+
+def test_copies_of_a_shared_layer_are_one_tensor() -> None:
+    base, tuned = shared_layers(0)
+    found = align(base, tuned)
+    assert (found.dimensions, found.coverage.is_complete) == (16, True)
+    for view in mix(base, tuned, ratio=1.0).values():
+        assert view.read(0, 16).tolist() == base[SHARED.format(1)].read(0, 16).tolist()
+
+
+def test_copies_with_other_values_are_not() -> None:
     with pytest.raises(MismatchError, match=r"50\.00 % of TUNED's parameters") as caught:
-        mix(base, tuned)
+        mix(*shared_layers(1))
     assert caught.value.code == "E-PAIR-COVERAGE"
