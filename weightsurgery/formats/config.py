@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from weightsurgery.checkpoint import Checkpoint, FileRef
-from weightsurgery.formats.strict_json import dump, parse_object
+from weightsurgery.formats.strict_json import dump, parse_config
 
 _DTYPE_KEYS = ("torch_dtype", "dtype")
 _FLOATING = ("float64", "float32", "float16", "bfloat16", "double", "float", "half")
@@ -43,7 +43,7 @@ def _changed(
 ) -> Checkpoint:
     def changed(file: FileRef) -> FileRef:
         def content() -> bytes:
-            return dump(change(parse_object(file.content(), file=file.path, what="config")))
+            return dump(change(parse_config(file.content(), file=file.path, what="config")))
 
         return replace(file, content=content)
 
