@@ -324,9 +324,10 @@ def two_types(place: Place) -> list[Any]:
 
 
 def quantised(place: Place) -> list[Any]:
-    """A model that says that it is quantised."""
+    """A model that says that it is quantized, with integers of an unknown kind."""
+    arrays = {**cases.model("bert"), "layer.codes": np.ones((2, 3), "i2")}
     for name, config in (("base", {}), ("tuned", {"quantization_config": {"bits": 4}})):
-        cases.write_directory(place.folder / name, cases.model("bert"), config=config)
+        cases.write_directory(place.folder / name, arrays, config=config)
     return ["mix", "base", "tuned", "-o", "out"]
 
 

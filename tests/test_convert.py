@@ -167,7 +167,8 @@ def test_a_config_that_tells_none_stays(tmp_path: Path) -> None:
 
 
 def test_quantised_weights_are_copied_but_not_rounded() -> None:
-    given = from_arrays({"w": np.ones(2, np.float32)}, config={"quantization_config": {"bits": 4}})
+    arrays = {"w": np.ones(2, np.float32), "codes": np.ones((2, 3), np.int16)}
+    given = from_arrays(arrays, config={"quantization_config": {"bits": 4}})
     assert cases.stored(cases.read(convert(given))) == cases.stored(cases.read(given))
     with pytest.raises(PolicyError, match="quantization_config"):
         convert(given, dtype="f16")

@@ -225,13 +225,13 @@ _PAIR: Rows = {
     ),
     "E-QUANTISED-CONFIG": (
         PolicyError,
-        "config.json says that the weights are quantised",
-        "dequantise the model first",
+        "config.json says that the weights are quantized, and a tensor may be of such a kind",
+        "dequantize the model first",
     ),
     "E-QUANTISED-TENSOR": (
         PolicyError,
-        "a tensor holds codes, not numbers",
-        "dequantise the model first",
+        "a tensor stores codes of quantized weights, or their scales",
+        "dequantize the model first",
     ),
 }
 _ADAPTER: Rows = {

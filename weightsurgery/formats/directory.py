@@ -9,6 +9,7 @@ from typing import Any
 from weightsurgery.checkpoint import Checkpoint, FileRef
 from weightsurgery.errors import FormatError, PolicyError, SettingError, shown
 from weightsurgery.formats.adapter import is_adapter, open_adapter
+from weightsurgery.formats.config import without_leftovers
 from weightsurgery.formats.files import InputFile
 from weightsurgery.formats.folder import Folder, list_folder
 from weightsurgery.formats.layout import (
@@ -73,7 +74,7 @@ def open_directory(
     found = _open_weights(folder, config, weights)
     read = {file.name for file in found.files}
     side_files, left_out = _side_files(folder, read, found.left_out)
-    return Checkpoint(
+    opened = Checkpoint(
         found.tensors,
         label=label,
         metadata=found.metadata,
@@ -85,6 +86,7 @@ def open_directory(
         warnings=tuple(found.warnings),
         config=config,
     )
+    return without_leftovers(opened)
 
 
 def _read_config(folder: Folder) -> dict[str, Any]:

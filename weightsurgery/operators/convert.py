@@ -57,7 +57,7 @@ def convert(
 
     Raises:
         NonFiniteError: A finite number would become infinite; says how many in which tensors.
-        PolicyError: `dtype` is given and the model is quantised.
+        PolicyError: `dtype` is given and the model is quantized.
     """
     if dtype == "keep":
         return checkpoint
