@@ -13,7 +13,7 @@ import torch
 from tests import cases, reference
 from weightsurgery.checkpoint import from_arrays
 from weightsurgery.cli import main
-from weightsurgery.errors import NonFiniteError, PolicyError
+from weightsurgery.errors import NonFiniteError, PolicyError, SettingError
 from weightsurgery.formats import open_checkpoint, save
 from weightsurgery.masks import changed_mask
 from weightsurgery.operators.convert import convert
@@ -90,10 +90,10 @@ def test_overflow_is_refused_with_counts(tmp_path: Path) -> None:
         convert(given, dtype="f16")
     allowed = convert(given, dtype="f16", allow_nonfinite=True)
     record = save(allowed, tmp_path / "out.safetensors")
-    assert record["report"]["convert"] == {"overflow": {"a": 2, "b": 1}}
+    assert record["report"]["convert"]["overflow"] == {"a": 2, "b": 1}
     assert any("3 finite numbers" in warning for warning in record["warnings"])
     assert whole(allowed, "a")[:4].tolist() == [np.inf, 1.0, -np.inf, np.inf]
-    assert dict(convert(given, dtype="bf16").notes) == {"convert": {"overflow": {}}}
+    assert convert(given, dtype="bf16").notes["convert"] == {"overflow": {}, "kept": {}}
 
 
 def test_overflow_names_a_few_tensors_of_many() -> None:
@@ -128,7 +128,7 @@ def test_counts_do_not_depend_on_workers(block: int, monkeypatch: pytest.MonkeyP
             allow_nonfinite=True,
             engine=Engine(workers=workers),
         )
-        assert made.notes["convert"] == {"overflow": {"w": 15}}
+        assert made.notes["convert"]["overflow"] == {"w": 15}
 
 
 @pytest.mark.parametrize("key", ["torch_dtype", "dtype"])
@@ -167,7 +167,8 @@ def test_a_config_that_tells_none_stays(tmp_path: Path) -> None:
 
 
 def test_quantised_weights_are_copied_but_not_rounded() -> None:
-    given = from_arrays({"w": np.ones(2, np.float32)}, config={"quantization_config": {"bits": 4}})
+    arrays = {"w": np.ones(2, np.float32), "codes": np.ones((2, 3), np.int16)}
+    given = from_arrays(arrays, config={"quantization_config": {"bits": 4}})
     assert cases.stored(cases.read(convert(given))) == cases.stored(cases.read(given))
     with pytest.raises(PolicyError, match="quantization_config"):
         convert(given, dtype="f16")
@@ -202,7 +203,7 @@ def test_the_command(
     code, out, told = run([*start, "--json"], capsys)
     assert (code, json.loads(out)["recipe"]["settings"]) == (
         0,
-        {"dtype": "f16", "allow_nonfinite": False},
+        {"dtype": "f16", "exclude": [], "allow_nonfinite": False},
     )
     assert "tied, w share memory" in json.loads(out)["warnings"][0]
     assert whole(open_checkpoint("m.safetensors")).tolist() == weight.tolist()
@@ -220,3 +221,134 @@ def test_shards_of_a_pickled_directory(
     assert run(arguments, capsys)[0] == 0
     assert len(list(Path("out").glob("model-*-of-00002.safetensors"))) == 2
     assert not list(Path("out").glob("*.bin"))
+
+
+# --- tensors that keep their dtype ------------------------------------------------------------
+
+BIAS = "model.layers.0.mlp.gate.e_score_correction_bias"
+ROUTED = {
+    "model.embed_tokens.weight": np.ones((4, 2), cases.BF16),
+    "model.layers.0.mlp.gate.weight": np.ones((4, 2), np.float32),
+    BIAS: (7.8 + np.arange(64) / 1000).astype(np.float32),
+}
+
+
+def kept(arrays: cases.Arrays, target: str, **config: Any) -> dict[str, str]:
+    """The tensors that stay as they are, with their reasons."""
+    given = from_arrays(arrays, config=config)
+    made = convert(given, dtype=target)
+    found = made.notes["convert"]["kept"]
+    read = cases.read(made)
+    for name, array in arrays.items():
+        if name in found:
+            assert read[name].tobytes() == array.tobytes()
+            assert read[name].dtype == array.dtype != TARGETS[target]
+        else:
+            assert read[name].dtype == TARGETS[target]
+    told = [warning for warning in made.warnings if "kept as stored" in warning]
+    assert len(told) == bool(found)
+    return found
+
+
+@pytest.mark.parametrize("target", ["bf16", "f16"])
+@pytest.mark.parametrize("model_type", ["deepseek_v3", "glm4_moe", "unknown", None])
+def test_a_routers_bias_stays(target: str, model_type: str | None) -> None:
+    config = {"model_type": model_type, "torch_dtype": "bfloat16"} if model_type else {}
+    assert kept(ROUTED, target, **config) == {BIAS: "float32 in transformers"}
+
+
+def test_in_float32_nothing_is_kept() -> None:
+    assert kept({BIAS: np.ones(3, cases.BF16)}, "f32", model_type="deepseek_v3") == {}
+
+
+T5 = {
+    "encoder.block.0.layer.1.DenseReluDense.wi.weight": np.ones((4, 2), np.float32),
+    "encoder.block.0.layer.1.DenseReluDense.wo.weight": np.ones((2, 4), np.float32),
+}
+
+
+def test_some_are_kept_from_f16_alone() -> None:
+    """T5's `wo` overflows in F16, not in BF16."""
+    (_, wo) = T5
+    assert kept(T5, "f16", model_type="t5") == {wo: "float32 in transformers"}
+    assert kept(T5, "bf16", model_type="t5") == {}
+    assert kept(T5, "f16", model_type="bert") == {}
+
+
+def test_what_is_kept_is_not_widened() -> None:
+    """A BF16 number is exact in float32, so that nothing is lost as it is."""
+    wi, wo = T5
+    arrays = {wi: np.ones(2, cases.BF16), wo: np.full(2, 1e30).astype(cases.BF16)}
+    assert kept(arrays, "f16", model_type="t5") == {wo: "float32 in transformers"}
+
+
+def test_many_kept_tensors_are_one_line() -> None:
+    arrays = {BIAS.replace("0", str(i)): np.ones(2, np.float32) for i in range(5)}
+    (told,) = convert(from_arrays(arrays), dtype="bf16").warnings
+    assert told.startswith(
+        "5 tensors kept as stored, as transformers keeps them in float32: 'model"
+    )
+    assert told.endswith(" and 2 more")
+
+
+def test_excluded_tensors_stay(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    given = from_arrays(ROUTED)
+    made = convert(given, dtype="f16", exclude=("*gate.weight", "*embed*"))
+    assert made.notes["convert"]["kept"] == {
+        "model.embed_tokens.weight": "excluded",
+        "model.layers.0.mlp.gate.weight": "excluded",
+        BIAS: "float32 in transformers",
+    }
+    assert cases.stored(cases.read(made)) == cases.stored(ROUTED)
+    for dtype in ("keep", "f16"):
+        with pytest.raises(SettingError, match="'nothing' matches no tensor") as caught:
+            convert(given, dtype=dtype, exclude=("*", "nothing"))
+        assert caught.value.code == "E-NO-MATCH"
+    path = cases.write_directory(tmp_path / "in", ROUTED, config={"model_type": "deepseek_v3"})
+    words = ["convert", str(path), "--dtype", "f16", "-o", str(tmp_path / "out")]
+    excluded = [*words, "--exclude", "*gate.weight", "--exclude", "*embed*"]
+    assert run(excluded, capsys)[0] == 0
+    record = json.loads((tmp_path / "out" / "wsurg-record.json").read_text())
+    assert record["report"]["convert"]["kept"] == made.notes["convert"]["kept"]
+    assert record["recipe"]["settings"]["exclude"] == ["*gate.weight", "*embed*"]
+    assert any(BIAS in warning for warning in record["warnings"])
+    assert cases.wsurg("replay", tmp_path / "out", "-o", tmp_path / "again") == 0
+    assert run([*words, "--exclude", "nothing", "--overwrite"], capsys)[0] == 2
+    code, _, told = run(["convert", str(path), "--exclude", "*", "-o", "x"], capsys)
+    assert (code, "--exclude is for --dtype bf16 or f16 or f32" in told) == (2, True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", ["bf16", "f16"])
+@pytest.mark.parametrize("family", ["DeepseekV3", "T5"])
+def test_transformers_keeps_the_same(tmp_path: Path, family: str, target: str) -> None:
+    import transformers
+
+    if family == "T5":
+        kind = transformers.T5ForConditionalGeneration
+        sizes = {"d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 1, "num_heads": 2}
+        model = kind(transformers.T5Config(vocab_size=32, **sizes))
+    else:
+        kind = transformers.DeepseekV3ForCausalLM
+        sizes = {"hidden_size": 16, "intermediate_size": 32, "moe_intermediate_size": 8}
+        heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "q_lora_rank": 8}
+        heads |= {"kv_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 4, "v_head_dim": 4}
+        experts = {"n_routed_experts": 4, "n_group": 1, "topk_group": 1, "num_experts_per_tok": 2}
+        layers = {"num_hidden_layers": 2, "first_k_dense_replace": 1, "n_shared_experts": 1}
+        config = transformers.DeepseekV3Config(vocab_size=32, **sizes, **heads, **experts, **layers)
+        model = kind(config)
+    model.save_pretrained(tmp_path / "in")
+    words = ("--dtype", target, "-o", tmp_path / "out")
+    assert cases.wsurg("convert", tmp_path / "in", *words) == 0
+    dtype = {"bf16": torch.bfloat16, "f16": torch.float16}[target]
+    loaded = kind.from_pretrained(tmp_path / "in", dtype=dtype).state_dict()
+    again = kind.from_pretrained(tmp_path / "out", dtype="auto").state_dict()
+    stored = open_checkpoint(tmp_path / "out")
+    wide = {name for name, value in loaded.items() if value.dtype == torch.float32}
+    assert bool(wide) == (family == "DeepseekV3" or target == "f16")
+    assert {n for n in loaded if n in stored and stored[n].dtype.name == "F32"} == wide & set(
+        stored
+    )
+    for name, value in loaded.items():
+        assert again[name].dtype == value.dtype
+        assert torch.equal(again[name], value), name

@@ -187,5 +187,5 @@ def test_opposite_infinities_give_nan_without_a_warning() -> None:
 def test_drift_refuses_quantised_models() -> None:
     base, tuned = cases.pair("bert")
     tuned["layer.qweight"] = np.zeros(4, np.int32)
-    with pytest.raises(PolicyError, match="quantised or packed weights"):
+    with pytest.raises(PolicyError, match="stores GPTQ or AWQ codes"):
         drift(from_arrays(base), from_arrays(tuned))

@@ -730,7 +730,7 @@ REFUSED: dict[str, tuple[dict[str, Any], Callable[..., cases.Arrays], type[Surge
         {},
         lambda arrays: {**arrays, "a.qweight": np.ones((6, 7), "i4")},
         PolicyError,
-        "quantised or packed",
+        "stores GPTQ or AWQ codes",
     ),
 }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import hashlib
 import json
 import os
 from pathlib import Path
@@ -13,7 +14,7 @@ import safetensors.numpy
 from tests import cases, hostile
 from tests.hostile import COMMIT, INDEX, SHARDS, weights
 from weightsurgery import apply_adapter, from_arrays
-from weightsurgery.errors import FormatError, PolicyError, StorageError
+from weightsurgery.errors import ChangedError, FormatError, PolicyError, StorageError
 from weightsurgery.formats import hub, open_checkpoint, save
 
 ONE = {"model.safetensors": weights("a"), "config.json": {"model_type": "bert"}}
@@ -75,7 +76,7 @@ def test_must_refuse_links_in_a_cache_to(tmp_path: Path, name: str, target: str)
     snapshot = cache_with_targets(tmp_path)
     relink(snapshot / name, target)
     assert (snapshot / name).is_file()
-    with pytest.raises(PolicyError, match=r"link that leads out .*; put the file") as told:
+    with pytest.raises(PolicyError, match=r"leads out .*; put .* or pass --follow-links") as told:
         open_checkpoint(snapshot)
     hostile.check_told(told.value, file=snapshot / name)
 
@@ -100,6 +101,150 @@ def test_a_link_over_a_link_within_blobs_is_followed(tmp_path: Path) -> None:
     snapshot = cache_with_targets(tmp_path)
     relink(snapshot / "model.safetensors", "../../blobs/in")
     assert set(open_checkpoint(snapshot)) == {"a"}
+
+
+# --- folders in a snapshot, as pipelines have them ---------------------------------------------
+
+
+def pipeline(root: Path, *, depth: int = 1) -> Path:
+    """A folder in a cached snapshot, whose files are links into the repository's blobs/."""
+    snapshot = hostile.hub_cache(root, "org/name", {"model_index.json": {}})
+    part = snapshot.joinpath(*("unet", "deep", "er")[:depth])
+    part.mkdir(parents=True)
+    for number, (name, content) in enumerate(FILES.items(), 100):
+        hostile.folder(snapshot.parent.parent / "blobs", {f"{number:064x}": content})
+        (part / name).symlink_to(Path("../" * (depth + 2)) / "blobs" / f"{number:064x}")
+    return part
+
+
+@pytest.mark.parametrize("depth", [1, 2, 3])
+def test_a_folder_in_a_snapshot_opens(tmp_path: Path, depth: int) -> None:
+    part = pipeline(tmp_path, depth=depth)
+    (tmp_path / "link").symlink_to(part)
+    for place in (part, f"{part}/", os.path.relpath(part), tmp_path / "link"):
+        found = open_checkpoint(place)
+        assert hostile.stored(found) == hostile.stored_by_library(weights("a"))
+        assert [side.name for side in found.side_files] == ["config.json", "tokenizer.json"]
+
+
+SUBFOLDER_OUT = {
+    "another repository": f"../../../../models--org--other/blobs/{0:064x}",
+    "the snapshot above": "../plain",
+    "a folder in blobs": "../../../blobs/deep/secret",
+    "out again over blobs": "../../../blobs/out",
+    "blobs of nobody": "../../blobs/0",
+    "an absolute path": "/etc/hosts",
+}
+
+
+@pytest.mark.parametrize("target", SUBFOLDER_OUT.values(), ids=SUBFOLDER_OUT.keys())
+def test_must_refuse_links_of_a_folder_in_a_snapshot(tmp_path: Path, target: str) -> None:
+    part = cache_with_targets(tmp_path) / "unet"
+    hostile.folder(part, {"config.json": {}})
+    hostile.folder(part.parent.parent / "blobs", {"0": weights("a")})
+    (part / "model.safetensors").symlink_to(target)
+    assert (part / "model.safetensors").is_file()
+    with pytest.raises(PolicyError, match="link that leads out") as told:
+        open_checkpoint(part)
+    hostile.check_told(told.value, file=part / "model.safetensors")
+
+
+# --- --follow-links ----------------------------------------------------------------------------
+
+
+def linked(root: Path) -> Path:
+    """A model whose files are links into a store that all users share."""
+    store = hostile.sharded(root / "store" / "ab" / "cd", {"vocab.txt": b"a"})
+    model = root / "model"
+    model.mkdir()
+    for name in sorted(os.listdir(store)):
+        (model / name).symlink_to(store / name)
+    return model
+
+
+def test_links_are_followed_if_asked(tmp_path: Path) -> None:
+    model = linked(tmp_path)
+    with pytest.raises(PolicyError, match=r"--follow-links \(follow_links=True\)") as told:
+        open_checkpoint(model)
+    hostile.check_told(told.value, file=model / "config.json")
+    found = open_checkpoint(model, follow_links=True)
+    store = open_checkpoint(tmp_path / "store" / "ab" / "cd")
+    assert hostile.stored(found) == hostile.stored(store)
+    assert [f.sha256(None) for f in found.files] == [f.sha256(None) for f in store.files]
+    assert [f.name for f in found.side_files] == [f.name for f in store.side_files]
+
+
+def test_the_command_line_follows_links_if_asked(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    model = linked(tmp_path)
+    before = hostile.contents(tmp_path)
+    convert = ("convert", model, "-o", "out")
+    assert cases.wsurg(*convert) == 5
+    assert "pass --follow-links" in capsys.readouterr().err
+    assert hostile.contents(tmp_path) == before
+    assert cases.wsurg(*convert, "--follow-links") == 0
+    record = json.loads(Path("out/wsurg-record.json").read_text())
+    for file in record["inputs"][0]["files"]:
+        content = (tmp_path / "store" / "ab" / "cd" / file["name"]).read_bytes()
+        assert file["sha256"] == hashlib.sha256(content).hexdigest()
+    assert not [path for path in Path("out").iterdir() if path.is_symlink()]
+    replay = ("replay", "out", "--input", f"0={model}", "-o", "again")
+    capsys.readouterr()
+    assert cases.wsurg(*replay) == 5
+    assert "pass --follow-links" in capsys.readouterr().err
+    assert cases.wsurg(*replay, "--follow-links") == 0
+    assert cases.wsurg("verify", "again") == 0
+
+
+def test_a_settings_file_cannot_follow_links(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    model = linked(tmp_path)
+    Path("wsurg.toml").write_text("follow-links = true")
+    assert cases.wsurg("inspect", model) == 2
+    assert "type --follow-links; wsurg.toml cannot give it" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("out", ["store", "store/ab", "store/ab/cd"])
+def test_an_output_never_replaces_what_a_link_leads_to(
+    tmp_path: Path, out: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = linked(tmp_path)
+    before = hostile.contents(tmp_path)
+    words = ("--follow-links", "--overwrite", "-o", tmp_path / out)
+    assert cases.wsurg("convert", model, *words) == 5
+    assert "E-OUTPUT-OVERLAP" in capsys.readouterr().err
+    assert hostile.contents(tmp_path) == before
+
+
+LINKS_TO_NOTHING = {
+    "dangling": ("nowhere", "E-LINK-DANGLING"),
+    "a loop": (SHARDS[0], "E-LINK-LOOP"),
+    "a pipe": ("../pipe", "E-FILE-KIND"),
+    "a device": ("/dev/zero", "E-FILE-KIND"),
+    "a folder": ("..", "E-FILE-KIND"),
+}
+
+
+@pytest.mark.parametrize(("target", "code"), LINKS_TO_NOTHING.values(), ids=LINKS_TO_NOTHING.keys())
+def test_no_link_is_followed_to_what_is_no_file(tmp_path: Path, target: str, code: str) -> None:
+    model = linked(tmp_path)
+    os.mkfifo(tmp_path / "pipe")
+    relink(model / SHARDS[0], target)
+    with hostile.deadline(), pytest.raises((StorageError, FormatError)) as told:
+        open_checkpoint(model, follow_links=True)
+    hostile.check_told(told.value, file=model / SHARDS[0])
+    assert told.value.code == code
+
+
+def test_a_linked_file_that_changes_is_noticed(tmp_path: Path) -> None:
+    found = open_checkpoint(linked(tmp_path), follow_links=True)
+    relink(tmp_path / "model" / SHARDS[0], str(tmp_path / "store" / "ab" / "cd" / SHARDS[1]))
+    with pytest.raises(ChangedError, match="the file changed while it was read"):
+        found.check_unchanged()
 
 
 @pytest.mark.parametrize("name", ["config.json", SHARDS[1], INDEX, "vocab.txt"])

@@ -289,12 +289,31 @@ def test_other_keys_fetch_nothing(
 
 @pytest.mark.parametrize("method", ["bitsandbytes", "gptq", "of no known kind"])
 @pytest.mark.parametrize("depth", [0, 1])
-def test_quantised_weights_are_refused(
+def test_quantized_weights_are_refused(
     variant: Callable[..., Path], method: str, depth: int
 ) -> None:
     config = {"quantization_config": {"quant_method": method, "load_in_8bit": True}}
-    path = variant(config={"text_config": config} if depth else config)
-    refused(path, PolicyError, "config.json has a quantization_config; its weights are codes; de")
+    path = variant(
+        config={"text_config": config} if depth else config,
+        arrays=lambda given: {**given, "codes": np.ones((2, 2), "i2")},
+    )
+    with pytest.raises(PolicyError, match=rf"tensor 'codes': config\.json has a .*\({method}\)"):
+        load_model(path, device="cpu")
+
+
+@pytest.mark.parametrize("method", ["bitsandbytes", "gptq", "fp8", "of no known kind"])
+def test_a_leftover_quantization_config_changes_nothing(
+    variant: Callable[..., Path], folder: Path, method: str
+) -> None:
+    config = {"quantization_config": {"quant_method": method, "load_in_8bit": True}}
+    model = load_model(variant(config=config), device="cpu")
+    expected = load_model(folder / "bert", device="cpu")
+    assert model.checkpoint.warnings[0].startswith(
+        f"config.json has a quantization_config ({method}"
+    )
+    assert not hasattr(model.module.config, "quantization_config")
+    for name, parameter in expected.names.items():
+        assert model.names[name].equal(parameter)
 
 
 WITHOUT = {"tokenizer.json": None, "tokenizer_config.json": None}

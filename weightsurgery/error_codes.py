@@ -96,7 +96,11 @@ _JSON: Rows = {
     "E-JSON-SYNTAX": (FormatError, "the text is not JSON", "mend the file, or fetch it again"),
     "E-JSON-TRAILING": (FormatError, "something follows the JSON value", "take it out"),
     "E-JSON-DUPLICATE": (FormatError, "a key occurs twice in an object", "keep one of the two"),
-    "E-JSON-NUMBER": (FormatError, "NaN, infinity, or a number too large", "write a finite one"),
+    "E-JSON-NUMBER": (
+        FormatError,
+        "NaN, infinity, or a number too large, in a header, an index or a record",
+        "write a finite number",
+    ),
     "E-JSON-NESTED": (FormatError, "more than 128 levels of nesting", "no model needs so many"),
     "E-JSON-COST": (
         FormatError,
@@ -124,7 +128,7 @@ _FILES: Rows = {
     "E-LINK-OUT": (
         PolicyError,
         "a symbolic link leads out of the model directory",
-        "put the file itself there, or name the file on the command line",
+        "put the file itself there, or pass `--follow-links` if you trust every link in it",
     ),
     "E-REMOTE-CODE": (PolicyError, "the model needs code that comes with it", "see the message"),
     "E-HUB": (StorageError, "neither on this disk nor on the hub", "check the name"),
@@ -180,10 +184,13 @@ _INDEX: Rows = {
         "the index names a shard by something else than a plain file name",
         "do not trust this model; fetch the index again",
     ),
-    "E-SHARD-MISSING": (FormatError, "a shard that the index lists is not there", "fetch it"),
-    "E-SHARD-LACKS": (FormatError, "a shard lacks a tensor that the index lists", _AGAIN),
-    "E-SHARD-HIDDEN": (FormatError, "a shard has a tensor that the index does not list", _AGAIN),
+    "E-SHARD-MISSING": (FormatError, "a shard is missing", "download the shard"),
     "E-SHARD-DUPLICATE": (FormatError, "a tensor is in two shards", _AGAIN),
+    "E-SHARD-PART": (
+        PolicyError,
+        "`--weights` names one of several shards, which is only a part of the model",
+        "leave out `--weights`",
+    ),
 }
 _DIRECTORY: Rows = {
     "E-TWO-ANSWERS": (
@@ -223,13 +230,13 @@ _PAIR: Rows = {
     ),
     "E-QUANTISED-CONFIG": (
         PolicyError,
-        "config.json says that the weights are quantised",
-        "dequantise the model first",
+        "config.json says that the weights are quantized, and a tensor may be of such a kind",
+        "dequantize the model first",
     ),
     "E-QUANTISED-TENSOR": (
         PolicyError,
-        "a tensor holds codes, not numbers",
-        "dequantise the model first",
+        "a tensor stores codes of quantized weights, or their scales",
+        "dequantize the model first",
     ),
 }
 _ADAPTER: Rows = {

@@ -43,6 +43,7 @@ def inspect(
         }
         for name, view in sorted(checkpoint.items(), key=lambda item: natural_key(item[0]))
     ]
+    kind = checkpoint.config.get("model_type")  # of whatever type, NaN among others
     return {
         "schema": SCHEMA,
         "name": checkpoint.label,
@@ -55,7 +56,7 @@ def inspect(
         "kinds": _grouped(checkpoint, {n: kind_of(n) for n in checkpoint}),
         "dtypes": _grouped(checkpoint, {n: v.dtype.name for n, v in checkpoint.items()}),
         "metadata": dict(sorted(checkpoint.metadata.items())),
-        "model_type": checkpoint.config.get("model_type"),
+        "model_type": kind if isinstance(kind, str) else None,
         "files": [{"file": f.name, "bytes": f.size} for f in checkpoint.files],
         "side_files": [{"file": f.name, "bytes": f.size} for f in checkpoint.side_files],
         "left_out": [{"file": name, "reason": reason} for name, reason in checkpoint.left_out],

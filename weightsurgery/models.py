@@ -17,7 +17,7 @@ from weightsurgery.formats import open_checkpoint
 from weightsurgery.formats.code_keys import names_kernel
 from weightsurgery.formats.layout import fits
 from weightsurgery.kernels import to_float
-from weightsurgery.quantised import require_unquantised
+from weightsurgery.quantised import KEY, require_unquantised
 from weightsurgery.tasks import CAUSAL, CLASSIFICATION, task_of
 
 if TYPE_CHECKING:
@@ -110,7 +110,7 @@ def load_model(
             had.
         MismatchError: There is no tokenizer, the architecture is of another task, weights are
             missing, or a classifier has no padding token.
-        PolicyError: The model needs code of its own or from a repository, or is quantised.
+        PolicyError: The model needs code of its own or from a repository, or is quantized.
         FormatError: A file of the directory is malformed.
     """
     if task not in ("auto", CLASSIFICATION, CAUSAL):
@@ -183,6 +183,13 @@ def _use_torch_alone(config: Any) -> None:
             setattr(config, key, chosen if chosen in known else None)  # and in all its parts
 
 
+def _forget_quantization(config: Any) -> None:
+    """Drop what config.json says of quantization: the tensors are plain, as was checked."""
+    for part in (config, config.get_text_config(decoder=True)):
+        if hasattr(part, KEY):
+            delattr(part, KEY)
+
+
 def _load_module(checkpoint: Checkpoint, task: str) -> Any:
     import torch
     import transformers
@@ -197,6 +204,7 @@ def _load_module(checkpoint: Checkpoint, task: str) -> Any:
             folder, trust_remote_code=False, local_files_only=True
         )
         _use_torch_alone(config)
+        _forget_quantization(config)
         with torch.device("meta"):  # only to know the class, which takes tensors
             kind = type(kinds[task].from_config(config, trust_remote_code=False))
         module, info = kind.from_pretrained(

@@ -94,17 +94,19 @@ def header(folder: Path, data: bytes) -> bool:
 
 
 def index_file(folder: Path, data: bytes) -> bool:
-    """An index: what it lists is what the library finds in the shards that it names."""
+    """An index: what is read is all that the library finds in the shards, whatever it lists."""
     model = _model(folder, {n: weights(t) for n, t in zip(SHARDS, "ab", strict=True)})
     (model / INDEX).write_bytes(data)
     found = _opened(partial(open_checkpoint, model))
     if found is None:
         return False
     listed = json.loads(data)["weight_map"]
-    assert found.layout == listed
+    shards = {file.name for file in found.files} - {INDEX}
+    assert shards >= set(listed.values())
+    assert found.layout == listed or found.warnings
     library = {
         name: tensor
-        for shard in set(listed.values())
+        for shard in shards
         for name, tensor in hostile.stored_by_library((model / shard).read_bytes()).items()
     }
     assert hostile.stored(found) == library
@@ -121,7 +123,7 @@ def config(folder: Path, data: bytes) -> bool:
     found = _opened(partial(open_checkpoint, model))
     if found is None:
         return False
-    assert found.config == json.loads(data)
+    assert json.dumps(found.config) == json.dumps(json.loads(data))  # as text: NaN is not NaN
     shutil.rmtree(folder / "out", ignore_errors=True)
     save(found, str(folder / "out"), hashes=False)
     written = (folder / "out" / "config.json").read_bytes()

@@ -131,7 +131,7 @@ def extract_adapter(
         MismatchError: The models do not fit each other, a vocabulary or another shape differs, or
             nothing moved that an adapter could hold.
         NonFiniteError: A drift holds NaN or infinity.
-        PolicyError: A model is quantised.
+        PolicyError: A model is quantized.
     """
     require_checkpoints(base, tuned)
     settings = {

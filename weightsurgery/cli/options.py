@@ -41,9 +41,9 @@ class Command(click.Command):
     own: Collection[str] = ()
 
     def __init__(self, name: str, *, params: list[click.Parameter], **given: Any) -> None:
-        # Whoever opens models offers --weights, and with it --allow-pickle.
+        # Whoever opens models offers --weights, and with it what else opening goes by.
         at = params.index(WEIGHTS) + 1 if WEIGHTS in params else len(params)
-        added = [ALLOW_PICKLE] if WEIGHTS in params else []
+        added = [ALLOW_PICKLE, FOLLOW_LINKS] if WEIGHTS in params else []
         super().__init__(name, params=[*params[:at], *added, *params[at:]], **given)
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
@@ -59,9 +59,10 @@ class Command(click.Command):
         sources = {p: ctx.get_parameter_source(p.name or "") for p in self.params}
         inputs = [p for p in self.params if isinstance(p, click.Argument)]
         path = ctx.find_root().obj
-        if ctx.params.get("allow_pickle") and not is_typed(ctx, "allow_pickle"):
-            # A downloaded model's folder may hold a wsurg.toml, and be the working directory.
-            raise click.UsageError(f"type --allow-pickle; {shown(path)} cannot give it", ctx)
+        for name in _TRUSTING:
+            if ctx.params.get(name) and not is_typed(ctx, name):
+                # A downloaded model's folder may hold a wsurg.toml, and be the working directory.
+                raise click.UsageError(f"type {flag(name)}; {shown(path)} cannot give it", ctx)
         others = {**self.complements, **{b: a for a, b in self.complements.items()}}
         if len({sources[p] for p in inputs}) > 1:
             names = " ".join(p.make_metavar(ctx) for p in inputs)
@@ -75,14 +76,15 @@ class Command(click.Command):
         ]
         if taken:
             click.echo(f"from {path}: {', '.join(taken)}", err=True)
-        ctx.meta[_MAY_UNPICKLE] = ctx.params.pop("allow_pickle", False)  # for `open_one`
+        ctx.meta[_MAY] = {n: ctx.params.pop(n, False) for n in _TRUSTING}  # for `open_one`
         try:
             return super().invoke(ctx)
         except SurgeryError as error:
             raise in_flags(error, self.params) from error
 
 
-_MAY_UNPICKLE = "weightsurgery.allow_pickle"
+_MAY = "weightsurgery.may"
+_TRUSTING = ("allow_pickle", "follow_links")  # parameters that trust an input with more
 _TYPED = click.core.ParameterSource.COMMANDLINE
 
 
@@ -185,6 +187,12 @@ ALLOW_PICKLE = click.Option(
     is_flag=True,
     help="Open PyTorch's pickled checkpoints (.bin, .pt, .pth, .ckpt) in a confined process.",
 )
+FOLLOW_LINKS = click.Option(
+    ["--follow-links"],
+    is_flag=True,
+    help="Follow symbolic links that lead out of a model directory. Their targets are read, and "
+    "configuration and tokenizer files among them are copied into outputs.",
+)
 NAMES = (
     click.Option(
         ["--strip-prefix"], metavar="PREFIX", default="", help="Ignore this prefix when pairing."
@@ -277,8 +285,13 @@ def open_one(path: str, weights: str | None = None) -> Checkpoint:
         path: As for `open_checkpoint`.
         weights: The weights file to use.
     """
-    allowed = click.get_current_context().meta.get(_MAY_UNPICKLE, False)
-    return open_checkpoint(path, weights=weights, allow_pickle=allowed)
+    return open_checkpoint(path, weights=weights, **trusted())
+
+
+def trusted() -> dict[str, bool]:
+    """How the running command may open inputs: `allow_pickle` and `follow_links`."""
+    found: dict[str, bool] = click.get_current_context().meta.get(_MAY, {})
+    return found
 
 
 def open_all(paths: Sequence[str], weights: str | None) -> list[Checkpoint]:

@@ -25,7 +25,8 @@ def _replay(
             raise click.UsageError(reason, click.get_current_context())
         found[name] = path
     with options.running(workers, max_memory=settings["max_memory"]) as engine:
-        report = replay(record, out, inputs=found, engine=engine, **settings)
+        follow = options.trusted()["follow_links"]
+        report = replay(record, out, inputs=found, follow_links=follow, engine=engine, **settings)
     options.present(report, lambda: replay_tables(report), as_json=as_json)
     check_replay(report)
 
@@ -58,6 +59,7 @@ command = options.Command(
             metavar="NAME=PATH",
             help="Where an input is, by its recorded name, role or number; repeatable.",
         ),
+        options.FOLLOW_LINKS,
         click.Option(["--overwrite"], is_flag=True, help="Replace OUT if it exists."),
         options.MEMORY,
         options.WORKERS,

@@ -9,11 +9,10 @@ from typing import Any
 
 from weightsurgery.checkpoint import Checkpoint, FileRef, TensorView
 from weightsurgery.errors import FormatError, PolicyError, shown
-from weightsurgery.formats.files import open_member
+from weightsurgery.formats.folder import Folder
 from weightsurgery.formats.layout import ADAPTER, ADAPTER_CONFIG, INDEX, PICKLES, SINGLE, fits
-from weightsurgery.formats.pickled import open_pickled
 from weightsurgery.formats.record import public_name
-from weightsurgery.formats.safetensors import open_safetensors, refuse_pickle
+from weightsurgery.formats.safetensors import refuse_pickle
 from weightsurgery.formats.strict_json import dump, parse_object
 
 _MAX_CONFIG = 100_000_000  # bytes
@@ -32,59 +31,49 @@ def is_adapter(entries: Collection[str]) -> bool:
     return ADAPTER_CONFIG in entries and not weights
 
 
-def open_adapter(
-    directory: str, entries: Collection[str], *, label: str, allow_pickle: bool = False
-) -> Checkpoint:
+def open_adapter(folder: Folder) -> Checkpoint:
     """Open an adapter: its tensors by their own names, its configuration in `config`.
 
     Args:
-        directory: The adapter's.
-        entries: The names in it.
-        label: What to call it in messages.
-        allow_pickle: Open pickled weights too.
+        folder: The adapter's.
 
     Raises:
         FormatError: A file is missing or breaks its format's rules.
         PolicyError: Its weights are a pickle that is not allowed, or there are others beside them.
         StorageError: A file cannot be read.
     """
-    pickled = allow_pickle and ADAPTER not in entries and _PICKLED in entries
+    entries = folder.entries
+    pickled = folder.allow_pickle and ADAPTER not in entries and _PICKLED in entries
     if ADAPTER not in entries and not pickled:
         pickles = [name for name in sorted(entries) if name.startswith("adapter_model.")]
-        if pickles and not allow_pickle:
-            raise refuse_pickle(os.path.join(directory, pickles[0]))
+        if pickles and not folder.allow_pickle:
+            raise refuse_pickle(os.path.join(folder.path, pickles[0]))
         reason = f"{ADAPTER_CONFIG} without {ADAPTER}"
-        raise FormatError(reason, file=directory, code="E-NO-WEIGHTS")
+        raise FormatError(reason, file=folder.path, code="E-NO-WEIGHTS")
     chosen = _PICKLED if pickled else ADAPTER
     others = [n for n in sorted(entries) if n != chosen and fits(n, _OTHERS)]
     if others:
         raise PolicyError(
             f"two answers to which weights are meant: {chosen} and {shown(others[0])}",
-            file=directory,
+            file=folder.path,
             hint="keep one of the two in the folder",
             code="E-TWO-ANSWERS",
         )
-    config = open_member(directory, ADAPTER_CONFIG)
+    config = folder.open(ADAPTER_CONFIG)
     settings = parse_object(config.read_all(_MAX_CONFIG), file=config.path, what="configuration")
     if not isinstance(settings.get("peft_type"), str):
         reason = "no peft_type; expected a PEFT adapter's"
         raise FormatError(reason, file=config.path, code="E-ADAPTER-CONFIG")
-    weights = open_member(directory, chosen)
-    metadata: dict[str, str] = {}
-    warnings: list[str] = []
-    if pickled:
-        tensors, warnings = open_pickled(weights)
-    else:
-        tensors, metadata = open_safetensors(weights)
+    weights = folder.open_weights(chosen)
     return Checkpoint(
-        tensors,
-        label=label,
-        metadata=metadata,
-        layout=dict.fromkeys(tensors, ADAPTER),
+        weights.tensors,
+        label=folder.label,
+        metadata=weights.metadata,
+        layout=dict.fromkeys(weights.tensors, ADAPTER),
         is_directory=True,
-        files=(weights.ref(),),
+        files=(weights.file.ref(),),
         side_files=(config.ref(),),
-        warnings=tuple(warnings),
+        warnings=tuple(weights.warnings),
         config=settings,
     )
 

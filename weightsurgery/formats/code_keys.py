@@ -6,7 +6,7 @@ from typing import Any
 
 from weightsurgery.checkpoint import FileRef
 from weightsurgery.errors import shown
-from weightsurgery.formats.strict_json import dump, parse_object
+from weightsurgery.formats.strict_json import dump, parse_config
 
 CODE_KEYS = ("auto_map", "custom_pipelines", "trust_remote_code", "transformers_weights")
 
@@ -50,7 +50,7 @@ def travelling(side: FileRef) -> tuple[bytes, list[str]]:
     if not side.name.endswith("config.json"):
         return content, []
     removed: set[str] = set()
-    clean = _strip(parse_object(content, file=side.path, what="config"), removed)
+    clean = _strip(parse_config(content, file=side.path, what="config"), removed)
     return (dump(clean) if removed else content), sorted(removed)
 
 

@@ -7,7 +7,8 @@ from dataclasses import replace
 from typing import Any
 
 from weightsurgery.checkpoint import Checkpoint, FileRef
-from weightsurgery.formats.strict_json import dump, parse_object
+from weightsurgery.formats.strict_json import dump, parse_config
+from weightsurgery.quantised import KEY, leftover_warnings
 
 _DTYPE_KEYS = ("torch_dtype", "dtype")
 _FLOATING = ("float64", "float32", "float16", "bfloat16", "double", "float", "half")
@@ -38,12 +39,35 @@ def with_dtype(checkpoint: Checkpoint, dtype: str) -> Checkpoint:
     return _changed(checkpoint, lambda config: _with_dtype(config, dtype))
 
 
+def without_leftovers(checkpoint: Checkpoint) -> Checkpoint:
+    """The same model without a quantization_config that its plain tensors contradict.
+
+    transformers goes by the key alone: it would ask for the quantization's package, or build
+    quantized modules and look for scales that are not stored. So outputs are written without it,
+    and a warning says so.
+
+    Args:
+        checkpoint: A model that was just opened.
+    """
+    warnings = leftover_warnings(checkpoint)
+    if not warnings:
+        return checkpoint
+    found = _changed(checkpoint, _without_quantization)
+    return replace(found, warnings=(*found.warnings, *warnings))
+
+
+def _without_quantization(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: _without_quantization(v) for k, v in value.items() if k != KEY}
+    return [_without_quantization(v) for v in value] if isinstance(value, list) else value
+
+
 def _changed(
     checkpoint: Checkpoint, change: Callable[[dict[str, Any]], dict[str, Any]]
 ) -> Checkpoint:
     def changed(file: FileRef) -> FileRef:
         def content() -> bytes:
-            return dump(change(parse_object(file.content(), file=file.path, what="config")))
+            return dump(change(parse_config(file.content(), file=file.path, what="config")))
 
         return replace(file, content=content)
 

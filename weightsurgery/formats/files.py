@@ -218,12 +218,16 @@ def identity_of(found: os.stat_result) -> tuple[int, ...]:
     return (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
 
 
-def open_member(directory: str, name: str) -> InputFile:
-    """Open a file of a model directory, which may link only into its own hub cache's blobs/.
+def open_member(directory: str, name: str, *, follow_links: bool = False) -> InputFile:
+    """Open a file of a model directory.
+
+    Unless links are followed, a link may lead only into the blobs/ of the hub cache's repository
+    that the directory is a snapshot of, or lies in a snapshot of.
 
     Args:
         directory: The directory as the user named it.
         name: A plain file name in it.
+        follow_links: Whether a link may lead anywhere.
 
     Raises:
         PolicyError: It is a link that leads elsewhere.
@@ -232,15 +236,35 @@ def open_member(directory: str, name: str) -> InputFile:
     """
     path = os.path.join(directory, name)
     if not os.path.islink(path):
-        return InputFile(path, follow=False)  # it may become a link in between
-    snapshot = os.path.realpath(directory)
-    blobs = os.path.join(os.path.dirname(os.path.dirname(snapshot)), "blobs")
-    in_cache = os.path.basename(os.path.dirname(snapshot)) == "snapshots"
-    if not (in_cache and os.path.dirname(os.path.realpath(path)) == blobs):
+        return InputFile(path, follow=follow_links)  # it may become a link in between
+    blobs = _blobs_of(os.path.realpath(directory))
+    if not follow_links and os.path.dirname(os.path.realpath(path)) != blobs:
         raise PolicyError(
             "a symbolic link that leads out of the model directory",
             file=path,
-            hint="put the file itself in the directory, or name the file on the command line",
+            hint="put the file itself in the directory, or pass --follow-links "
+            "(follow_links=True) if you trust every link in it",
             code="E-LINK-OUT",
         )
     return InputFile(path)
+
+
+def _blobs_of(directory: str) -> str:
+    """Where the links of a hub cache's snapshot, or of a folder in one, lead; "" for others.
+
+    Args:
+        directory: Without links.
+
+    Example:
+        >>> _blobs_of("/cache/models--org--name/snapshots/0123/unet")
+        '/cache/models--org--name/blobs'
+        >>> _blobs_of("/models/unet")
+        ''
+    """
+    above, name = os.path.split(directory)
+    while name:
+        home, parent = os.path.split(above)
+        if parent == "snapshots":
+            return os.path.join(home, "blobs")
+        above, name = home, parent
+    return ""

@@ -19,6 +19,13 @@ SIDE_FILES = (
     *TEXTS,
 )
 WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
+# Safetensors files that lie beside a model's own and are not part of it: adapters, the same weights
+# in their maker's format, the same weights in another dtype. In lower case.
+NOT_OF_THE_MODEL = (
+    *("adapter_*", "*lora*", "consolidated*"),
+    *(f"*.{variant}{end}" for variant in ("fp16", "bf16", "fp32", "fp8") for end in (".*", "-*")),
+    *("optimizer*", "scheduler*", "training_args*"),
+)
 BESIDE = (INDEX, *SIDE_FILES, ADAPTER_CONFIG, CARD)  # what an output's folder has beside weights
 PICKLED, PICKLED_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
 PICKLES = (PICKLED, PICKLED_INDEX, "pytorch_model-*.bin")

@@ -204,12 +204,17 @@ def _check_headers(shards: tuple[Shard, ...], out: str) -> None:
 
 
 def input_paths(checkpoint: Checkpoint) -> list[str]:
-    """Files, or for model directories the directories, that a checkpoint reads."""
-    return [
+    """Files, or for model directories the directories, that a checkpoint reads.
+
+    Also what links of a directory lead to: it must not be overwritten either.
+    """
+    found = [
         os.path.dirname(file.path) if source.is_directory else file.path
         for source in checkpoint.sources()
         for file in source.files
     ]
+    links = [file.path for file in checkpoint.input_files() if os.path.islink(file.path)]
+    return list(dict.fromkeys([*found, *links]))
 
 
 def fit_workers(

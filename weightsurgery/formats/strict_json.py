@@ -1,11 +1,15 @@
-"""JSON from strangers: no duplicate keys, no NaN, no surprises of encoding or depth."""
+"""JSON from strangers: no duplicate keys, no surprises of encoding or depth.
+
+NaN and infinity are no JSON, and are refused in headers, indexes and records. Python writes them,
+and transformers reads them, so `parse_config` accepts them in a model's configuration files.
+"""
 
 from __future__ import annotations
 
 import json
 import math
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Literal
 
 from weightsurgery.errors import FormatError, shown
 from weightsurgery.formats.json_cost import MEMORY, allowed_cost, collector_paused, parsing_cost
@@ -86,7 +90,14 @@ def _refuse_bomb(data: bytes, *, file: str, what: str, memory: int) -> None:
         )
 
 
-def parse(data: bytes, *, file: str, what: str = "file", memory: int = MEMORY) -> Any:
+def parse(
+    data: bytes,
+    *,
+    file: str,
+    what: str = "file",
+    memory: int = MEMORY,
+    nonfinite: Literal["refuse", "accept"] = "refuse",
+) -> Any:
     """Parse UTF-8 JSON strictly.
 
     Args:
@@ -94,12 +105,14 @@ def parse(data: bytes, *, file: str, what: str = "file", memory: int = MEMORY) -
         file: The file they came from, for the message.
         what: What the JSON is, for the message: header, index, config.
         memory: Bytes that parsing may take; what would take more is refused unparsed.
+        nonfinite: Whether to accept NaN, Infinity and -Infinity as Python's json does.
 
     Raises:
         FormatError: The bytes are not UTF-8 or not JSON, a key occurs twice, a string holds half
             a surrogate pair, a number is out of range, the nesting is too deep, or there is more
             of all than any model has.
     """
+    refuse = nonfinite == "refuse"
     refuse_placeholder(data, file=file, expected=f"JSON ({what})")
     data = data.rstrip(_SPACE)  # as padding a header may have any number of them
     _refuse_bomb(data, file=file, what=what, memory=memory)
@@ -114,9 +127,9 @@ def parse(data: bytes, *, file: str, what: str = "file", memory: int = MEMORY) -
             value = json.loads(
                 text,
                 object_pairs_hook=_unique,
-                parse_constant=_no_constant,
+                parse_constant=_no_constant if refuse else float,
                 parse_int=_integer,
-                parse_float=_float,
+                parse_float=_float if refuse else float,
             )
             # An escaped surrogate: fine in pairs, not UTF-8 alone.
             _check_values(value, surrogates=b"\\ud" in data or b"\\uD" in data)
@@ -147,7 +160,25 @@ def parse_object(
     Raises:
         FormatError: As for `parse`, or the value is something else than an object.
     """
-    value = parse(data, file=file, what=what, memory=memory)
+    return _object(parse(data, file=file, what=what, memory=memory), file, what)
+
+
+def parse_config(
+    data: bytes, *, file: str, what: str = "config", memory: int = MEMORY
+) -> dict[str, Any]:
+    """Parse a model's configuration or tokenizer file, which may hold NaN and infinity.
+
+    `"time_step_limit": [0.0, Infinity]` is in the config.json of every Mamba-2 that transformers 4
+    wrote. Python's json reads it, and `dump` writes it back in the same words.
+
+    Raises:
+        FormatError: As for `parse_object`, but for numbers that are not finite.
+    """
+    found = parse(data, file=file, what=what, memory=memory, nonfinite="accept")
+    return _object(found, file, what)
+
+
+def _object(value: Any, file: str, what: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         reason = f"{what} is a JSON {type(value).__name__}, not an object"
         raise FormatError(reason, file=file, code="E-JSON-OBJECT")

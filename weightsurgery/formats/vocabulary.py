@@ -8,7 +8,7 @@ from typing import Any
 from weightsurgery.checkpoint import Checkpoint, FileRef
 from weightsurgery.errors import FormatError
 from weightsurgery.formats.json_cost import MEMORY_OF_MANY
-from weightsurgery.formats.strict_json import parse_object
+from weightsurgery.formats.strict_json import parse_config
 
 MAX_BYTES = 100_000_000
 MAX_TOKENS = 1_000_000  # of a vocab.txt; the largest known has 500,000
@@ -55,7 +55,7 @@ def read_special(checkpoint: Checkpoint) -> set[int]:
 
 
 def _parsed(side: FileRef, what: str) -> dict[str, Any]:
-    return parse_object(side.content(), file=side.path, what=what, memory=MEMORY_OF_MANY)
+    return parse_config(side.content(), file=side.path, what=what, memory=MEMORY_OF_MANY)
 
 
 def _several(value: Any) -> list[Any]:

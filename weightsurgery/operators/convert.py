@@ -1,16 +1,23 @@
-"""A checkpoint as safetensors, in another floating dtype if asked."""
+"""A checkpoint as safetensors, in another floating dtype if asked.
+
+transformers keeps some parameters in float32 whatever dtype a model is loaded in: routers' biases,
+whose last bits choose the experts, or matrices that overflow in F16. They stay as they are stored.
+"""
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping
 from dataclasses import replace
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 
-from weightsurgery.alignment import Pair
+from weightsurgery.alignment import Pair, check_glob, matches
+from weightsurgery.architecture.facts import architecture_of
 from weightsurgery.checkpoint import Checkpoint, TensorView
 from weightsurgery.dtypes import DTYPES, DType
-from weightsurgery.errors import NonFiniteError, counted, shown
+from weightsurgery.errors import NonFiniteError, counted, first_few, shown
 from weightsurgery.formats.config import with_dtype
 from weightsurgery.kernels import Block, to_dtype, to_float
 from weightsurgery.quantised import require_unquantised
@@ -25,6 +32,15 @@ _AllowOverflow = Annotated[
         only_with={"dtype": tuple(_CONFIGURED)},
     ),
 ]
+_Exclude = Annotated[
+    tuple[str, ...],
+    Setting(
+        "keep tensors as stored whose name matches GLOB",
+        metavar="GLOB",
+        only_with={"dtype": tuple(_CONFIGURED)},
+    ),
+]
+_ROUTER_BIAS = "e_score_correction_bias"  # kept by every model that transformers knows to have it
 _TOLD = 5  # tensors named in a message
 
 
@@ -35,18 +51,21 @@ def convert(
     dtype: Annotated[
         Literal["keep", "bf16", "f16", "f32"], "what floating tensors are stored as"
     ] = "keep",
+    exclude: _Exclude = (),
     allow_nonfinite: _AllowOverflow = False,
     engine: Engine,
 ) -> Checkpoint:
     """Turn a checkpoint into safetensors, in another dtype if asked.
 
     Tensors of F16, BF16, F32 and F64 are rounded once, to nearest with ties to even; integers,
-    booleans and all others stay byte for byte. NaN and infinity stay what they are. The dtype that
-    config.json tells, for the model and for each of its parts, is changed with them.
+    booleans and all others stay byte for byte. NaN and infinity stay what they are. The dtype in
+    config.json, of the model and of each of its parts, is changed with them. With bf16 and f16,
+    tensors that transformers keeps in float32 stay as they are stored, and are reported.
 
     Args:
         checkpoint: What to convert.
         dtype: "bf16", "f16" or "f32"; "keep" changes no tensor.
+        exclude: Globs; matching tensors stay as they are stored.
         allow_nonfinite: Let finite numbers become infinite that are too large for the new dtype,
             and report them.
         engine: Workers and progress for the pass that looks for such numbers; it reads only
@@ -57,13 +76,18 @@ def convert(
 
     Raises:
         NonFiniteError: A finite number would become infinite; says how many in which tensors.
-        PolicyError: `dtype` is given and the model is quantised.
+        PolicyError: `dtype` is given and the model is quantized.
+        SettingError: A glob of `exclude` matches no tensor.
     """
+    for glob in exclude:
+        check_glob(glob, list(checkpoint))
     if dtype == "keep":
         return checkpoint
     require_unquantised(checkpoint)
     target = DTYPES[dtype.upper()]
     changed = {n: v for n, v in checkpoint.items() if v.dtype.arithmetic and v.dtype != target}
+    kept = _kept(changed, exclude, _float32_pattern(checkpoint.config, dtype))
+    changed = {n: v for n, v in changed.items() if n not in kept}
     overflow = _overflow(changed, target, engine)
     told = _described(overflow, changed, target)
     if overflow and not allow_nonfinite:
@@ -77,10 +101,46 @@ def convert(
     result = replace(
         checkpoint,
         tensors=converted,
-        warnings=(*checkpoint.warnings, *([told] if overflow else [])),
-        notes={"convert": {"overflow": overflow}},
+        warnings=(*checkpoint.warnings, *_kept_warnings(kept), *([told] if overflow else [])),
+        notes={"convert": {"overflow": overflow, "kept": kept}},
     )
     return with_dtype(result, _CONFIGURED[dtype])
+
+
+def _float32_pattern(config: Mapping[str, Any], dtype: str) -> re.Pattern[str] | None:
+    """What transformers searches names for to keep parameters in float32; None for float32.
+
+    `_keep_in_fp32_modules` counts for F16 alone, `_keep_in_fp32_modules_strict` for BF16 too. Each
+    is a regular expression that is searched in the name, with `*` for `.*`.
+    """
+    if dtype == "f32":
+        return None
+    facts = architecture_of(config)
+    modules = [_ROUTER_BIAS]
+    if facts is not None:
+        modules += [*facts.float32_strict, *(facts.float32 if dtype == "f16" else ())]
+    return re.compile("|".join(module.replace("*", ".*") for module in modules))
+
+
+def _kept(
+    views: Mapping[str, TensorView], exclude: tuple[str, ...], float32: re.Pattern[str] | None
+) -> dict[str, str]:
+    """The tensors that stay as they are stored, each with the reason."""
+    found = {}
+    for name in views:
+        if matches(name, exclude):
+            found[name] = "excluded"
+        elif float32 is not None and float32.search(name):
+            found[name] = "float32 in transformers"
+    return found
+
+
+def _kept_warnings(kept: Mapping[str, str]) -> list[str]:
+    names = [f"'{shown(name)}'" for name, reason in kept.items() if reason != "excluded"]
+    if not names:
+        return []
+    what = "as transformers keeps them in float32"
+    return [f"{counted(len(names), 'tensor')} kept as stored, {what}: {first_few(names)}"]
 
 
 def _rounded(view: TensorView, target: DType) -> TensorView:

@@ -13,6 +13,7 @@ from weightsurgery.errors import FormatError, MismatchError, SettingError, first
 from weightsurgery.formats import open_checkpoint
 from weightsurgery.formats.record import describe_input
 from weightsurgery.formats.recorded import Recorded, is_plain_name
+from weightsurgery.formats.sharded import parse_shard_name
 from weightsurgery.formats.vocabulary import read_vocabulary
 from weightsurgery.stream import Engine
 from weightsurgery.token_counts import TokenCounts, count_by_wordfreq, count_corpus, read_counts
@@ -122,12 +123,15 @@ def _beside(recorded: Recorded, name: str) -> str:
     return next((place for place in places if os.path.lexists(place)), "")
 
 
-def open_inputs(recorded: Recorded, paths: Sequence[str]) -> list[Checkpoint]:
+def open_inputs(
+    recorded: Recorded, paths: Sequence[str], *, follow_links: bool = False
+) -> list[Checkpoint]:
     """Open the inputs, if their files have the recorded names and sizes.
 
     Args:
         recorded: The record.
         paths: Of each input, in the record's order.
+        follow_links: Follow symbolic links that lead out of an input's directory.
 
     Returns:
         The inputs, under their recorded names.
@@ -136,7 +140,7 @@ def open_inputs(recorded: Recorded, paths: Sequence[str]) -> list[Checkpoint]:
         MismatchError: A file is missing, was not there then, or has another size.
     """
     entries = recorded.content["inputs"]
-    opened = [_open(path, entry) for path, entry in zip(paths, entries, strict=True)]
+    opened = [_open(p, entry, follow_links) for p, entry in zip(paths, entries, strict=True)]
     _refuse_others(recorded, paths, opened, {})
     return [named(one, entry["name"]) for one, entry in zip(opened, entries, strict=True)]
 
@@ -195,15 +199,18 @@ def _sha256(file: FileRef) -> str:
     return file.sha256(None)
 
 
-def _open(path: str, entry: Mapping[str, Any]) -> Checkpoint:
+def _open(path: str, entry: Mapping[str, Any], follow_links: bool) -> Checkpoint:
     """An input, by the weights file that was taken then where it has several."""
     names = [file["name"] for file in entry["files"]]
     first = names[0] if names else ""
     weights = None
-    if first.endswith((".safetensors", ".index.json")) and not first.startswith("adapter_model."):
+    shard = parse_shard_name(first)
+    whole = shard is not None and shard.count > 1  # of a model without an index: all are opened
+    endings = (".safetensors", ".index.json")
+    if first.endswith(endings) and not first.startswith("adapter_model.") and not whole:
         chosen = is_plain_name(first) and os.path.isdir(path)
         weights = first if chosen and os.path.lexists(os.path.join(path, first)) else None
-    return open_checkpoint(path, weights=weights)
+    return open_checkpoint(path, weights=weights, follow_links=follow_links)
 
 
 def _differences(

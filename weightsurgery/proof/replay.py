@@ -37,6 +37,7 @@ def replay(
     out: str | os.PathLike[str],
     *,
     inputs: Paths | None = None,
+    follow_links: bool = False,
     overwrite: bool = False,
     max_memory: int | str | None = None,
     engine: Engine | None = None,
@@ -54,6 +55,7 @@ def replay(
         inputs: An input's recorded name, its role (`base`, `tuned`, …) or its number, to where it
             is now; also the recorded name of a file of token counts, or of a corpus. What is not
             given is looked for by its name beside the output, then in it if it is a folder.
+        follow_links: Follow symbolic links that lead out of an input's directory.
         overwrite: Replace what is there.
         max_memory: Bytes, or a size such as "1GB"; fewer workers are used to stay under it.
         engine: Workers and progress.
@@ -76,7 +78,7 @@ def replay(
     paths, further = find_inputs(recorded, inputs or {})
     # The work may take long; what can be said against `out` is said before.
     check_destination(out, is_directory=recorded.is_directory, overwrite=overwrite, inputs=paths)
-    opened = open_inputs(recorded, paths)
+    opened = open_inputs(recorded, paths, follow_links=follow_links)
     known: dict[str, str] = {}
 
     def check(hashes: Mapping[str, str]) -> None:

@@ -23,10 +23,12 @@ from weightsurgery.errors import (
 from weightsurgery.formats import open_checkpoint
 from weightsurgery.formats.digest import Digest
 from weightsurgery.formats.files import InputFile, open_member
-from weightsurgery.formats.layout import BESIDE, CARD, RECORD, fits
+from weightsurgery.formats.folder import list_folder
+from weightsurgery.formats.layout import BESIDE, CARD, INDEX, RECORD, fits
 from weightsurgery.formats.place import record_name
 from weightsurgery.formats.recorded import find_output, read_record
 from weightsurgery.formats.safetensors import file_order, open_safetensors
+from weightsurgery.formats.sharded import read_index
 from weightsurgery.proof.beside import check_beside
 from weightsurgery.proof.findings import Found
 from weightsurgery.proof.origin import Counts, Origin, check_given, count_origins, find_origin
@@ -286,7 +288,11 @@ def _check_origins(found: Found, origin: Origin, counts: Mapping[str, Counts]) -
 def _check_whole(found: Found) -> None:
     """Open the directory as any other command would: index, configuration, one answer."""
     try:
-        open_checkpoint(found.out)
+        opened = open_checkpoint(found.out)
+        if INDEX in (file.name for file in opened.files):
+            _, listed, _ = read_index(list_folder(found.out, label=found.out), INDEX)
+            if listed != opened.layout:
+                found.wrong(INDEX, None, "malformed", "not what the shards hold")
     except SurgeryError as error:
         file = os.path.basename(error.file or found.out)
         found.wrong(file, error.tensor, "malformed", error.reason)

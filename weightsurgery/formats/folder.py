@@ -1,0 +1,95 @@
+"""A model directory: its entries, and how its files may be opened."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+from weightsurgery.checkpoint import TensorView
+from weightsurgery.errors import StorageError
+from weightsurgery.formats.files import InputFile, open_member
+from weightsurgery.formats.layout import PICKLE_ENDINGS
+from weightsurgery.formats.pickled import open_pickled
+from weightsurgery.formats.safetensors import open_safetensors, refuse_pickle
+
+
+@dataclass(frozen=True)
+class Weights:
+    """An open weights file.
+
+    Attributes:
+        file: The file.
+        tensors: Its tensors.
+        metadata: Its header's metadata.
+        warnings: What was odd about it.
+    """
+
+    file: InputFile
+    tensors: dict[str, TensorView]
+    metadata: dict[str, str]
+    warnings: list[str]
+
+
+@dataclass(frozen=True)
+class Folder:
+    """A model directory.
+
+    Attributes:
+        path: The directory.
+        label: What to call it in messages.
+        entries: The names in it, sorted.
+        allow_pickle: Whether pickled weights may be opened.
+        follow_links: Whether symbolic links may lead out of it.
+    """
+
+    path: str
+    label: str
+    entries: tuple[str, ...]
+    allow_pickle: bool = False
+    follow_links: bool = False
+
+    def open(self, name: str) -> InputFile:
+        """Open a file of the directory.
+
+        Raises:
+            PolicyError: It is a link that leads out, and links may not be followed.
+            StorageError: It cannot be opened.
+            FormatError: It is not a regular file.
+        """
+        return open_member(self.path, name, follow_links=self.follow_links)
+
+    def open_weights(self, name: str) -> Weights:
+        """Open a weights file and check its header; no weights are read.
+
+        Raises:
+            PolicyError: It is a pickle that is not allowed, or as for `open`.
+            StorageError: It cannot be opened or read.
+            FormatError: It breaks a rule of its format.
+        """
+        file = self.open(name)
+        if not name.endswith(PICKLE_ENDINGS):
+            return Weights(file, *open_safetensors(file), [])
+        if not self.allow_pickle:
+            raise refuse_pickle(file.path)
+        tensors, warnings = open_pickled(file)
+        return Weights(file, tensors, {}, warnings)
+
+    def holds(self, name: str) -> bool:
+        """Whether the directory has an entry of this name now, also a dangling link."""
+        return os.path.lexists(os.path.join(self.path, name))
+
+
+def list_folder(
+    directory: str, *, label: str, allow_pickle: bool = False, follow_links: bool = False
+) -> Folder:
+    """A directory and the names in it.
+
+    Raises:
+        StorageError: It cannot be listed.
+    """
+    try:
+        entries = sorted(os.listdir(directory))
+    except OSError as error:
+        reason = f"cannot list: {error.strerror}"
+        raise StorageError(reason, file=directory, code="E-FILE-OPEN") from error
+    return Folder(directory, label, tuple(entries), allow_pickle, follow_links)
