@@ -319,7 +319,8 @@ def link(ours: Assembly, theirs: Assembly) -> list[Link]:
     """
     if ours.shape != theirs.shape:
         raise UnsupportedError(
-            f"it makes a tensor of shape {list(ours.shape)}, BASE one of {list(theirs.shape)}"
+            f"the model's tensor has shape {list(ours.shape)}; BASE's make one of "
+            f"{list(theirs.shape)}"
         )
     for axis in range(len(ours.axes)):
         finer = max(ours.axes[axis], theirs.axes[axis], key=len)
