@@ -206,7 +206,7 @@ def align(
         raise MismatchError(
             coverage.summary,
             file=tuned.label,
-            hint=f"expected at least {ENOUGH:.0%}; --map pairs names by hand, --allow-partial "
+            hint=f"expected at least {100 * ENOUGH:.0f} %; --map pairs names by hand, --allow-partial "
             "keeps TUNED's where BASE has nothing",
             code="E-PAIR-COVERAGE",
         )
