@@ -352,3 +352,33 @@ def test_transformers_keeps_the_same(tmp_path: Path, family: str, target: str) -
     for name, value in loaded.items():
         assert again[name].dtype == value.dtype
         assert torch.equal(again[name], value), name
+
+
+# --- pickled shards without an index ----------------------------------------------------------
+
+
+def test_pickled_shards_without_an_index(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("in").mkdir()
+    for number in (1, 2):
+        shard = f"in/pytorch_model-0000{number}-of-00002.bin"
+        torch.save({f"w{number}": torch.full((4,), float(number))}, shard)
+    start = ["convert", "in", "-o", "out"]
+    assert run(start, capsys)[0] == 5
+    assert run([*start, "--allow-pickle", "--weights", shard.removeprefix("in/")], capsys)[0] == 5
+    code, out, _ = run([*start, "--allow-pickle"], capsys)
+    assert (code, "no index; opened 2 shards, pytorch_model-00001-of-00002.bin to" in out) == (
+        0,
+        True,
+    )
+    made = open_checkpoint("out")
+    assert set(made.layout.values()) == {f"model-0000{n}-of-00002.safetensors" for n in (1, 2)}
+    assert {name: view.read(0, 4).tolist() for name, view in made.items()} == {
+        "w1": [1.0] * 4,
+        "w2": [2.0] * 4,
+    }
+    Path(shard).unlink()
+    code, _, told = run([*start, "--allow-pickle", "--overwrite"], capsys)
+    assert (code, "1 of 2 shards is missing: pytorch_model-00002-of-00002.bin" in told) == (3, True)
