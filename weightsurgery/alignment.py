@@ -206,8 +206,8 @@ def align(
         raise MismatchError(
             coverage.summary,
             file=tuned.label,
-            hint=f"expected at least {100 * ENOUGH:.0f} %; --map pairs names by hand, --allow-partial "
-            "keeps TUNED's where BASE has nothing",
+            hint=f"expected at least {100 * ENOUGH:.0f} %; --map pairs names by hand, "
+            "--allow-partial keeps TUNED's where BASE has nothing",
             code="E-PAIR-COVERAGE",
         )
     warnings += [*found.warnings, coverage.summary if called == "TUNED" else ""]
