@@ -479,7 +479,7 @@ REFUSALS: dict[str, Case] = {
     "E-PICKLE-ARCHIVE": archive,
     "E-RECORD": no_record,
     "E-PICKLE-REFUSED": ends(5, "it asks for posix.system"),
-    "E-PICKLE-UNFIT": ends(4, "two answers to which tensors are meant"),
+    "E-PICKLE-UNFIT": ends(4, "ambiguous tensors"),
     "E-PICKLE-LIMIT": confined("os.kill(os.getpid(), signal.SIGXCPU)"),
     "E-PICKLE-LOAD": ends(3, "no dictionary of tensors"),
     "E-PICKLE-PRODUCT": confined("open(sys.argv[2], 'wb').write(b'PK' * 9)"),

@@ -281,9 +281,15 @@ def test_weights_are_looked_for_in_the_hubs_cache(
         (["diff", *PAIR], "base.safetensors: --weights names a file of a model directory"),
         (["mix", *PAIR, "-o", "o.safetensors"], "but this is a file"),
         (["inspect", "base.safetensors"], "but this is a file"),
-        (["diff", "base.safetensors", "model"], "model: there is no absent.safetensors"),
-        (["diff", "model", "base.safetensors"], "model: there is no absent.safetensors"),
-        (["diff", "model", "model"], "model: there is no absent.safetensors"),
+        (
+            ["diff", "base.safetensors", "model"],
+            "model: weights file not found: absent.safetensors",
+        ),
+        (
+            ["diff", "model", "base.safetensors"],
+            "model: weights file not found: absent.safetensors",
+        ),
+        (["diff", "model", "model"], "model: weights file not found: absent.safetensors"),
     ],
     ids=["diff", "mix", "inspect", "tuned lacks it", "base lacks it", "both lack it"],
 )
@@ -360,7 +366,7 @@ def spoil(kind: str) -> list[str]:
         ("gate", 2, "unknown metric 'relativ_l2'"),
         ("suffix", 2, "does not end in .safetensors"),
         ("malformed", 3, "tuned.safetensors"),
-        ("other model", 4, "belongs together"),
+        ("other model", 4, "could be paired"),
         ("exists", 5, "--overwrite"),
         ("pickle", 5, "pickle"),
         ("absent", 6, "no such file"),

@@ -245,7 +245,7 @@ def kept(arrays: cases.Arrays, target: str, **config: Any) -> dict[str, str]:
             assert read[name].dtype == array.dtype != TARGETS[target]
         else:
             assert read[name].dtype == TARGETS[target]
-    told = [warning for warning in made.warnings if "kept as stored" in warning]
+    told = [warning for warning in made.warnings if "as stored because" in warning]
     assert len(told) == bool(found)
     return found
 
@@ -286,7 +286,7 @@ def test_many_kept_tensors_are_one_line() -> None:
     arrays = {BIAS.replace("0", str(i)): np.ones(2, np.float32) for i in range(5)}
     (told,) = convert(from_arrays(arrays), dtype="bf16").warnings
     assert told.startswith(
-        "5 tensors kept as stored, as transformers keeps them in float32: 'model"
+        "kept 5 tensors as stored because transformers keeps them in float32: 'model"
     )
     assert told.endswith(" and 2 more")
 
@@ -382,3 +382,20 @@ def test_pickled_shards_without_an_index(
     Path(shard).unlink()
     code, _, told = run([*start, "--allow-pickle", "--overwrite"], capsys)
     assert (code, "1 of 2 shards is missing: pytorch_model-00002-of-00002.bin" in told) == (3, True)
+
+
+PARTS = {
+    "model_type": "blip-2",
+    "architectures": ["Blip2ForConditionalGeneration"],
+    "text_config": {"model_type": "t5"},
+}
+
+
+def test_a_part_of_another_type_is_kept_in_float32_too() -> None:
+    kept = "language_model.encoder.block.0.layer.1.DenseReluDense.wo.weight"
+    arrays = {kept: np.ones((2, 2), "f4"), "language_model.shared.weight": np.ones((4, 2), "f4")}
+    made = convert(from_arrays(arrays, config=PARTS), dtype="f16")
+    assert {name: view.dtype.name for name, view in made.items()} == {
+        kept: "F32",
+        "language_model.shared.weight": "F16",
+    }

@@ -24,6 +24,7 @@ from weightsurgery.operators.purify import purify
 from weightsurgery.token_counts import TokenCounts
 
 MLP, NORM = "layers.0.mlp.up_proj.weight", "norm.weight"
+LLAMA = {"model_type": "llama", "architectures": ["LlamaForCausalLM"]}
 WIDE = np.ones((10, 10), np.float32)
 
 
@@ -44,6 +45,27 @@ def test_task_heads_do_not_count() -> None:
     assert (found.coverage.heads, found.coverage.parameters) == (20, 124)
     assert found.coverage.is_complete
     assert found.coverage.to_json()["unpaired"] == []
+
+
+def test_a_head_is_outside_of_the_layers_and_of_the_base_model() -> None:
+    base, _ = pair()
+    more = np.ones((10, 10), np.float32)
+    for config, name in (
+        ({}, "layers.3.evil.score.weight"),
+        (LLAMA, "model.layers.0.mlp.score.weight"),
+        (LLAMA, "evil_head.weight"),
+    ):
+        ours = cases.read(base)
+        tuned = from_arrays({**ours, name: more}, config=config)
+        found = align(from_arrays(ours, config=config), tuned).coverage
+        assert (found.heads, list(found.unpaired)) == (0, [name])
+
+
+def test_integers_of_another_dtype_need_no_more_permission() -> None:
+    base = from_arrays({MLP: WIDE, "ids": np.zeros(10_000, np.int32)})
+    ours = {MLP: WIDE, "extra.weight": WIDE, "ids": np.zeros(10_000, np.int64)}
+    with pytest.raises(MismatchError, match=r"50\.00 %"):
+        mix(base, from_arrays(ours), keep_mismatched=True)
 
 
 def test_integers_do_not_count() -> None:
@@ -232,7 +254,7 @@ def test_a_proof_says_which_part_of_tuned_it_is_about(
     assert cases.wsurg("verify", out, "--base", base, "--tuned", tuned) == 0
     shown = " ".join(capsys.readouterr().out.split())
     assert "for 91.23 % of TUNED's parameters; BASE has no counterpart for the rest" in shown
-    assert "1 tensor, compared with TUNED alone: 'extra.weight'" in shown
+    assert "1 tensor, compared only with TUNED: 'extra.weight'" in shown
     assert cases.wsurg("verify", out, "--base", base, "--tuned", tuned, "--json") == 0
     report = json.loads(capsys.readouterr().out)
     assert report["selection"]["coverage"]["unpaired"][0]["tensor"] == "extra.weight"

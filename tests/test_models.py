@@ -365,11 +365,11 @@ def with_another_shape(arrays: Arrays) -> Arrays:
         (with_another_shape, "tensor 'classifier.weight': has shape [2, 17]; config.json makes it"),
         (
             with_old_names,
-            "tensor 'bert.embeddings.LayerNorm.weight': transformers has a parameter that no tens",
+            "tensor 'bert.embeddings.LayerNorm.weight': no stored tensor holds this p",
         ),
         (
             with_whole_numbers,
-            "tensor 'classifier.bias': transformers has a parameter that no tensor on disk stands",
+            "tensor 'classifier.bias': no stored tensor holds this parameter of the model as it is",
         ),
     ],
 )

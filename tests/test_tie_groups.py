@@ -117,7 +117,7 @@ def test_copies_with_other_values_are_tensors_of_their_own() -> None:
     found = align(base, tuned)
     assert (found.dimensions, found.coverage.is_complete) == (24, True)
     (warning,) = found.warnings
-    assert "'lm_head.weight': tied by config.json, but stored with other values" in warning
+    assert "'lm_head.weight': config.json ties it, but its stored values differ" in warning
     mixed = cases.read(mix(base, tuned, ratio=1))
     assert mixed[EMBED].tolist() == mixed[HEAD].tolist() == WORDS.tolist()
     half = cases.read(mix(base, tuned, ratio=0.5))

@@ -81,21 +81,39 @@ def test_one_vocabulary_in_two_spellings(tmp_path: Path, files: dict[str, Any]) 
     assert (found.warnings, {p.note for p in found.pairs}) == ((), {""})
 
 
-WARNED: dict[str, dict[str, Any]] = {
-    "of a kind that is not read": {"tokenizer.model": "other"},
-    "broken": {"vocab.json": "{"},
-    "empty": {"vocab.json": "{}"},
+WARNED: dict[str, tuple[dict[str, Any], str]] = {
+    "of a kind that is not read": (
+        {"tokenizer.model": "other"},
+        "'tokenizer.model' is not readable as a list of tokens",
+    ),
+    "broken": ({"vocab.json": "{"}, "not valid JSON"),
+    "empty": ({"vocab.json": "{}"}, "one has no list of tokens"),
 }
 
 
-@pytest.mark.parametrize("files", WARNED.values(), ids=WARNED)
+@pytest.mark.parametrize(("files", "says"), WARNED.values(), ids=WARNED)
 def test_tokenizers_that_differ_and_cannot_be_read_are_warned_of(
-    tmp_path: Path, files: dict[str, Any]
+    tmp_path: Path, files: dict[str, Any], says: str
 ) -> None:
     base = model(tmp_path / "base", ["a", "b"])
     (warning,) = align(base, model(tmp_path / "tuned", ["a", "b"], drift=1, **files)).warnings
-    assert "the tokenizers" in warning
+    assert "cannot compare the tokenizers" in warning
+    assert says in warning
     assert "vocabulary rows are paired by number" in warning
+
+
+def test_one_file_in_common_is_enough_to_know_that_they_are_alike(tmp_path: Path) -> None:
+    files = {"tokenizer.model": "pieces"}
+    base = model(tmp_path / "base", ["a", "b"], **{"vocab.json": '{"a": 0, "b": 1}'}, **files)
+    assert align(base, model(tmp_path / "tuned", ["a", "b"], **files)).warnings == ()
+
+
+def test_numbers_beyond_the_rows_pair_nothing(tmp_path: Path) -> None:
+    numbers = {"vocab.json": '{"a": -1, "b": 9000, "c": 2}'}
+    base = model(tmp_path / "base", ["a", "b", "c"], **numbers)
+    tuned = model(tmp_path / "tuned", ["c", "b", "a"], drift=1)
+    (pair, _) = align(base, tuned).pairs
+    assert (pair.eligible, pair.runs) == (2, ((0, 2),))
 
 
 def test_no_tokenizer_on_a_side_is_nothing_to_warn_of(tmp_path: Path) -> None:

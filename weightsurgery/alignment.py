@@ -10,6 +10,7 @@ from typing import Any
 
 from weightsurgery.checkpoint import Checkpoint
 from weightsurgery.coverage import ENOUGH, Coverage
+from weightsurgery.dtypes import FLOATING
 from weightsurgery.errors import MismatchError, SettingError, counted, shown
 from weightsurgery.pairing import TIED, Pairing
 from weightsurgery.pairs import Pair, Status
@@ -201,13 +202,14 @@ def align(
     if not any(p.eligible or (mismatched == "keep" and p.base is not None) for p in pairs):
         raise _nothing_pairs(base, tuned, called)
     # What --keep-mismatched keeps is kept on request.
-    kept = sum(p.tuned.size for p in pairs if p.status in _WRONG and p.key == p.name)
+    floating = (p for p in pairs if p.tuned.dtype.name in FLOATING and p.key == p.name)
+    kept = sum(pair.tuned.size for pair in floating if pair.status in _WRONG)
     if partial == "refuse" and not coverage.is_enough(besides=kept):
         raise MismatchError(
             coverage.summary,
             file=tuned.label,
-            hint=f"expected at least {100 * ENOUGH:.0f} %; --map pairs names by hand, "
-            "--allow-partial keeps TUNED's where BASE has nothing",
+            hint=f"expected at least {100 * ENOUGH:.0f} %; use --map to pair names, or "
+            "--allow-partial to keep unpaired tensors from TUNED",
             code="E-PAIR-COVERAGE",
         )
     warnings += [*found.warnings, coverage.summary if called == "TUNED" else ""]
@@ -277,10 +279,10 @@ def _compare_types(base: Checkpoint, tuned: Checkpoint, called: str, *, refuse: 
         return ""
     reason = f"model_type is {shown(types[0])} in BASE and {shown(types[1])} in {called}"
     if not refuse and called == "TUNED":
-        return f"{reason}; what is compared are the tensors of the same name and shape"
+        return f"{reason}; tensors that pair are used anyway"
     hint = f"give the model that {called} was made from"
     if called == "TUNED":
-        hint = "was TUNED fine-tuned from this model? --allow-partial pairs what fits"
+        hint = "was TUNED fine-tuned from this model? --allow-partial pairs the tensors that match"
     raise MismatchError(reason, file=tuned.label, hint=hint, code="E-PAIR-TYPE")
 
 
@@ -309,7 +311,7 @@ def _are_integers(pair: Pair) -> bool:
 def _nothing_pairs(base: Checkpoint, tuned: Checkpoint, called: str) -> MismatchError:
     names = [next(iter(checkpoint), "(no tensors)") for checkpoint in (base, tuned)]
     return MismatchError(
-        f"no tensor of BASE and {called} belongs together (names such as '{shown(names[0])}' and "
+        f"no tensors of BASE and {called} could be paired (for example '{shown(names[0])}' and "
         f"'{shown(names[1])}')",
         file=tuned.label,
         hint=_doubt(called, "--strip-prefix or --map FILE can pair names"),

@@ -342,10 +342,11 @@ def _disk_names(module: Any, checkpoint: Checkpoint) -> dict[str, Any]:
     lost = [n for n, p in module.named_parameters() if p.requires_grad and id(p) not in seen]
     if lost:
         raise MismatchError(
-            "the model computes with a parameter that the file stores in another form, such as "
-            "experts one by one; this command needs it as the model has it",
+            "no stored tensor holds this parameter of the model as it is",
             file=checkpoint.label,
             tensor=lost[0],
+            hint="this command needs tensors that transformers loads without renaming, fusing or "
+            "splitting them",
             code="E-MODEL-WEIGHTS",
         )
     return found

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from weightsurgery.anatomy import find_embedding, kind_of, natural_key
+from weightsurgery.anatomy import find_embedding, kind_of, layer_of, natural_key
 from weightsurgery.architecture.canonical import relative, template
 from weightsurgery.architecture.matching import Counterpart, Matcher, Side, read_sides
 from weightsurgery.architecture.pieces import UnsupportedError
@@ -24,7 +24,10 @@ from weightsurgery.pairs import Pair, Status
 from weightsurgery.ties import is_output_head, says_tied, tied_to
 
 # What a fine-tuning adds to a model; a pre-trained one has a language model's head at most.
-_TASKS = re.compile(r"For\w*(?:Classification|QuestionAnswering|MultipleChoice)$")
+_TASKS = re.compile(
+    r"For\w*(?:Classification|QuestionAnswering|MultipleChoice|Prediction|CTC|XVector|Reward\w*)$"
+)
+DUPLICATE = "another name for a tensor that is also stored without a wrapper's segments"
 _SWAPPED = "are BASE and TUNED the right way round?"
 TIED = "tied to another tensor in TUNED"  # why a tensor of BASE has no counterpart of its own
 _TASK_HEAD = re.compile(r"(?:^|\.)(?:classifier|score|qa_outputs|logits_proj)\.")
@@ -115,6 +118,8 @@ class Pairing:
         except UnsupportedError as error:
             return Pair(view, None, 0, str(error), key, status=Status.ARRANGEMENT)
         found = found or self._guessed(view.name)
+        if found is None and view.name in self.matcher.tuned.names.ambiguous:
+            return Pair(view, None, 0, DUPLICATE, key, status=Status.MISSING)
         if found is None:
             head = self.is_head(self.matcher.tuned, view.name)
             status = Status.HEAD if head else Status.MISSING
@@ -242,16 +247,20 @@ class Pairing:
         return Pair(view, base, view.size, "", key, note, names=found.names)
 
     def is_head(self, side: Side, name: str) -> bool:
-        """True for what a model has for its task, outside of the base model."""
-        known = side.names.architecture
+        """True for a head: outside of the base model, the output's or one that the task needs.
+
+        A classifier's pooler is one too, since language models are stored without it. Where the
+        architecture is not known, names decide, of tensors outside of numbered layers.
+        """
+        known, canonical = side.names.architecture, side.canonical(name)
+        if known is None:
+            return kind_of(canonical) == "head" and not layer_of(canonical)
+        for_a_task = bool(_TASKS.search(known.name))
         loaded = side.names.places[name].model_name
-        outside = (
-            known is not None
-            and bool(known.prefix)
-            and not loaded.startswith(f"{known.prefix}.")
-            and template(loaded) in known.parameters
-        )
-        return outside or kind_of(name) == "head"
+        inside = not known.prefix or loaded.startswith(f"{known.prefix}.")
+        if inside or template(loaded) not in known.parameters:
+            return for_a_task and canonical.startswith("pooler.")
+        return for_a_task or loaded.partition(".")[0] == known.head.partition(".")[0]
 
     @cached_property
     def unused(self) -> tuple[tuple[str, str], ...]:
@@ -267,6 +276,8 @@ class Pairing:
             tuned.names.architecture is None
             and (name in tied_to(self.base) or (is_output_head(name) and says_tied(self.tuned)))
         )
+        if name in base.names.ambiguous:
+            return DUPLICATE
         return TIED if is_tied else "TUNED has no such tensor"
 
     @property
@@ -274,13 +285,13 @@ class Pairing:
         """What looks like a mistake, though it may be none."""
         found = [f"{reason}: {_SWAPPED}" for reason in self._signs_of_a_swap()]
         found += [
-            f"'{shown(name)}': tied by config.json, but stored with other values; treated as a "
-            "tensor of its own, as transformers does"
+            f"'{shown(name)}': config.json ties it, but its stored values differ; treated as a "
+            "separate tensor, as in transformers"
             for name in self.untied
         ]
         found += [
-            f"BASE has '{shown(name)}' apart from '{shown(other)}', and TUNED ties the two: no "
-            "edit of TUNED can have both"
+            f"BASE stores '{shown(name)}' and '{shown(other)}' separately, but TUNED ties them; "
+            "the output cannot hold both"
             for name, other in self._lost_by_ties()
         ]
         found += [self.tokens.warning] if self._has_vocabulary and self.tokens.warning else []
@@ -303,10 +314,14 @@ class Pairing:
         rest = [n for n in lost if n not in heads and not self.is_head(side, n)]
         size = sum(self.base[name].size for name in rest)
         whole = sum(view.size for view in self.base.values())
+        models = [one.names.architecture for one in (side, self.matcher.tuned)]
+        text_only = None not in models and [bool(m.text) for m in models if m] == [True, False]
+        if text_only:
+            return  # a language model taken out of a model with images
         if self.coverage.is_complete and size > (1 - ENOUGH) * whole:
             yield (
                 f"{percent(1 - size / whole)} of BASE's parameters have a counterpart in TUNED "
-                f"(none has '{shown(rest[0])}')"
+                f"('{shown(rest[0])}' has none)"
             )
 
     def _lost_by_ties(self) -> Iterator[tuple[str, str]]:

@@ -50,7 +50,8 @@ KeepMismatched = Annotated[
     bool, Setting("keep TUNED's tensor where the shapes differ, instead of refusing")
 ]
 AllowPartial = Annotated[
-    bool, Setting("continue where less than 95 % of TUNED's parameters have a counterpart in BASE")
+    bool,
+    Setting("continue even if less than 95 % of TUNED's parameters have a counterpart"),
 ]
 
 

@@ -109,7 +109,7 @@ def verify_adapter(
     found = {pair.name: _Sums() for pair in pairs}
 
     def step(pair: Pair, start: int, before: Block, after: Block) -> Block:
-        mine = updates.get(pair.base.name, []) if pair.base else []
+        mine = updates.get(_base_name(pair), [])
         if mine and isinstance(mine[-1], Replace) and not mine[-1].by.dtype.arithmetic:
             before, mine = mine[-1].by.read(start, start + before.size), []
         return compare(before, after, start, mine, allow_nonfinite=allow_nonfinite)
@@ -119,10 +119,7 @@ def verify_adapter(
         return sums
 
     fold(step, combine, found, pairs, engine=engine or Engine(), what="proving")
-    tensors = [
-        _verdict(pair.name, found[pair.name], bool(pair.base and pair.base.name in updates))
-        for pair in pairs
-    ]
+    tensors = [_verdict(pair.name, found[pair.name], _base_name(pair) in updates) for pair in pairs]
     copies = [pair for pair in paired.pairs if pair.base is None and _is_copy(pair, merged)]
     tensors = [*_absent(reading, paired, merged), *_unlike(paired, copies, updates), *tensors]
     tensors = list({one["tensor"]: one for one in tensors[::-1]}.values())  # the first one counts
@@ -161,6 +158,11 @@ def _is_tied(merged: Checkpoint) -> bool:
     return says_tied(merged) or not any(map(is_output_head, merged))
 
 
+def _base_name(pair: Pair) -> str:
+    """BASE's tensor that a pair is read from, "" for none or several."""
+    return pair.names[0] if len(pair.names) == 1 else ""
+
+
 def _compared(pair: Pair) -> int:
     """How many of a pair's elements are compared: integers and masks too, where they are alike."""
     if pair.base is None or pair.eligible:
@@ -185,7 +187,7 @@ def _unlike(
     found = []
     for pair in paired.pairs:
         mine, theirs = pair.tuned, pair.base
-        adapted = theirs is not None and theirs.name in updates
+        adapted = _base_name(pair) in updates
         if theirs is None:
             verdict = "" if pair in copies else "extra"
         else:

@@ -75,7 +75,12 @@ def _with_parts(known: Architecture, config: Mapping[str, Any]) -> Architecture:
         if other is None or not isinstance(part, Mapping):
             continue
         converters = [rule for rule in other.rules if rule.operations]
-        known = replace(known, rules=(*converters, *known.rules))
+        known = replace(
+            known,
+            rules=(*converters, *known.rules),
+            float32=(*known.float32, *other.float32),
+            float32_strict=(*known.float32_strict, *other.float32_strict),
+        )
         default = architecture_of({"model_type": usual})
         module = known.head.removesuffix(default.head) if default and default.head else ""
         if key == known.text_config_key and module.endswith("."):

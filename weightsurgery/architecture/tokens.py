@@ -61,7 +61,7 @@ class Tokens:
             other = theirs.get(ours.get(row, ""))
             if other is None and row not in taken:
                 other = row
-            if other is None or other >= base_rows:
+            if other is None or not 0 <= other < base_rows:
                 continue
             last = found[-1] if found else [-1, -1, 0]
             if row == last[0] + last[2] and other == last[1] + last[2]:
@@ -74,28 +74,30 @@ class Tokens:
     def _read(self) -> tuple[Mapping[str, int] | None, Mapping[int, str] | None, str]:
         """BASE's number of each token, TUNED's token of each number, and a warning.
 
-        Two times None where rows of the same number belong together, as far as is known.
+        (None, None, …) if rows are paired by number.
         """
         sides = (self.base, self.tuned)
-        files = [_file(side, _READABLE) for side in sides]
-        if None in files:
-            others = [_file(side, (*_READABLE, *_OTHERS)) for side in sides]
-            if None in others or _same(others):
-                return None, None, ""
-            return None, None, _unread("cannot be read as a list of tokens", others)
-        if _same(files):
+        names = (*_READABLE, *_OTHERS)
+        if any(_same([_file(side, (name,)) for side in sides]) for name in names):
             return None, None, ""
+        files = [_file(side, _READABLE) or _file(side, names) for side in sides]
+        if None in files:
+            return None, None, ""
+        unreadable = [file for file in files if file is not None and file.name not in _READABLE]
+        if unreadable:
+            reason = f"'{shown(unreadable[0].name)}' is not readable as a list of tokens"
+            return None, None, _unread(reason, files)
         try:
             theirs, ours = (read_vocabulary(side) for side in sides)
         except FormatError as error:
-            return None, None, _unread(f"cannot be read: {error}", files)
+            return None, None, _unread(str(error), files)
         numbers = {token: number for number, token in theirs.items()}
         if not theirs or not ours:
-            return None, None, _unread("have no list of tokens", files)
-        if all(numbers.get(token, number) == number for number, token in ours.items()):
-            shared = len(theirs.keys() & ours.keys())
-            if all(theirs.get(n, t) == t for n, t in ours.items()) and shared:
-                return None, None, ""
+            return None, None, _unread("one has no list of tokens", files)
+        if all(theirs.get(number, token) == token for number, token in ours.items()) and all(
+            numbers.get(token, number) == number for number, token in ours.items()
+        ):
+            return None, None, ""
         return numbers, ours, ""
 
 
@@ -114,4 +116,4 @@ def _same(files: list[FileRef | None]) -> bool:
 
 def _unread(reason: str, files: list[FileRef | None]) -> str:
     names = " and ".join(f"'{shown(file.path)}'" for file in files if file is not None)
-    return f"the tokenizers {names} differ and {reason}; vocabulary rows are paired by number"
+    return f"cannot compare the tokenizers {names}: {reason}; vocabulary rows are paired by number"

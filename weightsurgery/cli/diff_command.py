@@ -12,7 +12,7 @@ from weightsurgery.comparison import DiffReport, diff, drift
 from weightsurgery.errors import SurgeryError, shown
 from weightsurgery.formats import save
 from weightsurgery.formats.plan import make_plan
-from weightsurgery.gates import gate_results, parse_gate, refuse_failed
+from weightsurgery.gates import COUNTS, gate_results, parse_gate, refuse_failed
 from weightsurgery.report.comparison import comparison_csv, comparison_tables
 from weightsurgery.report.tables import show
 from weightsurgery.statistics import METRICS
@@ -107,7 +107,7 @@ command = options.Command(
     the dimensions, rows (neurons), columns and word-embedding rows that moved most.
 
     --fail-if takes '[GLOB:] METRIC OPERATOR NUMBER' and makes the exit code 10 when it is true of
-    the model (or of a tensor that matches GLOB). Metrics: {", ".join(METRICS)}.
+    the model (or of a tensor that matches GLOB). Metrics: {", ".join((*METRICS, *COUNTS))}.
 
     \b
     Examples:
@@ -115,7 +115,8 @@ command = options.Command(
       wsurg diff base/ tuned/ --top 20 --json > report.json
       wsurg diff base/ tuned/ --drift drift.safetensors
       wsurg diff base/ tuned/ --fail-if 'relative_l2 > 0.1' \\
-          --fail-if '*.bias: max_abs > 1'
+          --fail-if '*.bias: max_abs > 1' \\
+          --fail-if 'unpaired > 0'
     """,
     params=[
         click.Argument(["base"], metavar="BASE", type=click.Path()),

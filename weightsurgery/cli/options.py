@@ -180,7 +180,7 @@ WORKERS = click.Option(
 WEIGHTS = click.Option(
     ["--weights"],
     metavar="FILE",
-    help="Weights file to use where a model directory has two answers.",
+    help="Weights file to open if a directory contains several.",
 )
 ALLOW_PICKLE = click.Option(
     ["--allow-pickle"],

@@ -32,7 +32,7 @@ def open_checkpoint(
     Args:
         path: A `.safetensors` file, a model directory (one file or several shards), or a hub id
             `org/name@revision`.
-        weights: Name of the weights file to use where a directory has two answers.
+        weights: Name of the weights file to open if a directory contains several.
         allow_pickle: Open PyTorch's pickled checkpoints too (.bin, .pt, .pth, .ckpt). Each is
             checked and turned into safetensors at once, by a confined process with little time
             and memory, in a temporary directory that is gone when this returns.

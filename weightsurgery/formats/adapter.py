@@ -54,7 +54,7 @@ def open_adapter(folder: Folder) -> Checkpoint:
     others = [n for n in sorted(entries) if n != chosen and fits(n, _OTHERS)]
     if others:
         raise PolicyError(
-            f"two answers to which weights are meant: {chosen} and {shown(others[0])}",
+            f"ambiguous weights: {chosen} and {shown(others[0])}",
             file=folder.path,
             hint="keep one of the two in the folder",
             code="E-TWO-ANSWERS",

@@ -114,7 +114,7 @@ def _tensors(loaded: Any) -> tuple[dict[str, Any], list[str]]:
         *(f"those of {_listed([k])}" for k in inner),
     ]
     if len(answers) > 1:
-        reason = f"two answers to which tensors are meant: {answers[0]} and {answers[1]}"
+        reason = f"ambiguous tensors: {answers[0]} and {answers[1]}"
         _end(UNFIT, reason)
     if inner:
         others = [key for key in loaded if key not in inner]

@@ -104,7 +104,7 @@ def _open_weights(folder: Folder, config: dict[str, Any], weights: str | None) -
     else:
         if weights not in folder.entries:
             raise SettingError(
-                f"there is no {shown(weights)} to take the weights from",
+                f"weights file not found: {shown(weights)}",
                 file=folder.path,
                 code="E-WEIGHTS-NAME",
             )
@@ -137,7 +137,7 @@ def _choose(folder: Folder, config: dict[str, Any]) -> str | list[str]:
     if len(claims) > 1:
         file = isinstance(answers[0], str)
         raise PolicyError(
-            f"two answers to which weights are meant: {' and '.join(map(shown, claims))}",
+            f"ambiguous weights: {' and '.join(map(shown, claims))}",
             file=folder.path,
             hint=f"choose one with --weights {named[0]}" if file else "keep one in the directory",
             code="E-TWO-ANSWERS",
@@ -160,12 +160,14 @@ def _no_weights(folder: Folder, adapters: list[str], pickles: list[str]) -> Exce
         )
     if pickles and not folder.allow_pickle:
         return refuse_pickle(os.path.join(folder.path, pickles[0]))
-    seen = [*adapters, *others, *pickles]
+    indexes = [name for name in folder.entries if name.endswith(".index.json")]
+    seen = [*adapters, *indexes, *others, *pickles]
+    choice = indexes[0] if len(indexes) == 1 else "FILE"
     return FormatError(
         f"no {SINGLE} and no {INDEX} in this directory"
         + (f"; it holds {', '.join(map(shown, seen[:5]))}" if seen else ""),
         file=folder.path,
-        hint="choose one with --weights FILE" if seen else "is this a model directory?",
+        hint=f"choose one with --weights {shown(choice)}" if seen else "is this a model directory?",
         code="E-NO-WEIGHTS",
     )
 

@@ -7,14 +7,15 @@ whose last bits choose the experts, or matrices that overflow in F16. They stay 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import numpy as np
 
 from weightsurgery.alignment import Pair, check_glob, matches
-from weightsurgery.architecture.facts import architecture_of
+from weightsurgery.architecture.canonical import read_names
+from weightsurgery.architecture.composite import find_architecture
 from weightsurgery.checkpoint import Checkpoint, TensorView
 from weightsurgery.dtypes import DTYPES, DType
 from weightsurgery.errors import NonFiniteError, counted, first_few, shown
@@ -86,7 +87,7 @@ def convert(
     require_unquantised(checkpoint)
     target = DTYPES[dtype.upper()]
     changed = {n: v for n, v in checkpoint.items() if v.dtype.arithmetic and v.dtype != target}
-    kept = _kept(changed, exclude, _float32_pattern(checkpoint.config, dtype))
+    kept = _kept(changed, exclude, _in_float32(checkpoint, dtype))
     changed = {n: v for n, v in changed.items() if n not in kept}
     overflow = _overflow(changed, target, engine)
     told = _described(overflow, changed, target)
@@ -107,30 +108,32 @@ def convert(
     return with_dtype(result, _CONFIGURED[dtype])
 
 
-def _float32_pattern(config: Mapping[str, Any], dtype: str) -> re.Pattern[str] | None:
-    """What transformers searches names for to keep parameters in float32; None for float32.
+def _in_float32(checkpoint: Checkpoint, dtype: str) -> Collection[str]:
+    """The tensors that transformers keeps in float32 where another dtype is requested.
 
     `_keep_in_fp32_modules` counts for F16 alone, `_keep_in_fp32_modules_strict` for BF16 too. Each
-    is a regular expression that is searched in the name, with `*` for `.*`.
+    is a regular expression that is searched in the model's name, with `*` for `.*`.
     """
     if dtype == "f32":
-        return None
-    facts = architecture_of(config)
+        return ()
+    facts = find_architecture(checkpoint.config)
     modules = [_ROUTER_BIAS]
     if facts is not None:
         modules += [*facts.float32_strict, *(facts.float32 if dtype == "f16" else ())]
-    return re.compile("|".join(module.replace("*", ".*") for module in modules))
+    pattern = re.compile("|".join(module.replace("*", ".*") for module in modules))
+    places = read_names(checkpoint, facts).places
+    return {n for n, place in places.items() if pattern.search(place.model_name)}
 
 
 def _kept(
-    views: Mapping[str, TensorView], exclude: tuple[str, ...], float32: re.Pattern[str] | None
+    views: Mapping[str, TensorView], exclude: tuple[str, ...], float32: Collection[str]
 ) -> dict[str, str]:
     """The tensors that stay as they are stored, each with the reason."""
     found = {}
     for name in views:
         if matches(name, exclude):
             found[name] = "excluded"
-        elif float32 is not None and float32.search(name):
+        elif name in float32:
             found[name] = "float32 in transformers"
     return found
 
@@ -139,8 +142,8 @@ def _kept_warnings(kept: Mapping[str, str]) -> list[str]:
     names = [f"'{shown(name)}'" for name, reason in kept.items() if reason != "excluded"]
     if not names:
         return []
-    what = "as transformers keeps them in float32"
-    return [f"{counted(len(names), 'tensor')} kept as stored, {what}: {first_few(names)}"]
+    what = "as stored because transformers keeps them in float32"
+    return [f"kept {counted(len(names), 'tensor')} {what}: {first_few(names)}"]
 
 
 def _rounded(view: TensorView, target: DType) -> TensorView:

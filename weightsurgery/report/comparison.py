@@ -46,7 +46,7 @@ def comparison_tables(report: DiffReport, *, limit: int) -> list[Table]:
         *_top_tables(report),
         table("By layer", "layer", report.layers, "layer"),
         table("By kind of module", "kind", report.kinds, "kind"),
-        *alignment_tables(report.alignment, report.other),
+        *alignment_tables(report.alignment, report.other, kept="Not compared"),
         _nonfinite_table(report),
         _summary(report),
     ]
@@ -102,13 +102,17 @@ def _token(token: str | None) -> str:
 
 
 def alignment_tables(
-    alignment: Mapping[str, Any], other: Sequence[Mapping[str, Any]] = ()
+    alignment: Mapping[str, Any],
+    other: Sequence[Mapping[str, Any]] = (),
+    *,
+    kept: str = "Kept from TUNED",
 ) -> list[Table]:
     """What did not pair, and why; nothing where everything did.
 
     Args:
         alignment: The report of `Alignment.to_json`.
         other: Tensors compared as bytes, with how many elements differ.
+        kept: What to call the tensors that are TUNED's own.
     """
     prefix = alignment["prefix"]
     found = [[repr(prefix["text"]), prefix["on"].upper()]] if prefix else []
@@ -125,7 +129,7 @@ def alignment_tables(
     ]
     return [
         Table("Names paired by a prefix", ("prefix", "only in names of"), found),
-        Table("Kept from TUNED", ("tensor", "reason"), names(alignment["kept_from_tuned"])),
+        Table(kept, ("tensor", "reason"), names(alignment["kept_from_tuned"])),
         Table("Paired in part", ("tensor", "which"), names(partly)),
         Table(
             "Tied in TUNED", ("tensor", "to"), [[shown(e["tensor"]), shown(e["to"])] for e in tied]

@@ -55,10 +55,12 @@ def verification_tables(report: Mapping[str, Any], *, limit: int, more: str) -> 
 def _how_much(report: Mapping[str, Any]) -> str:
     """Which part of TUNED the proof is about, where that is not all but task heads."""
     coverage = {} if report["selection"] is None else report["selection"]["coverage"]
-    if not coverage or not (coverage["unpaired"] or coverage["partly_paired"]):
+    if not coverage:
         return ""
-    share = percent(coverage["share"])
-    return f", for {share} of TUNED's parameters; BASE has no counterpart for the rest"
+    if coverage["unpaired"] or coverage["partly_paired"]:
+        share = percent(coverage["share"])
+        return f", for {share} of TUNED's parameters; BASE has no counterpart for the rest"
+    return ", except for task heads that BASE lacks" if coverage["task_heads"] else ""
 
 
 def _selected(selection: Mapping[str, Any] | None, proved: bool) -> Iterator[list[str]]:
@@ -71,7 +73,7 @@ def _selected(selection: Mapping[str, Any] | None, proved: bool) -> Iterator[lis
     alone = {e["tensor"]: e["reason"] for e in selection["coverage"]["unpaired"]}
     if alone:
         names = first_few([f"'{shown(name)}'" for name in alone])
-        text = f"{counted(len(alone), 'tensor')}, compared with TUNED alone: {names}"
+        text = f"{counted(len(alone), 'tensor')}, compared only with TUNED: {names}"
         yield ["not in BASE", text]
     renamed = selection["renamed"]
     if renamed:
