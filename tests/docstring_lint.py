@@ -13,7 +13,7 @@ from pathlib import Path
 
 import weightsurgery
 from weightsurgery import errors
-from weightsurgery.architecture.pieces import UnsupportedError
+from weightsurgery.architecture.conversion import UnsupportedError
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "docs"))

@@ -11,10 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from weightsurgery.architecture import views
+from weightsurgery.architecture.conversion import UnsupportedError
 from weightsurgery.architecture.pieces import (
     Assembly,
-    UnsupportedError,
-    drop,
     join,
     link,
     refine,
@@ -85,16 +84,11 @@ def half_of_an_interleaved_one(stored: Stored) -> Both:
     return split(part, 1, (4, 4))[1], array[:, 4:]
 
 
-def dropped(stored: Stored) -> Both:
-    part, array = stored.new(1, 3, 2)
-    return drop(part, 0), array[0]
-
-
 ARRANGEMENTS: dict[str, Callable[[Stored], Both]] = {
     found.__name__: found
     for found in (
         *(experts, one_third, turned, interleaved, rotary, turned_experts),
-        *(half_of_an_interleaved_one, dropped),
+        half_of_an_interleaved_one,
     )
 }
 
@@ -218,7 +212,6 @@ REFUSED: dict[str, tuple[Callable[[], object], str]] = {
         lambda: join([regroup(whole("a", (4,)), 0, (2, 2), (1, 0))] * 2, 0),
         "interleaved tensors are joined",
     ),
-    "more than one": (lambda: drop(whole("a", (2,)), 0), "more than one index is dropped"),
     "a part of a group": (
         lambda: regroup(join([whole("a", (3,)), whole("b", (1,))], 0), 0, (2, 2), (1, 0)),
         "ends within a group of rows",

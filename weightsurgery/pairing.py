@@ -11,10 +11,10 @@ from typing import Any
 
 from weightsurgery.anatomy import find_embedding, kind_of, layer_of, natural_key
 from weightsurgery.architecture.canonical import relative, template
+from weightsurgery.architecture.conversion import UnsupportedError
+from weightsurgery.architecture.facts import class_of
 from weightsurgery.architecture.matching import Counterpart, Matcher, Side, read_sides
-from weightsurgery.architecture.pieces import UnsupportedError
 from weightsurgery.architecture.tokens import Tokens
-from weightsurgery.architecture.views import row_view
 from weightsurgery.checkpoint import Checkpoint, TensorView
 from weightsurgery.coverage import ENOUGH, Coverage, percent
 from weightsurgery.dtypes import FLOATING
@@ -237,6 +237,8 @@ class Pairing:
             return Pair(view, found.view, 0, reason, key, note, Status.ROWS, names=found.names)
         base, runs = found.view, found.runs
         if rows != [(0, 0, count)]:
+            from weightsurgery.architecture.views import row_view
+
             base, runs = row_view(view, found.view, rows, width)
         if count * width < view.size:
             reason = f"{count:,} {by} ({shapes})"
@@ -250,10 +252,10 @@ class Pairing:
         """True for a head: outside of the base model, the output's or one that the task needs.
 
         A classifier's pooler is one too, since language models are stored without it. Where the
-        architecture is not known, names decide, of tensors outside of numbered layers.
+        class is not known, names decide, of tensors outside of numbered layers.
         """
         known, canonical = side.names.architecture, side.canonical(name)
-        if known is None:
+        if known is None or known.name != class_of(side.checkpoint.config):
             return kind_of(canonical) == "head" and not layer_of(canonical)
         for_a_task = bool(_TASKS.search(known.name))
         loaded = side.names.places[name].model_name

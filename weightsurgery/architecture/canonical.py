@@ -172,7 +172,7 @@ class _Reader:
 
     def __init__(self, architecture: Architecture | None, names: list[str]) -> None:
         self._architecture = architecture
-        rules = architecture.rules if architecture else (*_experts(), *legacy_rules())
+        rules = architecture.rules if architecture else (*_experts(names), *legacy_rules())
         self._renamer = Renamer(rules, map(unwrapped, names))
         patterns = " ".join(text for rule in rules for text in (rule.match, *rule.targets))
         self._literal = set(_DIGITS.findall(re.sub(r"\\\d|P<g\d+>", "", patterns)))
@@ -211,8 +211,10 @@ class _Reader:
         return Form(loaded, relative(known, loaded.renamed), relative(known, loaded.target))
 
 
-def _experts() -> Iterable[Rule]:
+def _experts(names: Iterable[str]) -> Iterable[Rule]:
     """How mixtures of experts are mostly stored, for architectures that are not known."""
+    if not any("experts" in name for name in names):
+        return
     for kind in ("qwen2_moe", "mixtral"):
         found = architecture_of({"model_type": kind})
         yield from (rule for rule in found.rules if rule.operations) if found else ()

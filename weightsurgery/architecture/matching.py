@@ -11,17 +11,20 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 from weightsurgery.anatomy import natural_key
 from weightsurgery.architecture.canonical import Names, read_names
 from weightsurgery.architecture.composite import find_architecture
-from weightsurgery.architecture.conversion import assemble
 from weightsurgery.architecture.facts import Architecture
-from weightsurgery.architecture.pieces import Assembly, Link, link, whole
 from weightsurgery.architecture.ties import Ties, find_ties
-from weightsurgery.architecture.views import Run, linked_view
 from weightsurgery.checkpoint import Checkpoint, TensorView
 from weightsurgery.errors import shown
+
+if TYPE_CHECKING:
+    from weightsurgery.architecture.pieces import Assembly, Link
+
+Run = tuple[int, int]
 
 
 @dataclass(frozen=True)
@@ -195,6 +198,8 @@ class Matcher:
 
     def _converted(self, name: str) -> Counterpart | None:
         """A view of the pieces that the loading library makes the same parameters of."""
+        from weightsurgery.architecture.views import linked_view  # most models need none
+
         theirs, mine = self._made
         links: list[Link] = []
         for target in mine.targets_of(name):
@@ -213,6 +218,8 @@ class Matcher:
 
 
 def _linked(ours: Assembly | None, theirs: Assembly | None) -> dict[str, list[Link]]:
+    from weightsurgery.architecture.pieces import link
+
     if ours is None or theirs is None:
         return {}
     found: dict[str, list[Link]] = {}
@@ -264,9 +271,14 @@ class _Made:
         name = self._side.stored(target)
         if name is None or self._side.names.places[name].converter is not None:
             return None
+        from weightsurgery.architecture.pieces import whole
+
         return whole(name, self._side.checkpoint[name].shape)
 
     def _output(self, rule: int, target: str) -> dict[str, Assembly]:
+        from weightsurgery.architecture.assembly import assemble
+        from weightsurgery.architecture.pieces import whole
+
         key = (rule, target)
         if key not in self._outputs:
             names, view = self._side.names, self._side.checkpoint

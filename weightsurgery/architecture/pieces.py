@@ -14,11 +14,9 @@ import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
+from weightsurgery.architecture.conversion import UnsupportedError
+
 Axis = tuple[int, ...]
-
-
-class UnsupportedError(ValueError):
-    """An arrangement that pieces cannot describe."""
 
 
 @dataclass(frozen=True)
@@ -203,23 +201,6 @@ def split(whole_: Assembly, axis: int, sizes: Sequence[int]) -> list[Assembly]:
         parts.append(Assembly(axes, pieces))
         start += count
     return parts
-
-
-def drop(part: Assembly, axis: int) -> Assembly:
-    """A tensor without an axis of one index.
-
-    Raises:
-        UnsupportedError: The axis has more.
-    """
-    axis %= len(part.axes)
-    if part.axes[axis] != (1,):
-        raise UnsupportedError("an axis of more than one index is dropped")
-    at = part.first(axis)
-    pieces = tuple(
-        Piece(p.stored, _with(p.starts, at), _with(p.counts, at), _with(p.strides, at), p.offset)
-        for p in part.pieces
-    )
-    return Assembly(_without(part, axis), pieces)
 
 
 def transpose(part: Assembly, one: int, other: int) -> Assembly:

@@ -14,7 +14,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from weightsurgery.architecture.pieces import Link, UnsupportedError
+from weightsurgery.architecture.conversion import UnsupportedError
+from weightsurgery.architecture.pieces import Link
 from weightsurgery.checkpoint import TensorView
 from weightsurgery.kernels import Block
 
@@ -79,7 +80,7 @@ def linked_view(
     """
     dtypes = {sources[link.theirs].dtype for link in links}
     if len(dtypes) != 1:
-        raise UnsupportedError("the tensors it is made of have different dtypes")
+        raise UnsupportedError("its parts in BASE have different dtypes")
     boxes = sorted((_box(link, sources) for link in links), key=lambda box: box.start)
     dtype = dtypes.pop()
     starts = [box.start for box in boxes]
@@ -134,7 +135,7 @@ def _runs(boxes: Sequence[_Box], size: int) -> tuple[Run, ...]:
     if sum(box.size for box in boxes) == size:
         return ((0, size),)  # boxes are disjoint
     if sum(box.size // (box.axes[-1][0] if box.axes else 1) for box in boxes) > _MOST_RUNS:
-        raise UnsupportedError("its elements lie in too many places")
+        raise UnsupportedError("it is too fragmented to pair")
     found = np.concatenate([box.runs() for box in boxes])
     found = found[np.argsort(found[:, 0])]
     merged: list[list[int]] = []
