@@ -78,6 +78,31 @@ def test_experts_of_a_text_model_of_another_type_are_converted() -> None:
     assert place.target == "layers.0.mlp.experts.gate_up_proj"
 
 
+def test_a_head_goes_with_no_other_head() -> None:
+    """ALBERT's sentence-order head is no classifier, though its name ends like one."""
+    albert = {"model_type": "albert"}
+    words = {"albert.embeddings.word_embeddings.weight": np.ones((9, 2), np.float32)}
+    head = {"classifier.weight": np.ones((2, 2), np.float32)}
+    theirs = {f"sop_classifier.{name}": array for name, array in head.items()}
+    for base, tuned in ((theirs, head), (head, theirs)):
+        sides = [
+            from_arrays(words | given, config=albert | {"architectures": [f"AlbertFor{name}"]})
+            for given, name in (
+                (base, "PreTraining" if base is theirs else "SequenceClassification"),
+                (tuned, "PreTraining" if tuned is theirs else "SequenceClassification"),
+            )
+        ]
+        found = {p.name: p.base for p in align(*sides).pairs}
+        assert found[next(iter(tuned))] is None
+
+
+def test_a_doubled_prefix_is_the_tensor_that_is_loaded() -> None:
+    name = "bert.encoder.layer.0.output.dense.weight"
+    found = read_names(sorted([name, f"bert.{name}"]), architecture_of(BERT))
+    assert found.places[f"bert.{name}"].canonical == "encoder.layer.0.output.dense.weight"
+    assert found.ambiguous == (name,)
+
+
 APART = {
     "another layer": ("bert.encoder.layer.0.x.bias", "bert.encoder.layer.1.x.bias"),
     "a module called module": ("bert.module.weight", "bert.weight"),

@@ -284,7 +284,7 @@ def test_a_tied_copy_of_other_bytes_cannot_hide() -> None:
     report = diff(from_arrays(base, config=config), from_arrays(tuned, config=config))
     assert HEAD in {entry["tensor"] for entry in report.tensors}
     (warning,) = report.warnings
-    assert "config.json ties it, but its stored values differ" in warning
+    assert "its class and config.json tie it, but its stored values differ" in warning
 
 
 def test_models_without_floating_tensors_are_compared_too() -> None:

@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 
 from tests import cases
-from weightsurgery import diff, epur, mix
+from weightsurgery import diff, epur, mix, purify
 from weightsurgery.alignment import align
 from weightsurgery.architecture.embedding import find_embedding
 from weightsurgery.checkpoint import from_arrays
+from weightsurgery.masks import changed_mask
 from weightsurgery.token_counts import TokenCounts
 
 WORDS = np.arange(12.0, dtype=np.float32).reshape(6, 2)
@@ -117,7 +118,7 @@ def test_copies_with_other_values_are_tensors_of_their_own() -> None:
     found = align(base, tuned)
     assert (found.dimensions, found.coverage.is_complete) == (24, True)
     (warning,) = found.warnings
-    assert "'lm_head.weight': config.json ties it, but its stored values differ" in warning
+    assert "'lm_head.weight': its class and config.json tie it, but its stored" in warning
     mixed = cases.read(mix(base, tuned, ratio=1))
     assert mixed[EMBED].tolist() == mixed[HEAD].tolist() == WORDS.tolist()
     half = cases.read(mix(base, tuned, ratio=0.5))
@@ -136,6 +137,39 @@ def test_a_head_that_tuned_ties_and_base_does_not_is_warned_of() -> None:
     found = align(base, model(LLAMA | TIED, EMBED, moved=1))
     assert found.unused == ((HEAD, "tied to another tensor in TUNED"),)
     assert any("TUNED ties" in warning and HEAD in warning for warning in found.warnings)
+
+
+def test_base_s_copies_with_other_values_are_warned_of() -> None:
+    """transformers leaves them apart; TUNED, which ties them, cannot have both."""
+    base = from_arrays({EMBED: WORDS, HEAD: WORDS + 5}, config=LLAMA | TIED)
+    for names in ((EMBED,), (EMBED, HEAD)):
+        (warning,) = align(base, model(LLAMA | TIED, *names, moved=1)).warnings
+        assert f"BASE stores '{HEAD}' and '{EMBED}' separately" in warning
+
+
+def test_the_embedding_counts_before_a_head_of_other_values() -> None:
+    base = from_arrays(
+        {BART_NAMES[1]: WORDS, BART_NAMES[2]: WORDS, BART_NAMES[3]: WORDS + 5}, config=BART
+    )
+    tuned = model(BART, BART_NAMES[0], moved=1)
+    (warning,) = align(base, tuned).warnings
+    assert "'lm_head.weight' and 'model." in warning
+    assert cases.read(mix(base, tuned, ratio=1))[BART_NAMES[0]].tolist() == WORDS.tolist()
+
+
+def test_equal_values_in_two_dtypes_are_tied() -> None:
+    half = np.arange(12, dtype=np.float16).reshape(6, 2)
+    tuned = from_arrays({EMBED: half, HEAD: half.astype(np.float32)}, config=LLAMA | TIED)
+    found = align(model(LLAMA | TIED, EMBED), tuned)
+    assert (found.dimensions, found.warnings) == (12, ())
+
+
+def test_a_mask_of_one_copy_is_for_the_other() -> None:
+    base, both = model(LLAMA | TIED, EMBED), model(LLAMA | TIED, EMBED, HEAD, moved=1)
+    alone = model(LLAMA | TIED, HEAD, moved=1)
+    mask = changed_mask(mix(base, both, ratio=0.5))
+    masked = cases.read(purify(base, alone, from_mask=mask))
+    assert masked[HEAD].tolist() == cases.read(mix(base, both, ratio=0.5))[EMBED].tolist()
 
 
 EMBEDDINGS = {

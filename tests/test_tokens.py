@@ -12,6 +12,7 @@ from safetensors.numpy import save_file
 
 from tests import cases
 from weightsurgery import align, diff, mix, open_checkpoint
+from weightsurgery.errors import MismatchError
 
 WORDS = "model.embed_tokens.weight"
 LLAMA = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "tie_word_embeddings": False}
@@ -84,7 +85,7 @@ def test_one_vocabulary_in_two_spellings(tmp_path: Path, files: dict[str, Any]) 
 WARNED: dict[str, tuple[dict[str, Any], str]] = {
     "of a kind that is not read": (
         {"tokenizer.model": "other"},
-        "'tokenizer.model' is not readable as a list of tokens",
+        "cannot compare the tokenizers",
     ),
     "broken": ({"vocab.json": "{"}, "not valid JSON"),
     "empty": ({"vocab.json": "{}"}, "one has no list of tokens"),
@@ -97,7 +98,6 @@ def test_tokenizers_that_differ_and_cannot_be_read_are_warned_of(
 ) -> None:
     base = model(tmp_path / "base", ["a", "b"])
     (warning,) = align(base, model(tmp_path / "tuned", ["a", "b"], drift=1, **files)).warnings
-    assert "cannot compare the tokenizers" in warning
     assert says in warning
     assert "vocabulary rows are paired by number" in warning
 
@@ -106,6 +106,44 @@ def test_one_file_in_common_is_enough_to_know_that_they_are_alike(tmp_path: Path
     files = {"tokenizer.model": "pieces"}
     base = model(tmp_path / "base", ["a", "b"], **{"vocab.json": '{"a": 0, "b": 1}'}, **files)
     assert align(base, model(tmp_path / "tuned", ["a", "b"], **files)).warnings == ()
+
+
+def test_a_blank_line_is_a_token_of_its_own(tmp_path: Path) -> None:
+    base = model(tmp_path / "base", ["a", "", "b"], rows=5, **{"vocab.txt": "a\n\nb\n"})
+    tuned = model(tmp_path / "tuned", ["b", "", "a"], rows=5, drift=1, **{"vocab.txt": "b\n\na\n"})
+    (pair, _) = align(base, tuned).pairs
+    assert pair.base is not None
+    rows = pair.base.read(0, 10).reshape(5, 2)[:, 0].tolist()
+    assert rows == [98, 0, 97, 0.5, 0.5]
+
+
+def test_a_token_that_stands_twice_stays_where_both_have_it(tmp_path: Path) -> None:
+    base = model(tmp_path / "base", ["a", "b", "c", "b"], **{"vocab.txt": "a\nb\nc\nb"})
+    tuned = model(tmp_path / "tuned", ["c", "b", "a", "b"], **{"vocab.txt": "c\nb\na\nb\n"})
+    (pair, _) = align(base, tuned).pairs
+    assert pair.base is not None
+    assert pair.base.read(0, 8).reshape(4, 2)[:, 0].tolist() == [99, 98, 97, 98]
+
+
+@pytest.mark.parametrize("listed", ["vocab.json", "tokenizer.model"])
+def test_added_tokens_are_paired_by_token(tmp_path: Path, listed: str) -> None:
+    files = {listed: '{"a": 0}'}
+    added = [{"<x>": 1, "<y>": 2}, {"<y>": 1, "<x>": 2}]
+    base, tuned = (
+        model(tmp_path / name, ["a", *found], **files, **{"added_tokens.json": found})
+        for name, found in zip(("base", "tuned"), added, strict=True)
+    )
+    (pair, _) = align(base, tuned).pairs
+    assert pair.base is not None
+    wanted = [sum(map(ord, token)) for token in ("a", "<y>", "<x>")]
+    assert pair.base.read(0, 6).reshape(3, 2)[:, 0].tolist() == wanted
+
+
+def test_a_vocabulary_of_other_tokens_did_not_just_grow(tmp_path: Path) -> None:
+    base = model(tmp_path / "base", ["a", "b", "c"])
+    tuned = model(tmp_path / "tuned", ["x", "y", "c"])
+    with pytest.raises(MismatchError, match="have a counterpart in BASE"):
+        mix(base, tuned)
 
 
 def test_numbers_beyond_the_rows_pair_nothing(tmp_path: Path) -> None:

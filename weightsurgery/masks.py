@@ -12,6 +12,7 @@ import numpy as np
 
 from weightsurgery.architecture.canonical import read_names
 from weightsurgery.architecture.composite import find_architecture
+from weightsurgery.architecture.ties import find_ties
 from weightsurgery.buffers import empty
 from weightsurgery.checkpoint import BLOCK, Checkpoint, Step, TensorView
 from weightsurgery.dtypes import DTYPES
@@ -63,12 +64,20 @@ def mask_under_names_of(tuned: Checkpoint, mask: Checkpoint) -> Checkpoint:
     """
     architecture = find_architecture(tuned.config)
     ours, theirs = (read_names(names, architecture) for names in (tuned, mask))
-    named = {name: ours.stored.get(place.canonical) for name, place in theirs.places.items()}
+    ties = find_ties(architecture, tuned.config)
+
+    def find(canonical: str) -> str:
+        stored = (ours.stored.get(one) for one in (canonical, *ties.group(canonical)))
+        return next(filter(None, stored), "")
+
+    named = {name: find(place.canonical) for name, place in theirs.places.items()}
     names = {name: new for name, new in named.items() if new and name not in tuned}
     if not names:
         return mask
-    views = {names.get(n, n): replace(view, name=names.get(n, n)) for n, view in mask.items()}
-    return replace(mask, tensors=views)
+    renamed = {new: replace(mask[name], name=new) for name, new in names.items()}
+    # Of tied copies one is enough: their bits are the same.
+    kept = {name: view for name, view in mask.items() if name not in names}
+    return replace(mask, tensors={**renamed, **kept})
 
 
 def edit_by_mask(mask: Checkpoint, pairs: tuple[Pair, ...], *, invert: bool) -> Edit:

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+import numpy as np
+
 from weightsurgery.anatomy import find_embedding, kind_of, layer_of, natural_key
 from weightsurgery.architecture.canonical import relative, template
 from weightsurgery.architecture.conversion import UnsupportedError
@@ -19,7 +21,7 @@ from weightsurgery.checkpoint import Checkpoint, TensorView
 from weightsurgery.coverage import ENOUGH, Coverage, percent
 from weightsurgery.dtypes import FLOATING
 from weightsurgery.errors import shown
-from weightsurgery.kernels import count_different
+from weightsurgery.kernels import Block, count_different, to_float
 from weightsurgery.pairs import Pair, Status
 from weightsurgery.ties import is_output_head, says_tied, tied_to
 
@@ -114,9 +116,12 @@ class Pairing:
     def _pair(self, view: TensorView) -> Pair:
         key = self.keys.get(view.name, view.name)
         try:
-            found = self.matcher.find(key, alone=key in self.untied)
+            return self._judged(view, key)
         except UnsupportedError as error:
             return Pair(view, None, 0, str(error), key, status=Status.ARRANGEMENT)
+
+    def _judged(self, view: TensorView, key: str) -> Pair:
+        found = self.matcher.find(key, alone=key in self.untied)
         found = found or self._guessed(view.name)
         if found is None and view.name in self.matcher.tuned.names.ambiguous:
             return Pair(view, None, 0, DUPLICATE, key, status=Status.MISSING)
@@ -258,11 +263,9 @@ class Pairing:
         if known is None or known.name != class_of(side.checkpoint.config):
             return kind_of(canonical) == "head" and not layer_of(canonical)
         for_a_task = bool(_TASKS.search(known.name))
-        loaded = side.names.places[name].model_name
-        inside = not known.prefix or loaded.startswith(f"{known.prefix}.")
-        if inside or template(loaded) not in known.parameters:
+        if not side.is_outside(name):
             return for_a_task and canonical.startswith("pooler.")
-        return for_a_task or loaded.partition(".")[0] == known.head.partition(".")[0]
+        return for_a_task or canonical.partition(".")[0] == known.head.partition(".")[0]
 
     @cached_property
     def unused(self) -> tuple[tuple[str, str], ...]:
@@ -287,8 +290,8 @@ class Pairing:
         """What looks like a mistake, though it may be none."""
         found = [f"{reason}: {_SWAPPED}" for reason in self._signs_of_a_swap()]
         found += [
-            f"'{shown(name)}': config.json ties it, but its stored values differ; treated as a "
-            "separate tensor, as in transformers"
+            f"'{shown(name)}': its class and config.json tie it, but its stored values differ; "
+            "treated as a separate tensor, as in transformers"
             for name in self.untied
         ]
         found += [
@@ -329,12 +332,17 @@ class Pairing:
     def _lost_by_ties(self) -> Iterator[tuple[str, str]]:
         """BASE's tensors that TUNED ties to another, whose values in BASE are others."""
         base, tuned = self.matcher.base, self.matcher.tuned
+        used = {name: pair.names[0] for pair in self.pairs for name in pair.names}
         for name, reason in self.unused:
             canonical = base.canonical(name)
-            source = tuned.ties.sources.get(canonical)
-            other = base.stored(source) if source else None
-            tied = canonical in base.ties.sources
-            if reason == TIED and other and not tied and not _are_equal(self.base, name, other):
+            if reason != TIED or canonical not in (
+                *tuned.ties.sources,
+                *tuned.ties.sources.values(),
+            ):
+                continue
+            others = map(base.stored, self.matcher.tied_in_tuned(canonical))
+            other = next((one for one in others if one is not None and one in used), None)
+            if other is not None and not _are_equal(self.base, name, other):
                 yield name, other
 
     @property
@@ -358,7 +366,12 @@ class Pairing:
             parameters=sum(p.tuned.size for p in once),
             paired=sum(paired.values()),
             heads=sum(p.tuned.size for p in rest if p.status is Status.HEAD),
-            added=sum(p.tuned.size - p.eligible for p in rest if p.status is Status.ROWS),
+            # A vocabulary that shares less than half of its tokens did not just grow.
+            added=sum(
+                p.tuned.size - p.eligible
+                for p in rest
+                if p.status is Status.ROWS and 2 * p.eligible >= p.tuned.size
+            ),
             unpaired={
                 p.name: p.reason for p in rest if not paired[p.name] and p.status is not Status.HEAD
             },
@@ -368,8 +381,15 @@ class Pairing:
 
 
 def _are_equal(checkpoint: Checkpoint, one: str, other: str) -> bool:
-    """True if two tensors have the same shape, dtype and bytes."""
+    """True if two tensors have the same shape and values, in whatever dtype."""
     a, b = checkpoint[one], checkpoint[other]
-    return (a.shape, a.dtype) == (b.shape, b.dtype) and not any(
-        count_different(a.read(start, stop), b.read(start, stop)) for start, stop in a.blocks()
+    return a.shape == b.shape and all(
+        _same_values(a, b, a.read(start, stop), b.read(start, stop)) for start, stop in a.blocks()
     )
+
+
+def _same_values(a: TensorView, b: TensorView, ours: Block, theirs: Block) -> bool:
+    if a.dtype == b.dtype and not count_different(ours, theirs):
+        return True
+    floating = a.dtype.arithmetic and b.dtype.arithmetic
+    return floating and bool(np.array_equal(to_float(ours), to_float(theirs)))

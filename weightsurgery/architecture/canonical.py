@@ -255,6 +255,8 @@ def relative(known: Architecture, name: str) -> str:
         if inner != name and template(name) not in known.parameters:
             name = inner
     elif prefix:
-        name = name.removeprefix(f"{prefix}.")
+        inner = name.removeprefix(f"{prefix}.")
+        twice = inner != name and template(inner) in known.parameters
+        name = inner.removeprefix(f"{prefix}.") if twice else inner  # bert.bert. loads as bert.
         text = text.removeprefix(prefix).removeprefix(".")
     return name.removeprefix(f"{text}.") if text else name

@@ -14,7 +14,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING
 
 from weightsurgery.anatomy import natural_key
-from weightsurgery.architecture.canonical import Names, read_names
+from weightsurgery.architecture.canonical import Names, read_names, relative, template
 from weightsurgery.architecture.composite import find_architecture
 from weightsurgery.architecture.facts import Architecture
 from weightsurgery.architecture.ties import Ties, find_ties
@@ -68,6 +68,16 @@ class Side:
     def canonical(self, name: str) -> str:
         """The canonical name of a stored tensor."""
         return self.names.places[name].canonical
+
+    def is_outside(self, name: str) -> bool:
+        """True for a parameter that the class has outside of its base model, such as a head."""
+        known, loaded = self.names.architecture, self.names.places[name].model_name
+        return (
+            known is not None
+            and bool(known.prefix)
+            and not loaded.startswith(f"{known.prefix}.")
+            and template(loaded) in known.parameters
+        )
 
 
 def read_sides(base: Checkpoint, tuned: Checkpoint) -> tuple[Side, Side]:
@@ -150,7 +160,7 @@ class Matcher:
         if name in self._mapped:
             return self._plain(name)
         canonical = self.tuned.canonical(name)
-        group = [canonical] if alone else self.tuned.ties.group(canonical)
+        group = [canonical] if alone else self.tied_in_tuned(canonical)
         for one in group:
             found = self._in_base(one)
             if found is not None and self._is_same_shape(name, found):
@@ -164,6 +174,15 @@ class Matcher:
         found = next(filter(None, map(self._in_base, group)), None)
         return None if found is None else self._plain(found)
 
+    def tied_in_tuned(self, canonical: str) -> list[str]:
+        """The names that TUNED makes one tensor with a name, in the order in which BASE is asked.
+
+        BASE may have them apart. The word embedding is what matters most, so the head comes last.
+        """
+        known = self.tuned.names.architecture
+        head = relative(known, known.head) if known is not None and known.head else ""
+        return sorted(self.tuned.ties.group(canonical), key=lambda name: name == head)
+
     def _is_same_shape(self, name: str, found: str) -> bool:
         return self.base.checkpoint[found].shape == self.tuned.checkpoint[name].shape
 
@@ -176,6 +195,9 @@ class Matcher:
         found = self.base.stored(canonical)
         if found is not None:
             return found
+        mine = self.tuned.stored(canonical)
+        if mine is not None and self.tuned.is_outside(mine):
+            return None
         other = ""
         if self.prefix_on == "tuned" and canonical.startswith(self.prefix):
             other = canonical.removeprefix(self.prefix)
@@ -300,10 +322,14 @@ def _common_prefix(base: Side, tuned: Side) -> tuple[str, str]:
     """The prefix that pairs most of the canonical names that only one side has, and its side."""
     votes: Counter[tuple[str, str]] = Counter()
     for longer, shorter, side in ((tuned, base, "tuned"), (base, tuned, "base")):
-        free = {c: n for c, n in shorter.names.stored.items() if longer.stored(c) is None}
+        free = {
+            canonical: name
+            for canonical, name in shorter.names.stored.items()
+            if longer.stored(canonical) is None and not shorter.is_outside(name)
+        }
         for canonical, name in longer.names.stored.items():
-            if shorter.stored(canonical) is not None:
-                continue
+            if shorter.stored(canonical) is not None or longer.is_outside(name):
+                continue  # a head goes with no other head
             shape = longer.checkpoint[name].shape
             for rest in _endings(canonical):
                 if rest in free and shorter.checkpoint[free[rest]].shape == shape:

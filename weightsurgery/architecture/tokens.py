@@ -8,7 +8,7 @@ from functools import cached_property
 
 from weightsurgery.checkpoint import Checkpoint, FileRef
 from weightsurgery.errors import FormatError, shown
-from weightsurgery.formats.vocabulary import MAX_BYTES, read_vocabulary
+from weightsurgery.formats.vocabulary import MAX_BYTES, read_added, read_vocabulary
 
 _READABLE = ("tokenizer.json", "vocab.json", "vocab.txt")
 _OTHERS = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "source.spm", "spm.model")
@@ -55,12 +55,12 @@ class Tokens:
         if theirs is None or ours is None:
             common = min(tuned_rows, base_rows)
             return [(0, 0, common)] if common else []
-        taken = set(theirs.values())
+        numbers: dict[str, int] = {}
+        for number, token in theirs.items():
+            numbers.setdefault(token, number)
         found: list[list[int]] = []
         for row in range(tuned_rows):
-            other = theirs.get(ours.get(row, ""))
-            if other is None and row not in taken:
-                other = row
+            other = self._other(row, ours, theirs, numbers)
             if other is None or not 0 <= other < base_rows:
                 continue
             last = found[-1] if found else [-1, -1, 0]
@@ -70,35 +70,52 @@ class Tokens:
                 found.append([row, other, 1])
         return [(row, other, count) for row, other, count in found]
 
+    @staticmethod
+    def _other(
+        row: int, ours: Mapping[int, str], theirs: Mapping[int, str], numbers: Mapping[str, int]
+    ) -> int | None:
+        """BASE's row for one of TUNED's; the same number where that has the token, or none has."""
+        if ours.get(row) == theirs.get(row):
+            return row
+        other = numbers.get(ours[row]) if row in ours else None
+        return row if other is None and row not in theirs else other
+
     @cached_property
-    def _read(self) -> tuple[Mapping[str, int] | None, Mapping[int, str] | None, str]:
-        """BASE's number of each token, TUNED's token of each number, and a warning.
+    def _read(self) -> tuple[Mapping[int, str] | None, Mapping[int, str] | None, str]:
+        """BASE's token of each number, TUNED's, and a warning.
 
         (None, None, …) if rows are paired by number.
         """
         sides = (self.base, self.tuned)
         names = (*_READABLE, *_OTHERS)
-        if any(_same([_file(side, (name,)) for side in sides]) for name in names):
-            return None, None, ""
-        files = [_file(side, _READABLE) or _file(side, names) for side in sides]
-        if None in files:
-            return None, None, ""
-        unreadable = [file for file in files if file is not None and file.name not in _READABLE]
-        if unreadable:
-            reason = f"'{shown(unreadable[0].name)}' is not readable as a list of tokens"
-            return None, None, _unread(reason, files)
+        both = ([_file(side, (name,)) for side in sides] for name in names)
+        alike = _same(next((files for files in both if None not in files), [None, None]))
         try:
-            theirs, ours = (read_vocabulary(side) for side in sides)
+            theirs, ours = (read_added(side) for side in sides)
+            if alike and theirs == ours:
+                return None, None, ""
+            files = [_file(side, _READABLE) or _file(side, names) for side in sides]
+            if None in files:
+                return None, None, ""
+            unreadable = [file for file in files if file is not None and file.name not in _READABLE]
+            if unreadable and not alike:
+                reason = f"'{shown(unreadable[0].name)}' is not readable as a list of tokens"
+                return None, None, _unread(reason, files)
+            theirs, ours = (
+                {**read_vocabulary(side), **added}
+                for side, added in zip(sides, (theirs, ours), strict=True)
+            )
         except FormatError as error:
-            return None, None, _unread(str(error), files)
-        numbers = {token: number for number, token in theirs.items()}
+            return None, None, f"{error}; vocabulary rows are paired by number"
         if not theirs or not ours:
             return None, None, _unread("one has no list of tokens", files)
-        if all(theirs.get(number, token) == token for number, token in ours.items()) and all(
-            numbers.get(token, number) == number for number, token in ours.items()
+        tokens = set(theirs.values())
+        if all(
+            theirs.get(number) == token or (number not in theirs and token not in tokens)
+            for number, token in ours.items()
         ):
             return None, None, ""
-        return numbers, ours, ""
+        return theirs, ours, ""
 
 
 def _file(side: Checkpoint, names: tuple[str, ...]) -> FileRef | None:

@@ -11,6 +11,7 @@ from weightsurgery.formats.json_cost import MEMORY_OF_MANY
 from weightsurgery.formats.strict_json import parse_config
 
 MAX_BYTES = 100_000_000
+_DIGITS = 10  # of a token's number
 MAX_TOKENS = 1_000_000  # of a vocab.txt; the largest known has 500,000
 
 
@@ -32,6 +33,35 @@ def read_vocabulary(checkpoint: Checkpoint) -> dict[int, str]:
         if name in files and files[name].size <= MAX_BYTES:
             return read(files[name])
     return {}
+
+
+def read_added(checkpoint: Checkpoint) -> dict[int, str]:
+    """Token id to token string of tokens added beside the tokenizer's own list of them.
+
+    Args:
+        checkpoint: A model directory's checkpoint.
+
+    Returns:
+        What added_tokens.json and tokenizer_config.json's added_tokens_decoder hold; {} where
+        there is a tokenizer.json, which holds them all.
+
+    Raises:
+        FormatError: A file is not what its name says.
+    """
+    files = {side.name: side for side in checkpoint.side_files if side.size <= MAX_BYTES}
+    found: dict[int, str] = {}
+    if "tokenizer.json" in files:
+        return found
+    if "added_tokens.json" in files:
+        found |= _by_id(_parsed(files["added_tokens.json"], "added tokens"))
+    if "tokenizer_config.json" in files:
+        side = files["tokenizer_config.json"]
+        decoder = parse_config(side.content(), file=side.path).get("added_tokens_decoder")
+        for number, entry in decoder.items() if isinstance(decoder, dict) else ():
+            text = _content(entry)
+            if number.isdecimal() and len(number) < _DIGITS and text is not None:
+                found[int(number)] = text
+    return found
 
 
 def read_special(checkpoint: Checkpoint) -> set[int]:
