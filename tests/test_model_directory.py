@@ -274,12 +274,12 @@ WARNED: dict[str, tuple[dict[str, Any], str, str]] = {
     "a malformed file that the index does not name": (
         {MTP: b"{"},
         "a b",
-        f"{MTP}: not in {INDEX}, and left out: ",
+        f"{MTP}: not in {INDEX}, skipped: ",
     ),
     "a pointer that the index does not name": (
         {MTP: b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n"},
         "a b",
-        f"{MTP}: not in {INDEX}, and left out: ",
+        f"{MTP}: not in {INDEX}, skipped: ",
     ),
     "hostile tensor names": (
         {MTP: weights("\x1b[31m")},
@@ -363,7 +363,7 @@ def test_what_is_no_file_beside_the_shards_is_left_out(tmp_path: Path, make: str
     with hostile.deadline():
         found = open_checkpoint(model)
     assert set(found) == {"a", "b"}
-    assert found.warnings[0].startswith(f"{MTP}: not in {INDEX}, and left out: ")
+    assert found.warnings[0].startswith(f"{MTP}: not in {INDEX}, skipped: ")
 
 
 INCOMPLETE = {

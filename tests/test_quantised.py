@@ -120,7 +120,7 @@ def test_a_configuration_counts_where_the_tensors_are_not_plain(
 
 def test_a_configuration_counts_where_nothing_is_floating() -> None:
     config = {"quantization_config": {"quant_method": "new"}}
-    with pytest.raises(PolicyError, match="it may store codes"):
+    with pytest.raises(PolicyError, match="it may hold quantized values"):
         require_unquantised(from_arrays({"w": np.zeros(4, "i8")}, config=config))
     require_unquantised(from_arrays({}, config=config))
     assert leftover_warnings(from_arrays({}, config=config)) == []
@@ -136,8 +136,8 @@ def test_plain_tensors_are_plain_whatever_the_configuration_says(
     require_unquantised(found)
     (warning,) = leftover_warnings(found)
     assert warning == (
-        f"config.json has a quantization_config ({method}), but the tensors are plain F16 and F32: "
-        "outputs are written without it"
+        f"config.json has a quantization_config ({method}), but the tensors are plain F16 and F32; "
+        "outputs omit it"
     )
 
 

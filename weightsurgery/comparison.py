@@ -49,7 +49,7 @@ class DiffReport:
         top: "dimensions", "rows", "columns" and "tokens" of largest drift.
         alignment: What belongs together, and what does not.
         warnings: What the user should know.
-        gates: What `--fail-if` conditions say, where there are any.
+        gates: Results of the `--fail-if` conditions.
     """
 
     base: str
@@ -328,7 +328,7 @@ def drift(base: Checkpoint, tuned: Checkpoint, *, allow_nonfinite: bool = False)
 
     Raises:
         MismatchError: No tensor of the two belongs together.
-        PolicyError: A model is quantised.
+        PolicyError: A model is quantized.
     """
     require_checkpoints(base, tuned)
     require_unquantised(base, tuned)

@@ -54,7 +54,7 @@ def _packed(view: TensorView) -> TensorView:
 
 
 def mask_under_names_of(tuned: Checkpoint, mask: Checkpoint) -> Checkpoint:
-    """A mask whose tensors are named as TUNED's are; those that are not TUNED's keep their names.
+    """Rename a mask's tensors to TUNED's names; leave unknown names unchanged.
 
     A mask may come from the same model in other files: wrapped, or with older spellings.
 

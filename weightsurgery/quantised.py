@@ -60,7 +60,7 @@ def require_unquantised(*checkpoints: Checkpoint) -> None:
         if method and unclear is not None:
             raise PolicyError(
                 f"config.json has a {KEY} ({shown(method)}), and this tensor is "
-                f"{unclear.dtype.name}: it may store codes",
+                f"{unclear.dtype.name}: it may hold quantized values",
                 file=checkpoint.label,
                 tensor=unclear.name,
                 hint=_HINT,
@@ -132,7 +132,7 @@ def leftover_warnings(checkpoint: Checkpoint) -> list[str]:
             sizes[view.dtype.name] += view.size
     plain = " and ".join(name for name, _ in sizes.most_common())
     what = f"config.json has a {KEY} ({shown(method)}), but the tensors are plain {plain}"
-    return [f"{what}: outputs are written without it"]
+    return [f"{what}; outputs omit it"]
 
 
 def _unclear(checkpoint: Checkpoint) -> TensorView | None:

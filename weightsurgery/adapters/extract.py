@@ -34,7 +34,7 @@ from weightsurgery.adapters.decompose import (
 )
 from weightsurgery.adapters.memory import fit_works, works_expected
 from weightsurgery.adapters.places import FACTORS, NOWHERE, ROWS, WHOLE, Place, Tree, find_places
-from weightsurgery.alignment import align, check_glob
+from weightsurgery.alignment import align_to_edit, check_glob
 from weightsurgery.checkpoint import Checkpoint, Step, TensorView, require_checkpoints
 from weightsurgery.errors import (
     MismatchError,
@@ -89,6 +89,7 @@ def extract_adapter(
     seed: int = 0,
     base_name: str = "",
     device: str | None = None,
+    allow_partial: bool = False,
     max_memory: int | str | None = None,
     engine: Engine | None = None,
 ) -> Checkpoint:
@@ -118,6 +119,7 @@ def extract_adapter(
         base_name: What the adapter says it belongs to; by default BASE's hub id or the last part
             of its path.
         device: Compute with torch there, such as "cuda"; None computes with numpy.
+        allow_partial: Continue even if less than 95 % of TUNED's parameters have a counterpart.
         max_memory: Bytes, or a size such as "4GB"; fewer workers are used to stay under it, the
             writing of the adapter included. It is an estimate, and knows nothing of a device.
         engine: Workers (each takes a matrix at a time) and progress.
@@ -147,10 +149,12 @@ def extract_adapter(
         "seed": seed,
         "base_name": base_name,
         "device": device,
+        "allow_partial": allow_partial,
     }
     wanted = _wanted(settings)
     require_unquantised(base, tuned)
-    alignment = align(base, tuned, mismatched="keep").only(include, exclude)
+    alignment = align_to_edit(base, tuned, keep_mismatched=True, allow_partial=allow_partial)
+    alignment = alignment.only(include, exclude)
     for glob in whole:
         check_glob(glob, list(tuned))
     places = find_places(alignment, whole)

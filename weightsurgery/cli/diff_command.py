@@ -132,7 +132,7 @@ command = options.Command(
         click.Option(
             ["--all", "show_all"],
             is_flag=True,
-            help="List all tensors, not those alone that moved most.",
+            help="List all tensors, not only those that moved most.",
         ),
         click.Option(
             ["--drift", "drift_out"],

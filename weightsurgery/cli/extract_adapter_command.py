@@ -167,6 +167,11 @@ command = options.Command(
             ["--device"],
             help="Compute with torch there, such as cuda; without it numpy computes.",
         ),
+        click.Option(
+            ["--allow-partial"],
+            is_flag=True,
+            help="Continue even if less than 95 % of TUNED's parameters have a counterpart.",
+        ),
         options.WEIGHTS,
         *options.NAMES,
         options.WORKERS,

@@ -190,8 +190,8 @@ ALLOW_PICKLE = click.Option(
 FOLLOW_LINKS = click.Option(
     ["--follow-links"],
     is_flag=True,
-    help="Follow symbolic links that lead out of a model directory. Their targets are read, and "
-    "configuration and tokenizer files among them are copied into outputs.",
+    help="Follow symbolic links that point outside the model directory. Linked configuration and "
+    "tokenizer files are copied to the output.",
 )
 NAMES = (
     click.Option(

@@ -330,4 +330,4 @@ def _add_others(found: Shards, with_safetensors: bool, beside: str) -> None:
 
 
 def _unread(name: str, beside: str, error: SurgeryError) -> str:
-    return f"{shown(name)}: not in {beside}, and left out: {error.reason}"
+    return f"{shown(name)}: not in {beside}, skipped: {error.reason}"

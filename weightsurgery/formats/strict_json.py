@@ -1,7 +1,7 @@
 """JSON from strangers: no duplicate keys, no surprises of encoding or depth.
 
-NaN and infinity are no JSON, and are refused in headers, indexes and records. Python writes them,
-and transformers reads them, so `parse_config` accepts them in a model's configuration files.
+NaN and infinity are not valid JSON, and are refused in headers, indexes and records. Python writes
+them, and transformers reads them, so `parse_config` accepts them in a model's configuration files.
 """
 
 from __future__ import annotations

@@ -36,7 +36,7 @@ _AllowOverflow = Annotated[
 _Exclude = Annotated[
     tuple[str, ...],
     Setting(
-        "keep tensors as stored whose name matches GLOB",
+        "do not convert tensors whose name matches GLOB",
         metavar="GLOB",
         only_with={"dtype": tuple(_CONFIGURED)},
     ),
@@ -59,7 +59,7 @@ def convert(
     """Turn a checkpoint into safetensors, in another dtype if asked.
 
     Tensors of F16, BF16, F32 and F64 are rounded once, to nearest with ties to even; integers,
-    booleans and all others stay byte for byte. NaN and infinity stay what they are. The dtype in
+    booleans and all others are copied unchanged. NaN and infinity are preserved. The dtype in
     config.json, of the model and of each of its parts, is changed with them. With bf16 and f16,
     tensors that transformers keeps in float32 stay as they are stored, and are reported.
 

@@ -81,7 +81,7 @@ def epur(
         MismatchError: The models do not fit each other, there is no vocabulary beside TUNED, or
             none of its tokens has a count.
         NonFiniteError: The embedding's drift is NaN or infinite.
-        PolicyError: A model is quantised.
+        PolicyError: A model is quantized.
     """
     require_unquantised(base, tuned)
     paired = align_to_edit(

@@ -61,7 +61,7 @@ def interpolate(
     Raises:
         SettingError: `weight` is outside 0 to 1, or a glob matches nothing.
         MismatchError: The models do not fit each other.
-        PolicyError: A model is quantised.
+        PolicyError: A model is quantized.
     """
     check_share("weight", weight)
     require_unquantised(base, tuned)

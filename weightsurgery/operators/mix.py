@@ -91,7 +91,7 @@ def mix(
         SettingError: A share is outside 0 to 1, a glob matches nothing, or `select` is unknown.
         MismatchError: The models do not fit each other.
         NonFiniteError: `select` is "drift", `ratio` below 1, and a drift is NaN or infinite.
-        PolicyError: A model is quantised.
+        PolicyError: A model is quantized.
     """
     require_unquantised(base, tuned)
     paired = align_to_edit(

@@ -155,7 +155,7 @@ def purify(
         MismatchError: The models, the fisher or the mask do not fit each other; with `epur`, there
             is no vocabulary beside TUNED, or none of its tokens has a count.
         NonFiniteError: A score is NaN or infinite.
-        PolicyError: A model is quantised.
+        PolicyError: A model is quantized.
     """
     require_unquantised(base, tuned)
     paired = align_to_edit(
@@ -188,7 +188,7 @@ def purify(
     notes = {"purify": {"epsilon": scale, **found}, **({"epur": listed[0]} if listed else {})}
     warnings = [*result.warnings, *(w for chosen in rows.values() for w in chosen.warnings)]
     if embeddings == "keep" and not word:
-        text = "no word embedding was recognised, so everything is ranked"
+        text = "no word embedding was recognized, so everything is ranked"
         warnings.append(f"{text}; name it with --embedding")
     return replace(result, notes={**result.notes, **notes}, warnings=tuple(warnings))
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from weightsurgery.errors import counted, shown
+from weightsurgery.report.comparison import coverage_text
 from weightsurgery.report.outcome import written
 from weightsurgery.report.tables import Table, names, number, share
 
@@ -70,7 +71,8 @@ def _summary(out: str, record: Mapping[str, Any], report: Mapping[str, Any]) -> 
     numbers = counted(report["factor_parameters"], "number")
     kept = f"{share(report['energy_kept'])} of the squared norm of their drift"
     residual = f"{number(report['residual'])} of {number(report['drift'])}"
-    rows = [["output", written(out, record)]]
+    coverage = coverage_text(record["alignment"]["coverage"])
+    rows = [["output", written(out, record)], ["coverage", coverage]]
     if ranks:
         which = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {ranks[0]} to {ranks[-1]}"
         matrices = counted(len(report["matrices"]), "matrix", "matrices")
