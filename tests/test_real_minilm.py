@@ -74,8 +74,10 @@ def test_names_differ_by_the_prefix(pair: SimpleNamespace) -> None:
     assert {n for n in tensors(pair.tuned) if not n.startswith("bert.")} == set(HEAD)
 
 
-def test_prefix_is_found_and_reported(drift: Any) -> None:
-    assert drift["alignment"]["prefix"] == {"text": "bert.", "on": "tuned"}
+def test_the_architecture_is_known_and_all_but_the_head_pairs(drift: Any) -> None:
+    coverage = drift["alignment"]["coverage"]
+    assert coverage["architecture"] == "BertForSequenceClassification"
+    assert (coverage["share"], coverage["unpaired"]) == (1.0, [])
     assert drift["alignment"]["eligible_tensors"] == len(drift["tensors"]) == 103
 
 
