@@ -306,7 +306,7 @@ def test_the_word_embedding_can_be_named() -> None:
     opened = [from_arrays(arrays) for arrays in renamed]
     name = next(n for n in renamed[0] if "table" in n)
     unseen = purify(*opened[:2], fisher=opened[2])
-    assert "no word embedding was recognised" in unseen.warnings[0]
+    assert "no word embedding was recognized" in unseen.warnings[0]
     assert "edited" in {view.status for n, view in unseen.items() if n == name}
     named = purify(*opened[:2], fisher=opened[2], embedding=name)
     assert named.warnings == ()

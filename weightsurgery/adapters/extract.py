@@ -137,24 +137,15 @@ def extract_adapter(
     """
     require_checkpoints(base, tuned)
     settings = {
-        "rank": rank,
-        "energy": energy,
-        "max_rank": max_rank,
-        "include": tuple(include),
-        "exclude": tuple(exclude),
-        "whole": tuple(whole),
-        "rest": rest,
-        "svd": svd,
-        **_randomised(svd, power_iterations, oversampling),
-        "seed": seed,
-        "base_name": base_name,
-        "device": device,
-        "allow_partial": allow_partial,
+        **{"rank": rank, "energy": energy, "max_rank": max_rank},
+        **{"include": tuple(include), "exclude": tuple(exclude), "whole": tuple(whole)},
+        **{"rest": rest, "svd": svd, **_randomised(svd, power_iterations, oversampling)},
+        **{"seed": seed, "base_name": base_name, "device": device, "allow_partial": allow_partial},
     }
     wanted = _wanted(settings)
     require_unquantised(base, tuned)
-    alignment = align_to_edit(base, tuned, keep_mismatched=True, allow_partial=allow_partial)
-    alignment = alignment.only(include, exclude)
+    paired = align_to_edit(base, tuned, keep_mismatched=True, allow_partial=allow_partial)
+    alignment = paired.only(include, exclude)
     for glob in whole:
         check_glob(glob, list(tuned))
     places = find_places(alignment, whole)
@@ -167,14 +158,14 @@ def extract_adapter(
             hint=f"'{shown(left_out[0]['tensor'])}': {left_out[0]['reason']}" if left_out else "",
             code="E-EXTRACT-NOTHING",
         )
-    for one in kept:  # a head that BASE lacks has no drift, and was not looked at
-        if one.place.pair.base is None or not one.place.pair.eligible:
+    for one in kept:
+        if not one.place.pair.eligible:  # a head that BASE lacks was not looked at
             _check_finite(one.place)
     adapter = make_adapter(alignment, kept, base_name)
     notes = {"alignment": alignment.to_json(), "adapter": _report(found, kept, left_out, adapter)}
     made = replace(adapter, notes=notes, warnings=_warnings(alignment.warnings, kept, left_out))
-    for given in (base, tuned):
-        given.check_unchanged()
+    base.check_unchanged()
+    tuned.check_unchanged()
     return made.made_by(Step("extract-adapter", settings, {"base": base, "tuned": tuned}))
 
 
