@@ -137,11 +137,11 @@ def extract_adapter(
     """
     require_checkpoints(base, tuned)
     settings = {
-        **{"rank": rank, "energy": energy, "max_rank": max_rank},
-        **{"include": tuple(include), "exclude": tuple(exclude), "whole": tuple(whole)},
-        **{"rest": rest, "svd": svd, **_randomised(svd, power_iterations, oversampling)},
-        **{"seed": seed, "base_name": base_name, "device": device, "allow_partial": allow_partial},
-    }
+        "rank": rank, "energy": energy, "max_rank": max_rank, "include": tuple(include),
+        "exclude": tuple(exclude), "whole": tuple(whole), "rest": rest, "svd": svd,
+        **_randomised(svd, power_iterations, oversampling), "seed": seed,
+        "base_name": base_name, "device": device, "allow_partial": allow_partial,
+    }  # fmt: skip
     wanted = _wanted(settings)
     require_unquantised(base, tuned)
     paired = align_to_edit(base, tuned, keep_mismatched=True, allow_partial=allow_partial)
