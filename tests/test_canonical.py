@@ -133,6 +133,7 @@ def test_odd_names_keep_their_words(name: str) -> None:
 
 def test_wrappers_alone_leave_the_name() -> None:
     assert unwrapped("module.weight") == "module.weight"
+    assert unwrapped("module.final_logits_bias") == "final_logits_bias"
     assert unwrapped("base_model.model.weight") == "base_model.model.weight"
 
 

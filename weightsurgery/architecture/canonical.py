@@ -26,6 +26,7 @@ _WRAPPERS = frozenset(
 )
 _ALONE = frozenset(("module", "base_model"))  # what may be a wrapper's in front
 _FRONT = ("module",)  # DistributedDataParallel and DeepSpeed: only in front of all else
+_LEAVES = (["weight"], ["bias"])  # of a module that is itself called `module`
 _ADAPTED = ("base_model", "model")  # PEFT's, in front of the model's own names
 _DIGITS = re.compile(r"\d+")
 _MOST_NUMBERS = 32  # in a name; more are not told apart from its words
@@ -119,7 +120,7 @@ def unwrapped(name: str) -> str:
         'layers.0.q.weight'
     """
     parts = [part for part in name.split(".") if part not in _WRAPPERS]
-    while len(parts) > 2 and parts[0] in _FRONT:
+    while len(parts) > 1 and parts[0] in _FRONT and parts[1:] not in _LEAVES:
         del parts[0]
     if tuple(parts[:2]) == _ADAPTED and len(parts) > 3:
         del parts[:2]
