@@ -29,7 +29,7 @@ _FRONT = ("module",)  # DistributedDataParallel and DeepSpeed: only in front of 
 _LEAVES = (["weight"], ["bias"])  # of a module that is itself called `module`
 _ADAPTED = ("base_model", "model")  # PEFT's, in front of the model's own names
 _DIGITS = re.compile(r"\d+")
-_MOST_NUMBERS = 32  # in a name; more are not told apart from its words
+_MOST_NUMBERS = 32  # per name; any further ones are treated as words
 # Stand for a name's numbers while rules look at it.
 _SENTINELS = tuple(str(90_010 * (1 + i)) for i in range(_MOST_NUMBERS))
 _PLACES = {sentinel: i for i, sentinel in enumerate(_SENTINELS)}

@@ -62,7 +62,7 @@ class Side:
     known: bool
 
     def stored(self, canonical: str) -> str | None:
-        """The stored tensor of a canonical name, None if there is none."""
+        """Return the stored tensor of a canonical name, or None."""
         return self.names.stored.get(canonical)
 
     def canonical(self, name: str) -> str:

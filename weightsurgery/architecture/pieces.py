@@ -38,7 +38,7 @@ class Piece:
     offset: int
 
     def cut(self, axis: int, start: int, stop: int) -> Piece | None:
-        """The part of the box between two indices of an axis, None if there is none."""
+        """Return the part of the box between two indices of an axis, or None if it is empty."""
         first = max(start, self.starts[axis])
         count = min(stop, self.starts[axis] + self.counts[axis]) - first
         if count <= 0:
