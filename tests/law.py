@@ -67,11 +67,12 @@ def judge(zoo: Zoo, name: str, way: str, side: str) -> Iterator[Verdict]:
         try:
             with _pickles_in_this_process():
                 base, tuned = (open_checkpoint(folder, allow_pickle=True) for folder in folders)
+            saved = open_checkpoint(zoo.folder(name, "saved", "tuned"))
         except Exception as error:
             yield from (Verdict(check, "error", _said(error)) for check in CHECKS)
             return
         wrapped = way == "wrapped" and side == "tuned"
-        case = _Case(models, base, tuned, Path(scratch), wrapped)
+        case = _Case(models, base, tuned, saved, Path(scratch), wrapped)
         for check, run in _RUNS.items():
             if way == "sharded" and check not in CHECKS[:2]:
                 continue  # it differs from "saved" in the reading alone
@@ -107,14 +108,15 @@ class _Case:
     models: Models
     base: Checkpoint
     tuned: Checkpoint
+    saved: Checkpoint
     scratch: Path
     wrapped: bool
 
-    def loaded(self, result: Checkpoint, name: str) -> Any:
+    def loaded(self, result: Checkpoint, name: str, *, plain: bool = False) -> Any:
         """The model that transformers loads from an operator's output."""
         out = self.scratch / name
         save(result, out)
-        if self.wrapped:
+        if self.wrapped and not plain:
             unwrap(out)
         return load(out, type(self.models.tuned))
 
@@ -171,11 +173,27 @@ def _mask(case: _Case, check: str) -> Verdict:
     other = differing(masked, found)
     if other:
         return Verdict(check, "fail", f"the mask's edit differs in {_few(other)}", numbers)
+    if case.saved.files != case.tuned.files:
+        for kind, other in _masks_of_the_other_way(case, half, found):
+            if other:
+                return Verdict(check, "fail", f"{kind} differs in {_few(other)}", numbers)
     if numbers["neither"]:
         return Verdict(check, "fail", f"{numbers['neither']} elements are neither's", numbers)
     if abs(numbers["share"] - 0.5) > 0.05:
         return Verdict(check, "fail", f"{numbers['share']:.3f} of the elements are BASE's", numbers)
     return Verdict(check, "pass", "", numbers)
+
+
+def _masks_of_the_other_way(
+    case: _Case, half: Checkpoint, found: Any
+) -> Iterator[tuple[str, list[str]]]:
+    """A mask made of TUNED in one way of storing it, used on the other."""
+    there = purify(case.base, case.saved, from_mask=changed_mask(half))
+    yield "a mask for TUNED as saved", differing(case.loaded(there, "to", plain=True), found)
+    half = mix(case.base, case.saved, ratio=0.5, seed=8)
+    back = purify(case.base, case.tuned, from_mask=changed_mask(half))
+    expected = case.loaded(half, "half", plain=True)
+    yield "a mask of TUNED as saved", differing(case.loaded(back, "back"), expected)
 
 
 def _shares(case: _Case, found: Any) -> dict[str, float]:

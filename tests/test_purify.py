@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,10 @@ from hypothesis import strategies as st
 from tests import cases, reference
 from weightsurgery.checkpoint import Checkpoint, from_arrays
 from weightsurgery.error_codes import CODES
-from weightsurgery.errors import MismatchError, NonFiniteError, SurgeryError
+from weightsurgery.errors import FormatError, MismatchError, NonFiniteError, SurgeryError
 from weightsurgery.formats import open_checkpoint, save
 from weightsurgery.masks import changed_mask
+from weightsurgery.operators.mix import mix
 from weightsurgery.operators.purify import purify
 from weightsurgery.stream import Engine
 from weightsurgery.token_counts import TokenCounts
@@ -221,25 +223,63 @@ def test_a_mask_gives_the_same_bytes_on_another_sharding(
             assert other[name].tobytes() == base[name].tobytes()
 
 
-def wrong_mask(change: Callable[[cases.Arrays], Any], **fields: Any) -> Checkpoint:
+NORM = "embeddings.LayerNorm.weight"
+
+
+def wrong_mask(change: Callable[[cases.Arrays], Any], *, shaped: bool) -> Checkpoint:
     base, tuned, fisher = three()
     mask = changed_mask(purify(*map(from_arrays, (base, tuned)), fisher=from_arrays(fisher)))
     arrays = cases.read(mask)
     change(arrays)
-    return from_arrays(arrays, metadata=mask.metadata, **fields)
+    metadata = {k: v for k, v in mask.metadata.items() if shaped or k != "shapes"}
+    return from_arrays(arrays, metadata=metadata)
 
 
-def test_masks_of_something_else_are_refused() -> None:
+WRONG_MASKS: dict[str, tuple[Callable[[cases.Arrays], Any], bool, str]] = {
+    "too short": (lambda a: a.update({NORM: a[NORM][:0]}), True, r"has 0 bytes; .* shape \[6\]"),
+    "too short, no shapes": (lambda a: a.update({NORM: a[NORM][:0]}), False, "expected 1"),
+    "without a shape": (lambda a: a.update({"more": a[NORM]}), True, "'more': .*not give this"),
+    "one more": (lambda a: a.update({"more": a[NORM]}), False, "'more': .* no counterpart"),
+}
+
+
+@pytest.mark.parametrize(("change", "shaped", "match"), WRONG_MASKS.values(), ids=WRONG_MASKS)
+def test_wrong_masks_are_refused(
+    change: Callable[[cases.Arrays], Any], shaped: bool, match: str
+) -> None:
     base, tuned = map(from_arrays, cases.pair())
-    name = "embeddings.LayerNorm.weight"
-    short = wrong_mask(lambda a: a.update({name: a[name][:0]}))
-    with pytest.raises(MismatchError, match="the mask has 0 bytes; expected 1"):
-        purify(base, tuned, from_mask=short)
-    more = wrong_mask(lambda a: a.update({"nothing": a[name]}))
-    with pytest.raises(MismatchError, match="tensor 'nothing': the mask is of a tensor"):
-        purify(base, tuned, from_mask=more)
+    with pytest.raises(MismatchError, match=match):
+        purify(base, tuned, from_mask=wrong_mask(change, shaped=shaped))
+
+
+def test_a_mask_of_another_model_is_refused() -> None:
+    base, tuned = map(from_arrays, cases.pair())
+    other = {name: array[..., :2] for name, array in cases.read(tuned).items()}
+    mask = changed_mask(mix(from_arrays(other), from_arrays(other), ratio=1))
+    with pytest.raises(MismatchError, match=r"the mask is of shape \[2\]; expected \[6\]"):
+        purify(base, tuned, from_mask=mask)
     with pytest.raises(MismatchError, match="not a mask that wsurg wrote"):
         purify(base, tuned, from_mask=tuned)
+    shapes = '{"a":'
+    with pytest.raises(FormatError, match="the mask's shapes"):
+        purify(base, tuned, from_mask=replace(mask, metadata={**mask.metadata, "shapes": shapes}))
+
+
+def test_a_mask_of_what_is_kept_is_refused() -> None:
+    base, tuned = map(from_arrays, cases.pair())
+    mask = changed_mask(mix(base, tuned))
+    with pytest.raises(MismatchError, match=r"not edited here \(excluded\)"):
+        purify(base, tuned, from_mask=mask, exclude=(NORM,))
+
+
+def test_a_mask_of_version_0_1_0_has_no_shapes() -> None:
+    base, tuned = map(from_arrays, cases.pair())
+    half = mix(base, tuned)
+    old = wrong_mask(lambda arrays: None, shaped=False)
+    old = replace(changed_mask(half), metadata=old.metadata)
+    assert cases.stored(cases.read(purify(base, tuned, from_mask=old))) == cases.stored(
+        cases.read(half)
+    )
 
 
 def test_what_does_not_count_is_not_in_the_record() -> None:

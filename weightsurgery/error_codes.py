@@ -319,7 +319,11 @@ _PROOF: Rows = {
         "BASE and TUNED are the other way round, or are others and do not do",
         "give those that the output was made from",
     ),
-    "E-VERIFY-MASK": (MismatchError, "the mask is none, or of another output", "give its own"),
+    "E-VERIFY-MASK": (
+        MismatchError,
+        "not a mask, or one of another output",
+        "give the mask of this output",
+    ),
     "E-REPLAY": (
         GateError,
         "other bytes came out than recorded, or the record tells otherwise",

@@ -185,7 +185,7 @@ MODELS: Rows = {
         "the fisher is zero everywhere, or negative, NaN or infinite somewhere",
         "make it again with `wsurg fisher`",
     ),
-    "E-MASK": (MismatchError, "no mask, or one of another model", "give the mask of this model"),
+    "E-MASK": (MismatchError, "not a mask, or one of another model", "give a mask of this model"),
     "E-CHECKPOINT-FOLDER": (
         PolicyError,
         "the folder for checkpoints is another training's, or no training's",

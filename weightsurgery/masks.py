@@ -1,27 +1,31 @@
 """Bit masks over a model's dimensions: which of them an edit changed, and edits by such a mask.
 
 A mask is a checkpoint: under each tensor's name eight dimensions in a byte (U8), the first in the
-lowest bit, in row-major order. So it does not depend on how a model is cut into files.
+lowest bit, in row-major order. Its metadata holds the tensors' shapes. So it fits the same model in
+other files: sharded otherwise, with other names, or with fused matrices where these are separate.
 """
 
 from __future__ import annotations
 
+import json
+import math
+from collections.abc import Mapping
 from dataclasses import replace
 
 import numpy as np
 
-from weightsurgery.architecture.canonical import read_names
-from weightsurgery.architecture.composite import find_architecture
-from weightsurgery.architecture.ties import find_ties
 from weightsurgery.buffers import empty
 from weightsurgery.checkpoint import BLOCK, Checkpoint, Step, TensorView
 from weightsurgery.dtypes import DTYPES
 from weightsurgery.errors import MismatchError, counted
+from weightsurgery.formats.strict_json import parse
 from weightsurgery.kernels import Block, bits_of, choose
+from weightsurgery.pairing import DUPLICATE, TIED, Pairing
 from weightsurgery.pairs import Pair
 from weightsurgery.stream import Edit
 
 KIND = {"wsurg": "mask/1"}  # metadata of a mask's file
+_REMEDY = "give a mask of this model"
 
 
 def changed_mask(checkpoint: Checkpoint) -> Checkpoint:
@@ -35,7 +39,9 @@ def changed_mask(checkpoint: Checkpoint) -> Checkpoint:
     """
     views = {n: _packed(view) for n, view in checkpoint.items() if view.status == "edited"}
     plain = replace(checkpoint, layout={}, side_files=(), left_out=(), is_directory=False)
-    made = replace(plain, tensors=views, metadata=KIND, notes={})
+    shapes = {name: list(checkpoint[name].shape) for name in views}
+    metadata = {**KIND, "shapes": json.dumps(shapes, separators=(",", ":"))}
+    made = replace(plain, tensors=views, metadata=metadata, notes={})
     return made.made_by(Step("mask", {}, {"edited": checkpoint}))
 
 
@@ -53,78 +59,132 @@ def _packed(view: TensorView) -> TensorView:
     return TensorView(view.name, ((view.size + 7) // 8,), DTYPES["U8"], read_both, "added")
 
 
-def mask_under_names_of(tuned: Checkpoint, mask: Checkpoint) -> Checkpoint:
-    """Rename a mask's tensors to TUNED's names; leave unknown names unchanged.
+def read_mask(mask: Checkpoint, tuned: Checkpoint) -> Checkpoint:
+    """Read a mask as flags of a model's own tensors.
 
-    A mask may come from the same model in other files: wrapped, or with older spellings.
+    The mask may come from the same model in other files: wrapped, with older spellings, with other
+    copies of a tied tensor, or with fused matrices where these are separate.
 
     Args:
-        tuned: The model whose dimensions the mask is about.
         mask: From `changed_mask`.
-    """
-    architecture = find_architecture(tuned.config)
-    ours, theirs = (read_names(names, architecture) for names in (tuned, mask))
-    ties = find_ties(architecture, tuned.config)
+        tuned: The model.
 
-    def find(canonical: str) -> str:
-        stored = (ours.stored.get(one) for one in (canonical, *ties.group(canonical)))
-        return next(filter(None, stored), "")
-
-    named = {name: find(place.canonical) for name, place in theirs.places.items()}
-    names = {name: new for name, new in named.items() if new and name not in tuned}
-    if not names:
-        return mask
-    renamed = {new: replace(mask[name], name=new) for name, new in names.items()}
-    # Of tied copies one is enough: their bits are the same.
-    kept = {name: view for name, view in mask.items() if name not in names}
-    return replace(mask, tensors={**renamed, **kept})
-
-
-def edit_by_mask(mask: Checkpoint, pairs: tuple[Pair, ...], *, invert: bool) -> Edit:
-    """An edit that resets to BASE the dimensions a mask has set.
-
-    Args:
-        mask: From `changed_mask`, perhaps of the same model cut into other files.
-        pairs: The pairs that will be edited.
-        invert: Reset those it does not have set instead.
+    Returns:
+        BOOL tensors of TUNED's names and shapes, read lazily. Elements that the mask does not
+        know are not set.
 
     Raises:
-        MismatchError: The mask is none, or is not one of this model.
+        MismatchError: It is not a mask, or one of another model.
     """
     if dict(mask.metadata).get("wsurg") != KIND["wsurg"]:
         raise MismatchError("not a mask that wsurg wrote", file=mask.label, code="E-MASK")
-    for pair in pairs:
-        view = mask.get(pair.name)
-        if view is not None and view.size != (pair.tuned.size + 7) // 8:
+    shapes = _shapes(mask)
+    flags = {name: _unpacked(view, shapes.get(name)) for name, view in mask.items()}
+    found = Pairing(replace(mask, tensors=flags, config={}), tuned)
+    for name, reason in found.unused:
+        if reason not in (TIED, DUPLICATE):
             raise MismatchError(
-                f"the mask has {counted(view.size, 'byte')}; expected "
-                f"{(pair.tuned.size + 7) // 8:,}",
+                "this tensor of the mask has no counterpart in TUNED",
                 file=mask.label,
-                tensor=pair.name,
-                hint="give the mask of this model",
+                tensor=name,
+                hint=_REMEDY,
                 code="E-MASK",
             )
-    unknown = [name for name in mask if name not in {pair.name for pair in pairs}]
-    if unknown:
+    pairs = [pair for pair in found.pairs if pair.base is not None]
+    return replace(mask, tensors={pair.name: _fitting(pair, mask, shapes) for pair in pairs})
+
+
+def _shapes(mask: Checkpoint) -> dict[str, tuple[int, ...]]:
+    """The shapes of a mask's tensors; {} for one of version 0.1.0, which did not write them.
+
+    Raises:
+        FormatError: Its metadata is not valid JSON.
+        MismatchError: They are not those of its tensors.
+    """
+    text = mask.metadata.get("shapes")
+    if text is None:
+        return {}
+    found = parse(text.encode(), file=mask.label, what="the mask's shapes")
+    for name, view in mask.items():
+        shape = found.get(name) if isinstance(found, Mapping) else None
+        if not isinstance(shape, list) or not all(type(n) is int and n >= 0 for n in shape):
+            reason = "the mask's metadata does not give this tensor's shape"
+            raise MismatchError(reason, file=mask.label, tensor=name, code="E-MASK")
+        if view.size != _packed_size(math.prod(shape)):
+            reason = (
+                f"the mask has {counted(view.size, 'byte')}; expected "
+                f"{_packed_size(math.prod(shape)):,} for the shape {shape}"
+            )
+            raise MismatchError(reason, file=mask.label, tensor=name, code="E-MASK")
+    return {name: tuple(found[name]) for name in mask}
+
+
+def _packed_size(elements: int) -> int:
+    return (elements + 7) // 8
+
+
+def _unpacked(view: TensorView, shape: tuple[int, ...] | None) -> TensorView:
+    def read_both(start: int, stop: int) -> tuple[Block, Block]:
+        packed = view.read(start // 8, _packed_size(stop))
+        bits = np.unpackbits(packed, bitorder="little")[start % 8 :][: stop - start]
+        return bits, bits
+
+    return TensorView(view.name, shape or (8 * view.size,), DTYPES["BOOL"], read_both)
+
+
+def _fitting(pair: Pair, mask: Checkpoint, shapes: Mapping[str, tuple[int, ...]]) -> TensorView:
+    """A pair's flags, of TUNED's shape.
+
+    Raises:
+        MismatchError: They have another one.
+    """
+    if pair.base is None:
+        raise ValueError("only pairs have flags")
+    tuned, flags, name = pair.tuned, pair.base, pair.names[0]
+    if flags.shape != tuned.shape and name not in shapes and len(pair.names) == 1:
+        if mask[name].size != _packed_size(tuned.size):
+            reason = f"the mask has {counted(mask[name].size, 'byte')}; expected "
+            reason += f"{_packed_size(tuned.size):,}"
+            raise MismatchError(reason, file=mask.label, tensor=name, hint=_REMEDY, code="E-MASK")
+        flags = replace(flags, shape=tuned.shape)
+    if flags.shape != tuned.shape:
+        reason = f"the mask is of shape {list(flags.shape)}; expected {list(tuned.shape)}"
+        raise MismatchError(reason, file=mask.label, tensor=name, hint=_REMEDY, code="E-MASK")
+    return replace(flags, name=tuned.name)
+
+
+def edit_by_mask(flags: Checkpoint, pairs: tuple[Pair, ...], *, invert: bool) -> Edit:
+    """An edit that resets to BASE the dimensions a mask has set.
+
+    Args:
+        flags: From `read_mask`.
+        pairs: All pairs, those that are kept from TUNED too.
+        invert: Reset those it does not have set instead.
+
+    Raises:
+        MismatchError: The mask is of a tensor that may not be edited.
+    """
+    kept = next((pair for pair in pairs if pair.name in flags and not pair.eligible), None)
+    if kept is not None:
         raise MismatchError(
-            "the mask is of a tensor that is not edited here",
-            file=mask.label,
-            tensor=unknown[0],
+            f"the mask is of a tensor that is not edited here ({kept.reason})",
+            file=flags.label,
+            tensor=kept.name,
             code="E-MASK",
         )
 
     def edit(name: str, start: int, tuned: Block, base: Block) -> Block:
-        flags = flags_of(mask, name, start, tuned.size)
-        return choose(~flags if invert else flags, base, tuned)
+        chosen = flags_of(flags, name, start, tuned.size)
+        return choose(~chosen if invert else chosen, base, tuned)
 
     return edit
 
 
-def flags_of(mask: Checkpoint, name: str, start: int, count: int) -> Block:
-    """A mask's bits for the elements [start, start + count); none is set of what it does not name.
+def flags_of(flags: Checkpoint, name: str, start: int, count: int) -> Block:
+    """A mask's flags for the elements [start, start + count); none is set of what it lacks.
 
     Args:
-        mask: From `changed_mask`.
+        flags: From `read_mask`.
         name: The tensor's name.
         start: The first element.
         count: How many.
@@ -132,11 +192,9 @@ def flags_of(mask: Checkpoint, name: str, start: int, count: int) -> Block:
     Returns:
         Boolean array of shape (count,).
     """
-    if name not in mask:
+    if name not in flags:
         return np.zeros(count, np.bool_)
-    first, stop = start // 8, (start + count + 7) // 8
-    bits = np.unpackbits(mask[name].read(first, stop), bitorder="little").view(np.bool_)
-    return np.array(bits[start - 8 * first :][:count])
+    return flags[name].read(start, start + count).view(np.bool_)
 
 
 def rows_of(flags: Block, start: int, count: int, width: int) -> Block:

@@ -24,7 +24,7 @@ from weightsurgery.checkpoint import Checkpoint, TensorView
 from weightsurgery.diagnostics import Diagnostics
 from weightsurgery.errors import MismatchError, SettingError, conflict, counted
 from weightsurgery.kernels import Block, choose, magnitude_of_drift
-from weightsurgery.masks import edit_by_mask, mask_under_names_of
+from weightsurgery.masks import edit_by_mask, read_mask
 from weightsurgery.operators.epur import Rows, embedding_pair, reset_rows, score_rows
 from weightsurgery.quantised import require_unquantised
 from weightsurgery.registry import (
@@ -163,10 +163,10 @@ def purify(
     )
     paired = paired.only(include, exclude)
     if from_mask is not None:
-        from_mask = mask_under_names_of(tuned, from_mask)
-        edit = edit_by_mask(from_mask, paired.eligible, invert=invert)
+        flags = read_mask(from_mask, tuned)
+        edit = edit_by_mask(flags, paired.pairs, invert=invert)
         # What the mask's maker left alone is left out here too, or the share is one of more.
-        return map_tensors(edit, paired if invert else paired.keeping(from_mask, "not in the mask"))
+        return map_tensors(edit, paired if invert else paired.keeping(flags, "not in the mask"))
     if invert:
         raise conflict("invert is for a mask", "give from_mask too")
     check(paired, ratio, epsilon, embeddings, embedding, counts)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +14,7 @@ from weightsurgery.coverage import Coverage
 from weightsurgery.errors import FormatError, MismatchError, SettingError, SurgeryError, shown
 from weightsurgery.formats.recorded import Recorded
 from weightsurgery.kernels import Block, bits_of, count_different, to_dtype, to_float
-from weightsurgery.masks import KIND, flags_of, mask_under_names_of
+from weightsurgery.masks import flags_of, read_mask
 from weightsurgery.proof.again import do_again
 from weightsurgery.stream import Engine
 
@@ -193,9 +192,8 @@ def _pair(
     reset_where, exact = True, True
     if mask is not None:
         reset_where, exact, place = _rule(recorded, mask)
-        mask = mask_under_names_of(tuned, mask)
-        _check_mask(recorded, mask)
         inputs |= {} if place is None else {place: mask}
+        mask = _flags(recorded, mask, tuned)
     expected, why_not = do_again(recorded, inputs, engine)
     return Origin(
         pairs={pair.name: pair for pair in alignment.pairs},
@@ -353,18 +351,20 @@ def _rule(recorded: Recorded, mask: Checkpoint) -> tuple[bool, bool, int | None]
     return step["settings"].get("invert") is not True, False, place
 
 
-def _check_mask(recorded: Recorded, mask: Checkpoint) -> None:
-    """Refuse what is no mask of this output.
+def _flags(recorded: Recorded, mask: Checkpoint, tuned: Checkpoint) -> Checkpoint:
+    """A mask's flags under TUNED's names.
 
     Raises:
-        MismatchError: It is none, or of tensors of other sizes.
+        MismatchError: It is not a mask, or not one of this output.
     """
-    if dict(mask.metadata).get("wsurg") != KIND["wsurg"]:
-        reason = "not a mask that wsurg wrote"
-        raise MismatchError(reason, file=mask.label, code="E-VERIFY-MASK")
-    for name, view in mask.items():
+    try:
+        flags = read_mask(mask, tuned)
+    except MismatchError as error:
+        at = {"file": mask.label, "tensor": error.tensor or ""}
+        raise MismatchError(error.reason, **at, code="E-VERIFY-MASK") from error
+    for name, view in flags.items():
         entry = recorded.tensors.get(name)
-        size = -1 if entry is None else (math.prod(entry["shape"]) + 7) // 8
-        if view.size != size or view.dtype.name != "U8":
+        if entry is None or entry["shape"] != list(view.shape):
             reason = "the mask is not of this output"
             raise MismatchError(reason, file=mask.label, tensor=name, code="E-VERIFY-MASK")
+    return flags
