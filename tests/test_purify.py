@@ -508,3 +508,10 @@ def test_diagnostics_are_per_tensor_and_leave_out_what_did_not_move() -> None:
         "ks": None,
     }
     assert entry["k"] == pytest.approx(2, rel=0.05)
+
+
+def test_a_mask_of_a_scalar() -> None:
+    base = from_arrays({"scale": np.float32(1), "w": np.ones((3, 3), F32)})
+    tuned = from_arrays({"scale": np.float32(2), "w": np.zeros((3, 3), F32)})
+    masked = purify(base, tuned, from_mask=changed_mask(mix(base, tuned, ratio=1)))
+    assert cases.stored(cases.read(masked)) == cases.stored(cases.read(base))

@@ -129,7 +129,8 @@ def _unpacked(view: TensorView, shape: tuple[int, ...] | None) -> TensorView:
         bits = np.unpackbits(packed, bitorder="little")[start % 8 :][: stop - start]
         return bits, bits
 
-    return TensorView(view.name, shape or (8 * view.size,), DTYPES["BOOL"], read_both)
+    flat = (8 * view.size,)
+    return TensorView(view.name, flat if shape is None else shape, DTYPES["BOOL"], read_both)
 
 
 def _fitting(pair: Pair, mask: Checkpoint, shapes: Mapping[str, tuple[int, ...]]) -> TensorView:

@@ -9,11 +9,10 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-import numpy as np
-
-from weightsurgery.anatomy import find_embedding, kind_of, layer_of, natural_key
+from weightsurgery.anatomy import find_embedding, kind_of, layer_of
 from weightsurgery.architecture.canonical import relative, template
 from weightsurgery.architecture.conversion import UnsupportedError
+from weightsurgery.architecture.copies import are_equal, shared_layers, tied_copies
 from weightsurgery.architecture.facts import class_of
 from weightsurgery.architecture.matching import Counterpart, Matcher, Side, read_sides
 from weightsurgery.architecture.tokens import Tokens
@@ -21,7 +20,6 @@ from weightsurgery.checkpoint import Checkpoint, TensorView
 from weightsurgery.coverage import ENOUGH, Coverage, percent
 from weightsurgery.dtypes import FLOATING
 from weightsurgery.errors import shown
-from weightsurgery.kernels import Block, count_different, to_float
 from weightsurgery.pairs import Pair, Status
 from weightsurgery.ties import is_output_head, says_tied, tied_to
 
@@ -71,7 +69,7 @@ class Pairing:
         A copy whose bytes differ stands for itself: the loading library leaves it untied.
         """
         return {
-            name: leader if name == leader or _are_equal(self.tuned, name, leader) else name
+            name: leader if name == leader or are_equal(self.tuned, name, leader) else name
             for leader, names in self._tied.items()
             for name in names
         }
@@ -85,33 +83,13 @@ class Pairing:
     @cached_property
     def _tied(self) -> Mapping[str, list[str]]:
         """TUNED's tensors that its configuration makes one, by the first of them."""
-        side = self.matcher.tuned
-        if side.names.architecture is None:
-            copies = tied_to(self.tuned)
-            return {name: [name, *copies] for name in copies.values()}
-        groups = {}
-        for source in dict.fromkeys(side.ties.sources.values()):
-            stored = map(side.stored, side.ties.group(source))
-            names = [name for name in stored if name is not None]
-            if names:
-                groups[names[0]] = names
-        return groups | self._shared_layers(side)
+        return tied_copies(self.matcher.tuned)
 
-    def _shared_layers(self, side: Side) -> dict[str, list[str]]:
-        """Layers that share weights: of the tensors of one template those of equal values."""
-        groups: dict[str, list[str]] = {}
-        if not side.ties.numbered:
-            return groups
-        leaders: dict[str, list[str]] = {}
-        for name in sorted(self.tuned, key=natural_key):
-            like = template(side.canonical(name))
-            if like in side.ties.numbered:
-                known = leaders.setdefault(like, [])
-                equal = (one for one in known if _are_equal(self.tuned, name, one))
-                leader = next(equal, name)
-                known += [name] if leader == name else []
-                groups.setdefault(leader, []).append(name)
-        return groups
+    @cached_property
+    def _shared_in_base(self) -> frozenset[str]:
+        """BASE's tensors that are copies of others because its layers share weights."""
+        groups = shared_layers(self.matcher.base)
+        return frozenset(n for leader, names in groups.items() for n in names if n != leader)
 
     def _pair(self, view: TensorView) -> Pair:
         key = self.keys.get(view.name, view.name)
@@ -277,9 +255,16 @@ class Pairing:
         base, tuned = self.matcher.base, self.matcher.tuned
         canonical = base.canonical(name)
         group = {*base.ties.group(canonical), *tuned.ties.group(canonical)}
-        is_tied = len(group) > 1 or (
-            tuned.names.architecture is None
-            and (name in tied_to(self.base) or (is_output_head(name) and says_tied(self.tuned)))
+        mine = tuned.stored(canonical)
+        is_copy = mine is not None and self.keys.get(mine, mine) != mine
+        is_copy |= name in self._shared_in_base
+        is_tied = (
+            len(group) > 1
+            or is_copy
+            or (
+                tuned.names.architecture is None
+                and (name in tied_to(self.base) or (is_output_head(name) and says_tied(self.tuned)))
+            )
         )
         if name in base.names.ambiguous:
             return DUPLICATE
@@ -342,7 +327,7 @@ class Pairing:
                 continue
             others = map(base.stored, self.matcher.tied_in_tuned(canonical))
             other = next((one for one in others if one is not None and one in used), None)
-            if other is not None and not _are_equal(self.base, name, other):
+            if other is not None and not are_equal(self.base, name, other):
                 yield name, other
 
     @property
@@ -378,18 +363,3 @@ class Pairing:
             partly={p.name: p.reason for p in rest if paired[p.name]},
             architecture=known.name if known else "",
         )
-
-
-def _are_equal(checkpoint: Checkpoint, one: str, other: str) -> bool:
-    """True if two tensors have the same shape and values, in whatever dtype."""
-    a, b = checkpoint[one], checkpoint[other]
-    return a.shape == b.shape and all(
-        _same_values(a, b, a.read(start, stop), b.read(start, stop)) for start, stop in a.blocks()
-    )
-
-
-def _same_values(a: TensorView, b: TensorView, ours: Block, theirs: Block) -> bool:
-    if a.dtype == b.dtype and not count_different(ours, theirs):
-        return True
-    floating = a.dtype.arithmetic and b.dtype.arithmetic
-    return floating and bool(np.array_equal(to_float(ours), to_float(theirs)))
