@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -39,6 +39,9 @@ _UNDERSTOOD = {
 _PLAIN_STARTS = (True, False, None, "gaussian", "eva", "orthogonal")
 _LONGEST_KEY = 500
 _PLAIN_KEY = re.compile(rf"\^?[A-Za-z0-9_.\-]{{1,{_LONGEST_KEY}}}")
+# PEFT's own regular expressions: `.*` and escaped dots. It writes one for each kind of parameter.
+_WILD_KEY = re.compile(rf"(?:[A-Za-z0-9_\-]|\\\.|\.\*){{1,{_LONGEST_KEY}}}")
+_MOST_WILD = 100
 
 
 @dataclass(frozen=True)
@@ -81,33 +84,74 @@ class AdapterConfig:
 
     def rank_of(self, adapted: str) -> int:
         """The rank of the factors of a module, or of a parameter that is adapted directly."""
-        return self.rank_pattern.get(_first_match(self._rank_order, adapted), self.rank)
+        return self.rank_pattern.get(self._rank_keys.first_match(adapted), self.rank)
 
     def scale_of(self, adapted: str) -> float:
         """What the product of such factors is multiplied by: α/r, with rsLoRA α/√r."""
-        alpha = self.alpha_pattern.get(_first_match(self._alpha_order, adapted), self.alpha)
+        alpha = self.alpha_pattern.get(self._alpha_keys.first_match(adapted), self.alpha)
         rank = self.rank_of(adapted)
         return alpha / (math.sqrt(rank) if self.use_rslora else rank)
 
     @cached_property
-    def _rank_order(self) -> dict[str, int]:
-        return {key: place for place, key in enumerate(self.rank_pattern)}
+    def _rank_keys(self) -> _Keys:
+        return _Keys(self.rank_pattern)
 
     @cached_property
-    def _alpha_order(self) -> dict[str, int]:
-        return {key: place for place, key in enumerate(self.alpha_pattern)}
+    def _alpha_keys(self) -> _Keys:
+        return _Keys(self.alpha_pattern)
 
 
-def _first_match(order: Mapping[str, int], adapted: str) -> str:
-    """The first key that is the name or its end after a dot; one with `^` is all of it.
+class _Keys:
+    """The keys of a pattern: names, and names with `.*` in them.
 
-    The name's ends are looked up, not the keys gone through: a stranger's adapter may have 100,000
-    of both. No key is longer than `_LONGEST_KEY`, so no longer end is looked for.
+    Args:
+        keys: In their order.
     """
-    start = max(0, len(adapted) - _LONGEST_KEY)
-    ends = [adapted[i:] for i in range(start, len(adapted)) if i == 0 or adapted[i - 1] == "."]
-    found = [key for key in (f"^{adapted}", *ends) if key in order]
-    return min(found, key=lambda key: order[key], default="")
+
+    def __init__(self, keys: Iterable[str]) -> None:
+        self._order: dict[str, int] = {}
+        self._wild: list[tuple[int, str, list[str]]] = []
+        for place, key in enumerate(keys):
+            if _PLAIN_KEY.fullmatch(key):
+                self._order[key] = place
+            else:
+                pieces = [piece.replace("\\.", ".") for piece in key.split(".*")]
+                self._wild.append((place, key, pieces))
+
+    def first_match(self, adapted: str) -> str:
+        """The first key that is the name or its end after a dot; one with `^` is all of it.
+
+        The name's ends are looked up, not the keys gone through: a stranger's adapter may have
+        100,000 of both. No key is longer than `_LONGEST_KEY`, so no longer end is looked for.
+
+        Args:
+            adapted: A module, or a parameter that is adapted directly.
+
+        Returns:
+            The key, "" if none matches.
+        """
+        start = max(0, len(adapted) - _LONGEST_KEY)
+        ends = [adapted[i:] for i in range(start, len(adapted)) if i == 0 or adapted[i - 1] == "."]
+        found = [(self._order[key], key) for key in (f"^{adapted}", *ends) if key in self._order]
+        for place, key, pieces in self._wild:
+            if any(_matches(end, pieces) for end in ends):
+                found.append((place, key))
+                break
+        return min(found, default=(0, ""))[1]
+
+
+def _matches(name: str, pieces: list[str]) -> bool:
+    """True if a name is the pieces with anything between them."""
+    first, *inner, last = pieces
+    if not name.startswith(first) or not name.endswith(last) or len(name) < len(first) + len(last):
+        return False
+    at, stop = len(first), len(name) - len(last)
+    for piece in inner:
+        found = name.find(piece, at, stop)
+        if found < 0:
+            return False
+        at = found + len(piece)
+    return at <= stop
 
 
 def read_config(adapter: Checkpoint) -> AdapterConfig:
@@ -229,15 +273,20 @@ class _Checker:
         """Module names, each with its value.
 
         Raises:
-            PolicyError: A name is a regular expression.
+            PolicyError: A name is a regular expression of another kind than PEFT writes.
         """
         value = self.given.get(key) or {}
         if not isinstance(value, dict):
             raise self.fail(key, value, "an object of module names")
+        wild = 0
         for name in value:
-            if not _PLAIN_KEY.fullmatch(name):
+            if _PLAIN_KEY.fullmatch(name):
+                continue
+            wild += 1
+            if wild > _MOST_WILD or ".*" not in name or not _WILD_KEY.fullmatch(name):
                 raise PolicyError(
-                    f"{key} has '{shown(name)}', a regular expression; only plain names are read",
+                    f"{key} has '{shown(name)}', a regular expression; expected names, or at most "
+                    f"{_MOST_WILD} of names with .* in them",
                     file=f"{self.label}/adapter_config.json",
                     hint="write out the modules' names",
                     code="E-ADAPTER-PATTERN",

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from weightsurgery.adapters.config import AdapterConfig
-from weightsurgery.adapters.experts import candidates, find_stack, fit
-from weightsurgery.adapters.names import Names
+from weightsurgery.adapters.experts import candidates, fit
+from weightsurgery.adapters.parameters import Parameter, Parameters
 from weightsurgery.adapters.updates import LowRank, Magnitude, ReplaceRows, Shift, Update
 from weightsurgery.anatomy import find_embedding
 from weightsurgery.checkpoint import Checkpoint, TensorView
@@ -27,7 +27,7 @@ class Module:
         base: The model.
         adapter: The adapter.
         config: Its configuration.
-        names: Finds BASE's tensors.
+        names: Finds BASE's parameters.
         module: The module's name in the adapter.
         parts: Role to tensor.
         weight: Multiplies the change.
@@ -37,14 +37,14 @@ class Module:
     base: Checkpoint
     adapter: Checkpoint
     config: AdapterConfig
-    names: Names
+    names: Parameters
     module: str
     parts: Mapping[str, TensorView]
     weight: float
     contradicted: bool
 
-    def updates(self) -> Iterable[tuple[str, Update]]:
-        """BASE's name of a tensor, and what is done to it.
+    def updates(self) -> Iterable[tuple[Parameter, Update]]:
+        """A parameter of BASE, and what is done to it.
 
         Raises:
             FormatError: A tensor is missing, or contradicts the configuration.
@@ -77,7 +77,7 @@ class Module:
             )
         parameters = self._parameters()
         if parameters and magnitude is None and shift is None:
-            yield from self._parameter(parameters, first, second)
+            yield self._parameter(parameters, first, second)
             return
         yield self._product(first, second, magnitude, embedding=bool(kind))
         if shift is not None:
@@ -91,8 +91,9 @@ class Module:
     def _scale(self, adapted: str) -> float:
         return self.weight * self.config.scale_of(adapted)
 
-    def _rows(self, view: TensorView) -> tuple[str, Update]:
-        target = self.names.need(f"{self.module}.weight", view)
+    def _rows(self, view: TensorView) -> tuple[Parameter, Update]:
+        parameter = self.names.need(f"{self.module}.weight", view)
+        target = parameter.view
         indices = self.config.token_indices
         last = self.module.rpartition(".")[2]
         rows = next(
@@ -107,9 +108,9 @@ class Module:
             )
         if max(rows) >= target.shape[0]:
             raise self._fail(view, f"token {max(rows):,} of {target.shape[0]:,}")
-        return target.name, ReplaceRows(view, rows, target.shape[1])
+        return parameter, ReplaceRows(view, rows, target.shape[1])
 
-    def _shift(self, view: TensorView) -> tuple[str, Update]:
+    def _shift(self, view: TensorView) -> tuple[Parameter, Update]:
         if not self.config.lora_bias:
             raise FormatError(
                 "lora_bias is false, but here is one",
@@ -117,17 +118,19 @@ class Module:
                 tensor=view.name,
                 code="E-ADAPTER-CONTRADICTION",
             )
-        target = self.names.need(f"{self.module}.bias", view)
+        parameter = self.names.need(f"{self.module}.bias", view)
+        target = parameter.view
         if target.shape != view.shape:
             raise self._fail(
                 view, f"its shape is {list(view.shape)}, that of BASE's {list(target.shape)}"
             )
-        return target.name, Shift(view, self._scale(self.module))
+        return parameter, Shift(view, self._scale(self.module))
 
     def _product(
         self, a: TensorView, b: TensorView, magnitude: TensorView | None, *, embedding: bool
-    ) -> tuple[str, Update]:
-        target = self.names.need(f"{self.module}.weight", a)
+    ) -> tuple[Parameter, Update]:
+        parameter = self.names.need(f"{self.module}.weight", a)
+        target = parameter.view
         if _is_grouped(target, a, b):
             reason = "a grouped convolution cannot hold what reaches across its groups"
             raise self._fail(a, reason)
@@ -155,11 +158,11 @@ class Module:
             arrange=_transposed if transposed else _as_stored,
         )
         if magnitude is None:
-            return target.name, change
+            return parameter, change
         by_column = transposed
         if math.prod(magnitude.shape) != (columns if by_column else rows):
             raise self._fail(magnitude, f"{math.prod(magnitude.shape):,} norms; expected {have}")
-        return target.name, Magnitude(change, magnitude, target, by_column)
+        return parameter, Magnitude(change, magnitude, target, by_column)
 
     def _is_transposed(self, target: TensorView, a: TensorView, b: TensorView) -> bool:
         """True if BASE stores a matrix of inputs by outputs, as GPT-2's Conv1D does.
@@ -191,22 +194,24 @@ class Module:
         names = candidates(self.module, self.config.target_parameters)
         if self.names.find(f"{self.module}.weight") is None:
             return names
-        return [name for name in names if find_stack(self.names, name)]
+        return [name for name in names if self.names.find(name)]
 
     def _parameter(
         self, names: list[str], a: TensorView, b: TensorView
-    ) -> list[tuple[str, Update]]:
-        found = [(name, stack) for name in names if (stack := find_stack(self.names, name))]
-        stacks = [stack for _, stack in found]
-        if not stacks:
+    ) -> tuple[Parameter, Update]:
+        found = [(name, one) for name in names if (one := self.names.find(name))]
+        if not found:
             self.names.need(names[0], a)
         rank_of, scale_of = self.config.rank_of, self._scale
         # Patterns are matched with the parameter's own name, not with its module's.
-        fits = [(s, f) for n, s in found for f in fit(s.shape, a, b, rank_of(n), scale_of(n))]
+        fits = [
+            (one, change)
+            for name, one in found
+            for change in fit(one.view.shape, a, b, rank_of(name), scale_of(name))
+        ]
         if len(fits) == 1:
-            stack, change = fits[0]
-            return stack.updates(change)
-        shapes = ", ".join(f"'{shown(stack.name)}' {list(stack.shape)}" for stack in stacks)
+            return fits[0]
+        shapes = ", ".join(f"'{shown(name)}' {list(one.view.shape)}" for name, one in found)
         raise PolicyError(
             f"{list(a.shape)} and {list(b.shape)} fit {'none' if not fits else 'more than one way'}"
             f" of {shapes}",

@@ -213,18 +213,22 @@ class Magnitude:
             )
         return (wanted / np.sqrt(squares)).astype(like)
 
-    def apply(self, values: Block, start: int) -> Block:
-        """See `Update`."""
+    def factors(self, start: int, count: int, like: np.dtype[np.generic]) -> Block:
+        """What the elements [start, start + count) are multiplied by."""
 
         def load() -> Block:
-            return self._factors(values.dtype)
+            return self._factors(like)
 
-        loaded = self._loaded.setdefault(values.dtype, Loaded(load, self.base.size))
-        factors = loaded.get(values.size)
-        places = np.arange(start, start + values.size)
+        norms = self._loaded.setdefault(like, Loaded(load, self.base.size)).get(count)
+        places = np.arange(start, start + count)
         width = self.change.shape[1]
-        lines = places % width if self.by_column else places // width
-        return self.change.apply(values, start) * factors[lines]
+        factors: Block = norms[places % width if self.by_column else places // width]
+        return factors
+
+    def apply(self, values: Block, start: int) -> Block:
+        """See `Update`."""
+        factors = self.factors(start, values.size, values.dtype)
+        return self.change.apply(values, start) * factors
 
 
 @dataclass(frozen=True)
@@ -304,8 +308,14 @@ class ReplaceRows:
         return result
 
 
-ADDED = (LowRank, LowRankRows, Shift)
-"""The updates that are added, and so can be weighed, taken back, or rounded on their own."""
-
 MERGED_AT_ONCE = (LowRank, LowRankRows)
 """The updates that have `merge`: one pass over stored elements when they come alone."""
+
+
+def is_added(update: Update) -> bool:
+    """True for an update that is added, and so can be weighed, taken back, or rounded on its own.
+
+    Args:
+        update: Of a parameter or of a part of one.
+    """
+    return isinstance(update, LowRank | LowRankRows | Shift)

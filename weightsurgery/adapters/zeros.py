@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from weightsurgery.adapters.layout import Target, module_of
-from weightsurgery.adapters.updates import ADDED, LowRankRows, Shift, Update
+from weightsurgery.adapters.contents import module_of
+from weightsurgery.adapters.layout import Target
+from weightsurgery.adapters.linked import parts_of
+from weightsurgery.adapters.updates import Shift, Update, is_added
 from weightsurgery.checkpoint import Checkpoint, TensorView
 from weightsurgery.errors import counted, shown
 
@@ -16,8 +18,7 @@ def scale_of(update: Update) -> float:
     Args:
         update: Of a tensor.
     """
-    scaled = update.stack if isinstance(update, LowRankRows) else update
-    return float(getattr(scaled, "scale", 1.0))
+    return max((float(getattr(part, "scale", 1.0)) for part in parts_of(update)), key=abs)
 
 
 def warn_of_zeros(adapter: Checkpoint, targets: Sequence[Target]) -> list[str]:
@@ -34,8 +35,9 @@ def warn_of_zeros(adapter: Checkpoint, targets: Sequence[Target]) -> list[str]:
     still: dict[str, bool] = {}
     looked_at: dict[tuple[str, ...], bool] = {}
     others = False
-    for update in (update for target in targets for update in target.updates):
-        if not isinstance(update, ADDED) or scale_of(update) == 0:
+    updates = (update for target in targets for update in target.updates)
+    for update in (part for whole in updates for part in parts_of(whole)):
+        if not is_added(update) or scale_of(update) == 0:
             others = True
             continue
         if update.sources not in looked_at:

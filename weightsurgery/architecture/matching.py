@@ -37,12 +37,14 @@ class Counterpart:
         runs: The elements (start, stop) of TUNED's tensor that have a counterpart; () for a
             tensor that stands for another as a whole.
         note: What is worth reporting.
+        links: Where the elements lie, if `runs` are given; `ours` is TUNED's tensor.
     """
 
     view: TensorView
     names: tuple[str, ...]
     runs: tuple[Run, ...] = ()
     note: str = ""
+    links: tuple[Link, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -119,15 +121,17 @@ class Matcher:
         tuned: TUNED's side.
         prefix: A prefix of canonical names that one side has and the other lacks; "" if none.
         prefix_on: "tuned" or "base": the side that has it.
+        rival: Another prefix that pairs as many, None if there is none.
     """
 
     base: Side
     tuned: Side
     prefix: str = field(init=False, default="")
     prefix_on: str = field(init=False, default="")
+    rival: str | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
-        self.prefix, self.prefix_on = _common_prefix(self.base, self.tuned)
+        self.prefix, self.prefix_on, self.rival = _common_prefix(self.base, self.tuned)
         self._links: dict[str, dict[str, list[Link]]] = {}
 
     @cached_property
@@ -139,9 +143,9 @@ class Matcher:
         return frozenset(step.settings["names"].values()) & self.base.checkpoint.keys()
 
     @cached_property
-    def _made(self) -> tuple[_Made, _Made]:
+    def made(self) -> tuple[Made, Made]:
         """What converters make of BASE's tensors, and of TUNED's."""
-        return _Made(self.base), _Made(self.tuned)
+        return Made(self.base), Made(self.tuned)
 
     def find(self, name: str, *, alone: bool = False) -> Counterpart | None:
         """What BASE has for a stored tensor of TUNED's.
@@ -190,6 +194,15 @@ class Matcher:
         note = f"{tied} to '{shown(found)}'" if tied else ""
         return Counterpart(self.base.checkpoint[found], (found,), note=note)
 
+    def stored_in_base(self, name: str) -> str | None:
+        """BASE's tensor of a name that TUNED need not have, by its name alone.
+
+        Args:
+            name: As TUNED would store it.
+        """
+        known = self.base.names.architecture
+        return self._in_base(read_names([name], known).places[name].canonical)
+
     def _in_base(self, canonical: str) -> str | None:
         """BASE's tensor of a canonical name, with the prefix that one side has."""
         found = self.base.stored(canonical)
@@ -222,7 +235,7 @@ class Matcher:
         """A view of the pieces that the loading library makes the same parameters of."""
         from weightsurgery.architecture.views import linked_view  # most models need none
 
-        theirs, mine = self._made
+        theirs, mine = self.made
         links: list[Link] = []
         for target in mine.targets_of(name):
             if not mine.makes(target) and not theirs.makes(target):
@@ -236,7 +249,8 @@ class Matcher:
         names = sorted({link.theirs for link in links}, key=natural_key)
         view, runs = linked_view(like, links, {one: base[one] for one in names})
         many = f"made of {len(names):,} tensors of BASE" if len(names) > 1 else ""
-        return Counterpart(view, tuple(names), runs, many or f"a part of '{names[0]}' in BASE")
+        note = many or f"a part of '{names[0]}' in BASE"
+        return Counterpart(view, tuple(names), runs, note, tuple(links))
 
 
 def _linked(ours: Assembly | None, theirs: Assembly | None) -> dict[str, list[Link]]:
@@ -250,8 +264,12 @@ def _linked(ours: Assembly | None, theirs: Assembly | None) -> dict[str, list[Li
     return found
 
 
-class _Made:
-    """The model's tensors that converters make of a side's stored ones."""
+class Made:
+    """The model's tensors that converters make of a side's stored ones.
+
+    Args:
+        side: The checkpoint.
+    """
 
     def __init__(self, side: Side) -> None:
         self._side = side
@@ -275,7 +293,11 @@ class _Made:
         self._outputs: dict[tuple[int, str], dict[str, Assembly]] = {}
 
     def targets_of(self, name: str) -> list[str]:
-        """Canonical names of the model's tensors that a stored one becomes part of."""
+        """Canonical names of the model's tensors that a stored one becomes part of.
+
+        Args:
+            name: The stored one's.
+        """
         place = self._side.names.places[name]
         if place.converter is None:
             return [place.canonical]
@@ -318,8 +340,8 @@ class _Made:
         return self._outputs[key]
 
 
-def _common_prefix(base: Side, tuned: Side) -> tuple[str, str]:
-    """The prefix that pairs most of the canonical names that only one side has, and its side."""
+def _common_prefix(base: Side, tuned: Side) -> tuple[str, str, str | None]:
+    """The prefix that pairs most of the names that only one side has, its side, and a rival."""
     votes: Counter[tuple[str, str]] = Counter()
     for longer, shorter, side in ((tuned, base, "tuned"), (base, tuned, "base")):
         free = {
@@ -331,16 +353,22 @@ def _common_prefix(base: Side, tuned: Side) -> tuple[str, str]:
             if shorter.stored(canonical) is not None or longer.is_outside(name):
                 continue  # a head goes with no other head
             shape = longer.checkpoint[name].shape
-            for rest in _endings(canonical):
+            for rest in endings(canonical):
                 if rest in free and shorter.checkpoint[free[rest]].shape == shape:
                     votes[canonical[: -len(rest)], side] += 1
     if not votes:
-        return "", ""
-    return min(votes, key=lambda vote: (-votes[vote], len(vote[0]), vote))
+        return "", "", None
+    first, *others = sorted(votes, key=lambda vote: (-votes[vote], len(vote[0]), vote))
+    rival = others[0][0] if others and votes[others[0]] == votes[first] else None
+    return *first, rival
 
 
-def _endings(name: str) -> Iterator[str]:
-    """Every dotted ending: a.b.c gives b.c and c."""
+def endings(name: str) -> Iterator[str]:
+    """Every dotted ending: a.b.c gives b.c and c.
+
+    Args:
+        name: A tensor's.
+    """
     dot = name.find(".")
     while dot >= 0:
         yield name[dot + 1 :]

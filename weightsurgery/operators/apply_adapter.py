@@ -18,7 +18,8 @@ from weightsurgery.adapters.config import read_config
 from weightsurgery.adapters.finite import warn_of_nonfinite
 from weightsurgery.adapters.heads import Reading, read_adapters, stored_apart, stored_as_in_base
 from weightsurgery.adapters.layout import Target
-from weightsurgery.adapters.updates import MERGED_AT_ONCE, Replace, Update
+from weightsurgery.adapters.linked import is_all_added, parts_of
+from weightsurgery.adapters.updates import MERGED_AT_ONCE, Replace, Shift, Update
 from weightsurgery.adapters.zeros import scale_of, warn_of_zeros
 from weightsurgery.anatomy import find_embedding
 from weightsurgery.checkpoint import Checkpoint, TensorView
@@ -180,7 +181,7 @@ def _rounded_twice(update: Update, values: Block, start: int, dtype: np.dtype[An
 
     PEFT rounds what it adds to a bias with the sum alone.
     """
-    if isinstance(update, MERGED_AT_ONCE):
+    if is_all_added(update) and not isinstance(update, Shift):
         change = to_float(to_dtype(update.apply(np.zeros_like(values), start), dtype))
         return to_float(to_dtype(values + change, dtype))
     return to_float(to_dtype(update.apply(values, start), dtype))
@@ -233,7 +234,9 @@ def _described(adapter: Checkpoint, weight: float, targets: Sequence[Target]) ->
         "targets": [
             {
                 "tensor": target.name,
-                "updates": [type(update).__name__ for update in target.updates],
+                "updates": [
+                    type(part).__name__ for update in target.updates for part in parts_of(update)
+                ],
                 "from": sorted({s for update in target.updates for s in update.sources}),
             }
             for target in targets

@@ -1,0 +1,297 @@
+"""The law for adapters: what `apply_adapter` writes, transformers loads as what PEFT computes.
+
+`python -m tests.adapter_law [ARCHITECTURE ...]` prints which architectures it holds for.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import sys
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tests.architectures import ARCHITECTURES, VOCABULARY, inputs_of, random_model, seed_of
+from tests.law import Verdict
+from tests.stored import load, outputs_of
+from weightsurgery import apply_adapter, extract_adapter, open_checkpoint, save, verify_adapter
+from weightsurgery.models import Quiet
+
+GROWN = VOCABULARY + 3
+_ROUNDING = 2e-5
+Settings = Mapping[str, Any]
+
+
+class Unadaptable(Exception):
+    """PEFT itself cannot adapt the model so, or computes something else once it loads it again."""
+
+
+@dataclass(frozen=True)
+class _Case:
+    model: Any
+    base: Path
+    scratch: Path
+    inputs: Mapping[str, Any]
+
+
+def judge_merge(name: str, variant: str, scratch: Path) -> Iterator[Verdict]:
+    """Whether merges of an adapter of one kind are right, judged by PEFT.
+
+    Args:
+        name: The architecture.
+        variant: One of `VARIANTS`.
+        scratch: A folder of its own.
+
+    Raises:
+        Unadaptable: There is no such adapter.
+    """
+    case = _prepared(name, scratch)
+    expected = _adapted(case, VARIANTS[variant])
+    try:
+        yield from _merged(case, expected)
+    except Exception as error:
+        yield Verdict("merge", "error", _said(error))
+
+
+def _merged(case: _Case, expected: Any) -> Iterator[Verdict]:
+    import torch
+
+    base, adapter = open_checkpoint(case.base), open_checkpoint(case.scratch / "adapter")
+    try:
+        merged = apply_adapter(base, adapter, force_base=True)
+    except Exception as error:
+        if "--untie" not in str(error):
+            raise
+        merged = apply_adapter(base, adapter, force_base=True, untie=True)
+    save(merged, case.scratch / "merged")
+    found = outputs_of(load(case.scratch / "merged", type(case.model)), case.inputs)
+    off = float((found - expected).abs().max()) if found.shape == expected.shape else float("inf")
+    near = torch.allclose(found, expected, rtol=1e-4, atol=_ROUNDING)
+    yield Verdict("merge", "pass" if near else "fail", f"off by {off:.2g}", {"off": off})
+    report = verify_adapter(base, [adapter], open_checkpoint(case.scratch / "merged"))
+    wrong = [one for one in report["tensors"] if one["verdict"] not in ("proved", "untouched")]
+    yield Verdict("proof", "pass" if report["proved"] else "fail", str(wrong[:2]))
+
+
+def judge_extraction(name: str, scratch: Path) -> Iterator[Verdict]:
+    """Whether PEFT makes TUNED of BASE and the adapter that is extracted from the two.
+
+    Args:
+        name: The architecture.
+        scratch: A folder of its own.
+    """
+    import peft
+    import torch
+
+    case = _prepared(name, scratch)
+    tuned = copy.deepcopy(case.model)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed_of(name) + 5)
+        for parameter in tuned.parameters():
+            if parameter.is_floating_point():
+                parameter.data.add_(torch.randn(parameter.shape), alpha=0.05)
+    with Quiet():
+        tuned.save_pretrained(scratch / "tuned")
+    tuned = load(scratch / "tuned", type(tuned))
+    expected = outputs_of(tuned, case.inputs)
+    base, other = open_checkpoint(case.base), open_checkpoint(scratch / "tuned")
+    try:
+        save(extract_adapter(base, other, rank=4096), scratch / "adapter")
+    except Exception as error:
+        yield Verdict("extract", "error", _said(error))
+        return
+    try:
+        with Quiet():
+            model = peft.PeftModel.from_pretrained(copy.deepcopy(case.model), scratch / "adapter")
+        found = outputs_of(model.eval(), case.inputs)
+    except Exception as error:
+        yield Verdict("extract", "error", f"PEFT: {_said(error)}")
+        return
+    off = float((found - expected).abs().max())
+    near = torch.allclose(found, expected, rtol=1e-3, atol=1e-4)
+    yield Verdict("extract", "pass" if near else "fail", f"off by {off:.2g}", {"off": off})
+
+
+def _prepared(name: str, scratch: Path) -> _Case:
+    architecture, seed = ARCHITECTURES[name], seed_of(name)
+    model = random_model(architecture, seed, base=False)
+    with Quiet():
+        model.save_pretrained(scratch / "base")
+    model = load(scratch / "base", type(model))
+    return _Case(model, scratch / "base", scratch, inputs_of(architecture, seed))
+
+
+def _adapted(case: _Case, make: Callable[[Any], Settings]) -> Any:
+    """Save an adapter as PEFT does; what the adapted model computes.
+
+    Raises:
+        Unadaptable: PEFT refuses, or what it loads again computes something else.
+    """
+    import peft
+    import torch
+
+    folder = case.scratch / "adapter"
+    model = copy.deepcopy(case.model)
+    try:
+        with Quiet():
+            settings = dict(make(model))
+            alpha = settings.pop("lora_alpha", 12)
+            model = peft.get_peft_model(model, peft.LoraConfig(r=4, lora_alpha=alpha, **settings))
+            with torch.random.fork_rng():
+                torch.manual_seed(3)
+                for parameter in model.parameters():
+                    if parameter.requires_grad:
+                        parameter.data += 0.05 * torch.randn(parameter.shape)
+            expected = outputs_of(model.eval(), case.inputs)
+            model.save_pretrained(folder)
+            fresh = load(case.base, type(case.model))
+            make(fresh)  # what is grown is grown again
+            again = peft.PeftModel.from_pretrained(fresh, folder).eval()
+            differs = not torch.allclose(outputs_of(again, case.inputs), expected, atol=_ROUNDING)
+    except Exception as error:
+        raise Unadaptable(f"PEFT: {_said(error)}") from error
+    if differs:
+        raise Unadaptable("PEFT loads it as something else")
+    return expected
+
+
+def _all_linear(_: Any) -> Settings:
+    return {"target_modules": "all-linear"}
+
+
+def _dora(_: Any) -> Settings:
+    return {"target_modules": "all-linear", "use_dora": True}
+
+
+def _names(model: Any, kind: str) -> set[str]:
+    return {
+        name.rpartition(".")[2]
+        for name, module in model.named_modules()
+        if type(module).__name__ in (kind, "Conv1D") and "head" not in name.rpartition(".")[2]
+    }
+
+
+def _grown(model: Any) -> Settings:
+    """A grown vocabulary, its embedding and head trained and saved whole."""
+    import torch
+
+    with torch.random.fork_rng():
+        torch.manual_seed(2)
+        model.resize_token_embeddings(GROWN)
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    modules = {id(module): name for name, module in model.named_modules()}
+    saved = [modules[id(one)] for one in (embedding, head) if one is not None]
+    return {"target_modules": _layers(model), "modules_to_save": saved}
+
+
+def _layers(model: Any) -> list[str]:
+    """Full names of the linear layers but the output head."""
+    head = model.get_output_embeddings()
+    return [
+        name
+        for name, module in model.named_modules()
+        if type(module).__name__ in ("Linear", "Conv1D") and module is not head
+    ][:6]
+
+
+def _embeddings(model: Any) -> Settings:
+    """Factors of the word embedding, and of some layers."""
+    embedding = model.get_input_embeddings()
+    name = next(name for name, module in model.named_modules() if module is embedding)
+    return {"target_modules": [name, *_layers(model)]}
+
+
+def _experts(model: Any) -> Settings:
+    """Factors of fused experts."""
+    import torch
+
+    found = [
+        name
+        for name, parameter in model.named_parameters()
+        if parameter.ndim == 3 and "expert" in name and isinstance(parameter, torch.nn.Parameter)
+    ]
+    ends = sorted({".".join(name.split(".")[-3:]) for name in found})
+    if not ends:
+        raise ValueError("it has no fused experts")
+    return {"target_modules": [], "target_parameters": ends}
+
+
+def _biases(_: Any) -> Settings:
+    return {"target_modules": "all-linear", "bias": "all", "lora_bias": False, "use_rslora": True}
+
+
+VARIANTS: dict[str, Callable[[Any], Settings]] = {
+    "all-linear": _all_linear,
+    "dora": _dora,
+    "grown": _grown,
+    "embeddings": _embeddings,
+    "experts": _experts,
+    "biases": _biases,
+}
+
+
+def _said(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"
+
+
+def _cell(verdicts: Sequence[Verdict]) -> str:
+    return "".join({"pass": "·", "fail": "X", "error": "E"}[one.status] for one in verdicts)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Judge, print, and return 0 if the law holds everywhere."""
+    parser = argparse.ArgumentParser(prog="python -m tests.adapter_law", description=__doc__)
+    parser.add_argument("architecture", nargs="*", help="Substrings of architecture names.")
+    parser.add_argument("--variant", action="append", help=f"Of {', '.join(VARIANTS)}, extract.")
+    parser.add_argument("--json", type=Path, help="Write every verdict to this file.")
+    options = parser.parse_args(arguments)
+    warnings.simplefilter("ignore")
+    variants = options.variant or [*VARIANTS, "extract"]
+    names = [n for n in ARCHITECTURES if not options.architecture or _any(n, options.architecture)]
+    rows: list[dict[str, Any]] = []
+    print(f"{'':24}" + " ".join(f"{variant:>10}" for variant in variants))
+    for name in names:
+        cells = []
+        for variant in variants:
+            row = _row(name, variant)
+            rows.append(row)
+            cells.append(row["cell"])
+        print(f"{name:24}" + " ".join(f"{cell:>10}" for cell in cells), flush=True)
+    wrong = [row for row in rows if set(row["cell"]) - {"·", "-"}]
+    print()
+    for row in wrong:
+        print(row["architecture"], row["variant"], *row["details"])
+    for variant in variants:
+        mine = [r for r in rows if r["variant"] == variant and r["cell"] != "-"]
+        right = [row for row in mine if set(row["cell"]) == {"·"}]
+        print(f"{variant:12} {len(right)} of {len(mine)}")
+    if options.json:
+        options.json.write_text(json.dumps(rows, indent=1))
+    return 1 if wrong else 0
+
+
+def _any(name: str, parts: Sequence[str]) -> bool:
+    return any(part in name for part in parts)
+
+
+def _row(name: str, variant: str) -> dict[str, Any]:
+    with tempfile.TemporaryDirectory(prefix="adapters-") as scratch:
+        try:
+            if variant == "extract":
+                verdicts = list(judge_extraction(name, Path(scratch)))
+            else:
+                verdicts = list(judge_merge(name, variant, Path(scratch)))
+            cell = _cell(verdicts)
+        except Unadaptable as error:
+            verdicts, cell = [Verdict("adapt", "skip", str(error))], "-"
+    details = [f"{one.check}: {one.detail[:300]}" for one in verdicts if one.status != "pass"]
+    return {"architecture": name, "variant": variant, "cell": cell, "details": details}
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,186 @@
+"""BASE's parameters, by the names that an adapter gives them.
+
+An adapter names modules of the model in memory; the version that trained it decides how. BASE
+stores the parameters as some version wrote them, perhaps several as one tensor, or one as several.
+Both are brought to canonical names, as pairs of models are.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+from weightsurgery.adapters.split import find_slice
+from weightsurgery.architecture.canonical import read_names
+from weightsurgery.architecture.conversion import UnsupportedError
+from weightsurgery.architecture.matching import Made, Matcher, endings, read_sides
+from weightsurgery.architecture.pieces import Link
+from weightsurgery.checkpoint import Checkpoint, TensorView
+from weightsurgery.dtypes import DTYPES
+from weightsurgery.errors import FormatError, MismatchError, shown
+from weightsurgery.kernels import Block
+
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """A parameter of the model, as the adapter sees it.
+
+    Attributes:
+        view: Its elements in BASE; BASE's own tensor where that is the parameter.
+        links: Where its elements lie in BASE's tensors, `ours` being the parameter; () for a tensor
+            of BASE's own.
+    """
+
+    view: TensorView
+    links: tuple[Link, ...] = ()
+
+
+class Parameters:
+    """Finds the parameters that an adapter is about.
+
+    Args:
+        base: The model.
+        adapter: The adapter, for messages.
+        shapes: Each name that will be looked for, with the shape that the adapter's tensors tell;
+            None where they tell none.
+    """
+
+    def __init__(
+        self, base: Checkpoint, adapter: Checkpoint, shapes: Mapping[str, Shape | None]
+    ) -> None:
+        self.base, self.adapter = base, adapter
+        wanted = {name: _view(name, shape or ()) for name, shape in shapes.items()}
+        ours, _ = read_sides(base, Checkpoint(wanted))
+        made = Made(ours)
+        places = read_names(wanted, ours.names.architecture).places
+        for name, shape in shapes.items():
+            if shape is None:
+                wanted[name] = _view(name, _shape(made, places[name].target))
+        self._matcher = Matcher(*read_sides(base, Checkpoint(wanted)))
+        self._found: dict[str, Parameter | UnsupportedError | None] = {}
+        self._refuse_rivals()
+
+    def _refuse_rivals(self) -> None:
+        """Refuse names that two prefixes of BASE's fit alike.
+
+        Raises:
+            MismatchError: There are two.
+        """
+        prefix, rival = self._matcher.prefix, self._matcher.rival
+        if rival is not None:
+            prefixes = " and ".join(sorted(f"'{shown(one)}'" for one in (prefix, rival)))
+            raise MismatchError(
+                f"its names match BASE's by the prefixes {prefixes} alike; expected one",
+                file=self.adapter.label,
+                hint="--map FILE tells which of BASE's tensors each name means",
+                code="E-ADAPTER-PREFIX",
+            )
+
+    def find(self, name: str) -> Parameter | None:
+        """The parameter of a name, None if BASE has no such one.
+
+        Args:
+            name: One of those that were given.
+
+        Raises:
+            MismatchError: BASE has it, in an arrangement that does not fit.
+        """
+        if name not in self._found:
+            try:
+                self._found[name] = self._look(name)
+            except UnsupportedError as error:
+                self._found[name] = error
+        found = self._found[name]
+        if isinstance(found, UnsupportedError):
+            raise MismatchError(
+                f"BASE has '{shown(name)}', but its arrangement does not fit: {found}",
+                file=self.adapter.label,
+                hint="merge it with the library that made it",
+                code="E-ADAPTER-TARGET",
+            )
+        return found
+
+    def _look(self, name: str) -> Parameter | None:
+        found = self._matcher.find(name, alone=True)
+        if found is not None and found.links:
+            return Parameter(replace(found.view, name=name), found.links)
+        if found is not None:
+            return Parameter(found.view)
+        wanted = self._matcher.tuned.checkpoint[name]
+        cut = find_slice(self.base, self._matcher, name, wanted.shape)
+        return None if cut is None else Parameter(*cut)
+
+    def need(self, name: str, view: TensorView) -> Parameter:
+        """The parameter of a name.
+
+        Args:
+            name: One of those that were given.
+            view: The adapter's tensor that is about it, for messages.
+
+        Raises:
+            FormatError: Another name means the same parameter.
+            MismatchError: BASE has no such one.
+        """
+        found = self.find(name)
+        if found is not None:
+            return found
+        if self._is_twice(name):
+            raise FormatError(
+                "another of its names adapts the same tensor of BASE; expected one of the two",
+                file=self.adapter.label,
+                tensor=view.name,
+                code="E-ADAPTER-TENSOR",
+            )
+        raise MismatchError(
+            f"BASE has no '{shown(name)}' that it could adapt{self._nearest(name)}",
+            file=self.adapter.label,
+            tensor=view.name,
+            hint=""
+            if self._fits_elsewhere
+            else "is this the model that the adapter was trained on?",
+            code="E-ADAPTER-TARGET",
+        )
+
+    def _is_twice(self, name: str) -> bool:
+        """True if another of the names means the same, with or without a prefix."""
+        side = self._matcher.tuned
+        shorter = map(side.stored, endings(side.canonical(name)))
+        return name in side.names.ambiguous or any(shorter)
+
+    def _nearest(self, name: str) -> str:
+        """The tensor of BASE whose name is nearest, and its shape."""
+        near = difflib.get_close_matches(name, list(self.base), 1, 0.6)
+        if not near:
+            return ""
+        shape = list(self.base[near[0]].shape)
+        return f"; the nearest name is '{shown(near[0])}' {shape}"
+
+    @cached_property
+    def _fits_elsewhere(self) -> bool:
+        """True if BASE has some other parameter that the adapter is about."""
+        for name in self._matcher.tuned.checkpoint:
+            try:
+                if self._matcher.find(name, alone=True) is not None:
+                    return True
+            except UnsupportedError:
+                continue
+        return False
+
+
+def _shape(made: Made, target: str) -> Shape:
+    try:
+        known = made.assembly(target)
+    except UnsupportedError:  # it is told when the parameter is asked for
+        return ()
+    return known.shape if known is not None else ()
+
+
+def _view(name: str, shape: Shape) -> TensorView:
+    def read_both(_start: int, _stop: int) -> tuple[Block, Block]:
+        raise ValueError("a wanted parameter has no values")
+
+    return TensorView(name, shape, DTYPES["F32"], read_both)
