@@ -55,17 +55,17 @@ ALONE: dict[str, dict[str, Any]] = {
     "saved head": {"target_modules": ["Q"], "modules_to_save": ["lm_head"]},
     "saved embedding": {"target_modules": ["Q"], "modules_to_save": ["E"]},
     "both saved": {"target_modules": ["Q"], "modules_to_save": ["E", "lm_head"]},
-    "both saved, tied": {
-        "target_modules": ["Q"],
-        "modules_to_save": ["E", "lm_head"],
-        "ensure_weight_tying": True,
-    },
     "other tokens": {
         "target_modules": ["Q"],
         "trainable_token_indices": {"E": [3, 5], "lm_head": [3, 7]},
     },
 }
 ALIKE: dict[str, dict[str, Any]] = {
+    "both saved, tied": {
+        "target_modules": ["Q"],
+        "modules_to_save": ["E", "lm_head"],
+        "ensure_weight_tying": True,
+    },
     "no head": {"target_modules": ["Q"]},
     "tokens": {"target_modules": ["Q"], "trainable_token_indices": [3, 5]},
     "the same tokens": {
@@ -303,7 +303,7 @@ def unclear(case: str, **said: Any) -> tuple[cases.Arrays, dict[str, Any]]:
     embedding = arrays[WORDS]
     del arrays[HEAD]
     arrays |= {name: embedding + i for i, name in enumerate(UNCLEAR[case])}
-    return arrays, {**cases.CONFIGS["llama"], "tie_word_embeddings": True, **said}
+    return arrays, {"model_type": "made-up", "tie_word_embeddings": True, **said}
 
 
 def adapter_of(arrays: cases.Arrays, name: str) -> cases.Arrays:

@@ -253,6 +253,11 @@ _ADAPTER: Rows = {
     "E-ADAPTER-EMPTY": (FormatError, "an adapter without tensors", _AGAIN),
     "E-ADAPTER-TARGET": (MismatchError, "BASE has nothing that it adapts, or not all", _OWN_BASE),
     "E-ADAPTER-SHAPE": (MismatchError, "BASE has what it adapts in another shape", _OWN_BASE),
+    "E-ADAPTER-VOCABULARY": (
+        MismatchError,
+        "its vocabulary is larger than BASE's, and not all tensors of it are in the adapter",
+        "give the resized base model as BASE",
+    ),
     "E-ADAPTER-UNCLEAR": (PolicyError, "which tensor it adapts, nobody can tell", _MERGE),
     "E-ADAPTER-BASE": (
         PolicyError,
@@ -294,6 +299,11 @@ _ADAPTER: Rows = {
         PolicyError,
         "trained tokens of a tied embedding, beside another change of it or of the head",
         _MERGE,
+    ),
+    "E-TIED-SHARED": (
+        PolicyError,
+        "the adapter changes one of several modules that use one tensor",
+        "keep using it unmerged, or leave the module out of the adapter",
     ),
     "E-TIED-NONE": (MismatchError, "there is nothing to untie", "leave out `--untie`"),
 }

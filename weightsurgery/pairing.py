@@ -10,9 +10,10 @@ from functools import cached_property
 from typing import Any
 
 from weightsurgery.anatomy import find_embedding, kind_of, layer_of
-from weightsurgery.architecture.canonical import relative, template
+from weightsurgery.architecture.canonical import template
 from weightsurgery.architecture.conversion import UnsupportedError
 from weightsurgery.architecture.copies import are_equal, shared_layers, tied_copies
+from weightsurgery.architecture.embedding import vocabulary_axes
 from weightsurgery.architecture.facts import class_of
 from weightsurgery.architecture.matching import Counterpart, Matcher, Side, read_sides
 from weightsurgery.architecture.tokens import Tokens
@@ -189,8 +190,7 @@ class Pairing:
     def _axes(self) -> Mapping[str, int]:
         """The dimension of the vocabulary by canonical name, numbers in it replaced."""
         known = self.matcher.tuned.names.architecture
-        held = known.vocabulary.items() if known is not None else ()
-        return {template(relative(known, name)): axis for name, axis in held if known}
+        return vocabulary_axes(known) if known is not None else {}
 
     @cached_property
     def _has_numbered_axes(self) -> bool:

@@ -9,15 +9,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from weightsurgery.adapters.finite import finite
 from weightsurgery.adapters.layout import Target, read_adapter
-from weightsurgery.adapters.updates import ReplaceRows, Update
-from weightsurgery.checkpoint import Checkpoint
+from weightsurgery.adapters.tie import Tie, find_tie, untied
+from weightsurgery.adapters.updates import Replace, ReplaceRows, Update
+from weightsurgery.adapters.vocabulary import refuse_unfilled, with_vocabulary_of
+from weightsurgery.architecture.composite import find_architecture
+from weightsurgery.checkpoint import Checkpoint, TensorView
 from weightsurgery.errors import MismatchError, PolicyError, SettingError, conflict, counted, shown
-from weightsurgery.formats.config import with_config
-from weightsurgery.ties import Tie, find_tie, find_unclear_tie, is_output_head
+from weightsurgery.ties import find_unclear_tie, is_output_head
 
 
 @dataclass(frozen=True)
@@ -25,13 +27,15 @@ class Reading:
     """What adapters do to BASE.
 
     Attributes:
-        base: BASE; untied, if that was asked for.
+        base: BASE, its vocabulary grown where an adapter's is; untied, if that was asked for.
+        stored: BASE, its vocabulary grown where an adapter's is, tied as it was opened.
         tie: The embedding and the head that are one tensor in BASE as it was opened; None where
             there are none, or where they stay one.
         targets: What each adapter does, tensor by tensor.
     """
 
     base: Checkpoint
+    stored: Checkpoint
     tie: Tie | None
     targets: tuple[tuple[Target, ...], ...]
 
@@ -50,7 +54,7 @@ class Reading:
         found = self.updates()
         embedding = found.get(self.tie.embedding, [])
         if self.tie.head:
-            return found.get(self.tie.head, []) != embedding
+            return not _are_alike(found.get(self.tie.head, []), embedding)
         return not all(isinstance(update, ReplaceRows) for update in embedding)
 
 
@@ -82,29 +86,48 @@ def read_adapters(
         raise conflict(f"{counted(len(weight), 'weight')} for {counted(len(adapters), 'adapter')}")
     if not all(map(math.isfinite, weight)):
         raise SettingError(f"weight is {list(weight)}; expected finite numbers")
+    opened, base = base, with_vocabulary_of(base, adapters)
     tie = find_tie(base)
     if tie and not tie.head:
         _refuse_unknown_head(base, tie, adapters)
-    apart = _untied(base, tie) if tie else base
+    apart = untied(base, tie) if tie else base
     found = []
     read = adapters if allow_nonfinite else [*map(finite, adapters)]
     for adapter, by in zip(read, weight or [1.0] * len(adapters), strict=True):
         targets = read_adapter(apart, adapter, weight=by)
         _refuse_unclear(base, [target.name for target in targets])
         found.append(tuple(_with_tied_rows(targets, tie, adapter) if tie else targets))
-    return Reading(apart, tie, tuple(found))
+    reading = Reading(apart, base, tie, tuple(found))
+    refuse_unfilled(opened, base, reading.updates())
+    return reading
 
 
-def stored_as_in_base(reading: Reading, base: Checkpoint) -> Reading:
+def _are_alike(ours: Sequence[Update], theirs: Sequence[Update]) -> bool:
+    """True if two tensors are changed alike; tensors of equal bytes that replace them are one."""
+    return len(ours) == len(theirs) and all(
+        one == other
+        or (isinstance(one, Replace) and isinstance(other, Replace) and _equal(one.by, other.by))
+        for one, other in zip(ours, theirs, strict=True)
+    )
+
+
+def _equal(one: TensorView, other: TensorView) -> bool:
+    alike = (one.shape, one.dtype) == (other.shape, other.dtype)
+    return alike and all(
+        one.read(*run).tobytes() == other.read(*run).tobytes() for run in one.blocks()
+    )
+
+
+def stored_as_in_base(reading: Reading) -> Reading:
     """The same for a model that is written as BASE is: what it ties stays one tensor.
 
     Args:
         reading: From `read_adapters`.
-        base: As it was opened.
 
     Raises:
         PolicyError: The embedding and its head would become different tensors.
     """
+    base = reading.stored
     if reading.tie is None:
         return reading
     if reading.needs_untying:
@@ -113,26 +136,28 @@ def stored_as_in_base(reading: Reading, base: Checkpoint) -> Reading:
             "the two: both would change",
             file=base.label,
             tensor=reading.tie.embedding,
-            hint="--untie stores the head on its own",
+            hint="--untie stores the head on its own"
+            if reading.tie.can_untie
+            else "keep using the adapter unmerged: no setting unties them in this model",
             code="E-TIED-HEAD",
         )
     targets = tuple(tuple(t for t in one if t.name in base) for one in reading.targets)
-    return Reading(base, None, targets)  # the two stay one tensor: nothing tells them apart
+    return Reading(base, base, None, targets)  # the two stay one tensor: nothing tells them apart
 
 
-def stored_apart(reading: Reading, base: Checkpoint) -> Reading:
+def stored_apart(reading: Reading) -> Reading:
     """The same for a model that is written with its head apart from the embedding.
 
     Args:
         reading: From `read_adapters`.
-        base: As it was opened.
 
     Raises:
         MismatchError: There is nothing to untie.
         PolicyError: Nobody knows which tensors are tied, or where a head of its own would be
             stored.
     """
-    _refuse_unclear(base, find_unclear_tie(base))
+    base = reading.stored
+    _refuse_unclear(base, tuple(base))
     if reading.tie is None:
         raise MismatchError(
             "its output head is not tied to the word embedding",
@@ -142,6 +167,14 @@ def stored_apart(reading: Reading, base: Checkpoint) -> Reading:
         )
     if not reading.tie.head:
         raise _unknown_head(base, reading.tie)
+    if not reading.tie.can_untie:
+        raise PolicyError(
+            "no setting in config.json unties the output head of this model",
+            file=base.label,
+            tensor=reading.tie.embedding,
+            hint="leave out `untie`",
+            code="E-TIED-UNCLEAR",
+        )
     return reading
 
 
@@ -173,7 +206,7 @@ def _refuse_unclear(base: Checkpoint, changed: Sequence[str]) -> None:
         PolicyError: One of these names could be that of the tied embedding or of its head, and
             others could be too.
     """
-    unclear = find_unclear_tie(base)
+    unclear = find_unclear_tie(base) if find_architecture(base.config) is None else ()
     touched = [name for name in unclear if name in changed]
     if touched:
         others = ", ".join(f"'{shown(name)}'" for name in unclear if name != touched[0])
@@ -185,16 +218,6 @@ def _refuse_unclear(base: Checkpoint, changed: Sequence[str]) -> None:
             hint="if they are not tied, say so in config.json: tie_word_embeddings false",
             code="E-TIED-UNCLEAR",
         )
-
-
-def _untied(base: Checkpoint, tie: Tie) -> Checkpoint:
-    """BASE with its head stored apart from the embedding; as it is, where no head can be."""
-    if not tie.head:
-        return base
-    tensors = dict(base)
-    if tie.head not in tensors:
-        tensors[tie.head] = replace(base[tie.embedding], name=tie.head, status="added")
-    return with_config(replace(base, tensors=tensors), tie_word_embeddings=False)
 
 
 def _with_tied_rows(targets: Sequence[Target], tie: Tie, adapter: Checkpoint) -> list[Target]:

@@ -6,7 +6,7 @@ Every tensor of the adapter is accounted for; one that is not is an error that n
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from weightsurgery.adapters.config import AdapterConfig, read_config
@@ -15,7 +15,8 @@ from weightsurgery.adapters.half import refuse_half
 from weightsurgery.adapters.linked import Linked, distribute, is_all_added
 from weightsurgery.adapters.module import Module, seen_transposed
 from weightsurgery.adapters.parameters import Parameter, Parameters
-from weightsurgery.adapters.updates import LowRankRows, Replace, Update
+from weightsurgery.adapters.tie import find_shared
+from weightsurgery.adapters.updates import LowRankRows, Replace, ReplaceRows, Update
 from weightsurgery.architecture.embedding import find_embedding
 from weightsurgery.checkpoint import Checkpoint, TensorView
 from weightsurgery.errors import FormatError, MismatchError, PolicyError, shown
@@ -65,12 +66,43 @@ def read_adapter(base: Checkpoint, adapter: Checkpoint, *, weight: float = 1.0) 
     for module, parts in contents.modules.items():
         builder = Module(base, adapter, config, names, module, parts, weight, contradicted)
         changes += builder.updates()
+    _refuse_shared(base, adapter, names, changes)
     found: dict[str, list[Update]] = {}
     for name, update in distribute(base, changes):
         _add(found, base, adapter, name, update)
     if weight != 1:
         _refuse_weight(adapter, found, weight)
     return [Target(name, tuple(found[name])) for name in base if name in found]
+
+
+def _refuse_shared(
+    base: Checkpoint,
+    adapter: Checkpoint,
+    names: Parameters,
+    changes: Sequence[tuple[Parameter, Update]],
+) -> None:
+    """Refuse changes of one module whose tensor other modules use too.
+
+    PEFT adapts modules; merged into the tensor, a change would reach all of them.
+
+    Raises:
+        PolicyError: There is one.
+    """
+    embedding = find_embedding(base) if find_shared(base) else None
+    for parameter, update in changes:
+        stored = [link.theirs for link in parameter.links] or [parameter.view.name]
+        layer = next((name for name in stored if names.is_shared(name)), None)
+        if layer is None and (embedding not in stored or isinstance(update, ReplaceRows)):
+            continue
+        users = "other layers" if layer else ", ".join(map(repr, find_shared(base)))
+        raise PolicyError(
+            f"'{shown(stored[0])}' is one tensor for several modules ({users}): merged, the change "
+            "would reach all of them, unlike in PEFT",
+            file=adapter.label,
+            tensor=update.sources[0],
+            hint="leave it out of the adapter, or keep using the adapter unmerged",
+            code="E-TIED-SHARED",
+        )
 
 
 def _add(

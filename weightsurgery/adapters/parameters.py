@@ -13,9 +13,9 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 from weightsurgery.adapters.split import find_slice
-from weightsurgery.architecture.canonical import read_names
+from weightsurgery.architecture.canonical import read_names, template
 from weightsurgery.architecture.conversion import UnsupportedError
-from weightsurgery.architecture.matching import Made, Matcher, endings, read_sides
+from weightsurgery.architecture.matching import Counterpart, Made, Matcher, endings, read_sides
 from weightsurgery.architecture.pieces import Link
 from weightsurgery.checkpoint import Checkpoint, TensorView
 from weightsurgery.dtypes import DTYPES
@@ -80,6 +80,15 @@ class Parameters:
                 code="E-ADAPTER-PREFIX",
             )
 
+    def is_shared(self, name: str) -> bool:
+        """True if several layers of the model may use a tensor of BASE's.
+
+        Args:
+            name: BASE's name for it.
+        """
+        side = self._matcher.base
+        return template(side.canonical(name)) in side.ties.numbered
+
     def find(self, name: str) -> Parameter | None:
         """The parameter of a name, None if BASE has no such one.
 
@@ -105,7 +114,7 @@ class Parameters:
         return found
 
     def _look(self, name: str) -> Parameter | None:
-        found = self._matcher.find(name, alone=True)
+        found = self._matcher.find(name, alone=True) or self._in_another_layer(name)
         if found is not None and found.links:
             return Parameter(replace(found.view, name=name), found.links)
         if found is not None:
@@ -113,6 +122,15 @@ class Parameters:
         wanted = self._matcher.tuned.checkpoint[name]
         cut = find_slice(self.base, self._matcher, name, wanted.shape)
         return None if cut is None else Parameter(*cut)
+
+    def _in_another_layer(self, name: str) -> Counterpart | None:
+        """What BASE stores for a layer that shares its weights with another one."""
+        base, wanted = self._matcher.base, self._matcher.tuned.canonical(name)
+        if template(wanted) not in base.ties.numbered:
+            return None
+        alike = (n for n in base.names.stored if template(n) == template(wanted))
+        stored = base.stored(next(alike, ""))
+        return None if stored is None else Counterpart(self.base[stored], (stored,))
 
     def need(self, name: str, view: TensorView) -> Parameter:
         """The parameter of a name.

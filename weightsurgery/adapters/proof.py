@@ -14,6 +14,7 @@ from typing import Any
 
 from weightsurgery.adapters.elements import compare
 from weightsurgery.adapters.heads import Reading, read_adapters, stored_apart, stored_as_in_base
+from weightsurgery.adapters.tie import is_tied
 from weightsurgery.adapters.updates import Replace, Update
 from weightsurgery.alignment import Alignment, Pair, align
 from weightsurgery.checkpoint import Checkpoint, TensorView, require_checkpoints
@@ -21,7 +22,7 @@ from weightsurgery.errors import GateError, counted, first_few, shown
 from weightsurgery.kernels import Block
 from weightsurgery.quantised import require_unquantised
 from weightsurgery.stream import Engine, fold
-from weightsurgery.ties import is_output_head, says_tied, tied_to
+from weightsurgery.ties import says_tied, tied_to
 
 _NEAR = 0.1  # of the change's norm that may be left when a scale is said to explain a difference
 
@@ -149,13 +150,8 @@ def _reading(
 ) -> Reading:
     """What the adapters ask for; of the untied model where they or MERGED need it."""
     reading = read_adapters(base, adapters, weight, allow_nonfinite=allow_nonfinite)
-    apart = reading.tie is not None and (reading.needs_untying or not _is_tied(merged))
-    return (stored_apart if apart else stored_as_in_base)(reading, base)
-
-
-def _is_tied(merged: Checkpoint) -> bool:
-    """True if MERGED computes with one tensor for the head and the embedding."""
-    return says_tied(merged) or not any(map(is_output_head, merged))
+    apart = reading.tie is not None and (reading.needs_untying or not is_tied(merged))
+    return (stored_apart if apart else stored_as_in_base)(reading)
 
 
 def _base_name(pair: Pair) -> str:
@@ -210,7 +206,7 @@ def _absent(reading: Reading, paired: Alignment, merged: Checkpoint) -> list[dic
         if name not in seen and name not in copies and (name in updates or _is_parameter(view))
     ]
     found = dict.fromkeys(missing, "missing")
-    if head is not None and _is_tied(merged):
+    if head is not None and is_tied(merged):
         found[head] = "tied"
     return [{"tensor": n, "adapted": n in updates, "verdict": v} for n, v in found.items()]
 

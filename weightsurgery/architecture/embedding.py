@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from weightsurgery import anatomy
-from weightsurgery.architecture.canonical import read_names, relative
+from weightsurgery.architecture.canonical import read_names, relative, template
 from weightsurgery.architecture.composite import find_architecture
+from weightsurgery.architecture.facts import Architecture
 from weightsurgery.architecture.ties import find_ties
 from weightsurgery.checkpoint import Checkpoint
+from weightsurgery.ties import is_output_head
 
 
 def find_embedding(checkpoint: Checkpoint) -> str | None:
@@ -25,3 +29,26 @@ def find_embedding(checkpoint: Checkpoint) -> str | None:
             if names.stored.get(canonical) is not None:
                 return names.stored[canonical]
     return anatomy.find_embedding(checkpoint)
+
+
+def vocabulary_axes(known: Architecture) -> Mapping[str, int]:
+    """The dimension that grows with the vocabulary, by canonical name with its numbers replaced.
+
+    Args:
+        known: The architecture.
+    """
+    return {template(relative(known, name)): axis for name, axis in known.vocabulary.items()}
+
+
+def vocabulary_axis(checkpoint: Checkpoint, name: str) -> int | None:
+    """The dimension of a stored tensor that grows with the vocabulary, None if none does.
+
+    Args:
+        checkpoint: A model; without a known architecture names decide.
+        name: Of one of its tensors.
+    """
+    known = find_architecture(checkpoint.config)
+    if known is None:
+        return 0 if name == anatomy.find_embedding(checkpoint) or is_output_head(name) else None
+    canonical = read_names([name], known).places[name].canonical
+    return vocabulary_axes(known).get(template(canonical))

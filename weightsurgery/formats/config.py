@@ -14,14 +14,23 @@ _DTYPE_KEYS = ("torch_dtype", "dtype")
 _FLOATING = ("float64", "float32", "float16", "bfloat16", "double", "float", "half")
 
 
-def with_config(checkpoint: Checkpoint, **changes: Any) -> Checkpoint:
+def with_config(checkpoint: Checkpoint, *, inside: str = "", **changes: Any) -> Checkpoint:
     """The same checkpoint with other values in its config.json, if it has one.
 
     Args:
         checkpoint: A model.
-        changes: Key to value, at the outermost level.
+        inside: Dotted key of the nested configuration to change; "" for the outermost level.
+        changes: Key to value.
     """
-    return _changed(checkpoint, lambda config: {**config, **changes})
+    path = inside.split(".") if inside else []
+    return _changed(checkpoint, lambda config: _with_values(config, path, changes))
+
+
+def _with_values(config: Any, path: list[str], changes: dict[str, Any]) -> dict[str, Any]:
+    held = dict(config) if isinstance(config, dict) else {}
+    if not path:
+        return {**held, **changes}
+    return {**held, path[0]: _with_values(held.get(path[0]), path[1:], changes)}
 
 
 def with_dtype(checkpoint: Checkpoint, dtype: str) -> Checkpoint:

@@ -84,7 +84,7 @@ def apply_adapter(
     warnings = [w for adapter in adapters for w in _check_base(base, adapter, force_base)]
     stored = stored_apart if untie else stored_as_in_base
     read = read_adapters(base, adapters, weight, allow_nonfinite=allow_nonfinite)
-    reading = stored(read, base)
+    reading = stored(read)
     if allow_nonfinite:
         warnings += [told for adapter in adapters for told in warn_of_nonfinite(adapter)]
     warnings += _doubts(reading, base, adapters)
