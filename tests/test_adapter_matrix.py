@@ -24,7 +24,7 @@ from tests import cases
 from tests import peft_models as models
 from weightsurgery import apply_adapter, open_checkpoint, save, verify_adapter
 from weightsurgery.checkpoint import Checkpoint
-from weightsurgery.errors import PolicyError, SurgeryError
+from weightsurgery.errors import SurgeryError
 
 pytestmark = models.WARNINGS
 

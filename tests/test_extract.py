@@ -708,12 +708,6 @@ REFUSED: dict[str, tuple[dict[str, Any], Callable[..., cases.Arrays], type[Surge
     "a glob": ({"include": ["*.quarry.*"]}, dict, SettingError, "matches no tensor"),
     "a glob of whole": ({"whole": ["x*"]}, dict, SettingError, "'x.' matches no tensor"),
     "nothing left": ({"exclude": ["*"]}, dict, SettingError, "leave nothing"),
-    "a larger vocabulary": (
-        {},
-        lambda arrays: {**arrays, WORDS: np.ones((13, 6), "f4")},
-        MismatchError,
-        f"{WORDS}'.*11 common rows.*--exclude",
-    ),
     "another shape": (
         {},
         lambda arrays: {**arrays, QUERY: np.ones((6, 7), "f4")},

@@ -23,7 +23,9 @@ from weightsurgery.adapters.places import (
     Place,
     Tree,
 )
+from weightsurgery.adapters.tie import find_tie
 from weightsurgery.alignment import Alignment
+from weightsurgery.architecture.composite import find_architecture
 from weightsurgery.checkpoint import Checkpoint, TensorView, from_arrays
 from weightsurgery.formats.adapter import name_base, new_adapter
 from weightsurgery.kernels import Block
@@ -71,17 +73,41 @@ def make_adapter(alignment: Alignment, kept: Sequence[Held], base_name: str) -> 
         base_name: What it belongs to; "" for BASE's own name.
     """
     tensors: dict[str, TensorView] = {}
+    wrapped = dict.fromkeys(_adapted(kept), "base_layer")
+    if any(one.place.how == ROWS for one in kept):  # PEFT wraps the head that is tied to them too
+        wrapped |= dict.fromkeys(_heads(alignment.tuned), "token_adapter.base_layer")
     for one in kept:
-        tensors |= _tensors(one, adapted=_adapted(kept))
+        tensors |= _tensors(one, wrapped)
     config = make_config(alignment, kept, base_name)
+    copied = _tied_head(alignment.tuned, kept)
+    if copied is not None:
+        view, head = copied
+        tensors[_FRONT + head] = replace(view, name=_FRONT + head)
+        saved = [*(config["modules_to_save"] or ()), head.removesuffix(".weight")]
+        config |= {"modules_to_save": sorted(saved), "ensure_weight_tying": True}
     return new_adapter(tensors, config)
+
+
+def _tied_head(tuned: Checkpoint, kept: Sequence[Held]) -> tuple[TensorView, str] | None:
+    """The head's name and values, where the embedding that it is tied to is held whole."""
+    tie = find_tie(tuned)
+    for one in kept if tie is not None and tie.head else ():
+        if one.place.how == WHOLE and tie is not None and one.place.pair.name == tie.embedding:
+            return one.place.pair.tuned, tie.head
+    return None
 
 
 def _adapted(kept: Sequence[Held]) -> set[str]:
     return {one.place.module for one in kept if one.place.how == FACTORS}
 
 
-def _tensors(one: Held, adapted: set[str]) -> dict[str, TensorView]:
+def _heads(tuned: Checkpoint) -> list[str]:
+    """The output head's module, where the model has a known one."""
+    known = find_architecture(tuned.config)
+    return [known.head.removesuffix(".weight")] if known is not None and known.head else []
+
+
+def _tensors(one: Held, wrapped: Mapping[str, str]) -> dict[str, TensorView]:
     """A tensor's names and views in the adapter."""
     place, pair = one.place, one.place.pair
     if one.factors is not None:
@@ -90,8 +116,8 @@ def _tensors(one: Held, adapted: set[str]) -> dict[str, TensorView]:
         name = f"{_FRONT}{place.module}.token_adapter.trainable_tokens_delta"
         return {name: _some_rows(pair.tuned, name, one.rows)}
     name = _FRONT + pair.name
-    if place.how == BIAS and place.module in adapted:
-        name = f"{_FRONT}{place.module}.base_layer.bias"
+    if place.how == BIAS and place.module in wrapped:
+        name = f"{_FRONT}{place.module}.{wrapped[place.module]}.bias"
     # What is left out, though its module is saved, stays BASE's.
     view = pair.base if place.how == NOWHERE and pair.base is not None else pair.tuned
     return {name: replace(view, name=name)}

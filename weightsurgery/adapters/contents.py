@@ -112,7 +112,8 @@ class _Sorter:
         if _ORIGINAL in bare:
             self.originals[bare.replace(_ORIGINAL, ".")] = view
             return
-        bare = bare.replace(_SAVED, ".").replace(".base_layer.", ".")
+        for segment in (_SAVED, ".token_adapter.", ".base_layer."):
+            bare = bare.replace(segment, ".")
         self._put(self.plain, bare, view)
 
     def _bare(self, name: str) -> str:

@@ -35,6 +35,7 @@ from weightsurgery.adapters.decompose import (
 from weightsurgery.adapters.memory import fit_works, works_expected
 from weightsurgery.adapters.places import FACTORS, NOWHERE, ROWS, WHOLE, Place, Tree, find_places
 from weightsurgery.alignment import align_to_edit, check_glob
+from weightsurgery.architecture.loaded import as_loaded
 from weightsurgery.checkpoint import Checkpoint, Step, TensorView, require_checkpoints
 from weightsurgery.errors import (
     MismatchError,
@@ -46,6 +47,7 @@ from weightsurgery.errors import (
 )
 from weightsurgery.formats.plan import parse_size
 from weightsurgery.kernels import all_finite, count_different
+from weightsurgery.pairs import Status
 from weightsurgery.quantised import require_unquantised
 from weightsurgery.stream import Engine
 
@@ -144,6 +146,8 @@ def extract_adapter(
     }  # fmt: skip
     wanted = _wanted(settings)
     require_unquantised(base, tuned)
+    inputs = {"base": base, "tuned": tuned}
+    tuned = as_loaded(tuned)
     paired = align_to_edit(base, tuned, keep_mismatched=True, allow_partial=allow_partial)
     alignment = paired.only(include, exclude)
     for glob in whole:
@@ -166,7 +170,7 @@ def extract_adapter(
     made = replace(adapter, notes=notes, warnings=_warnings(alignment.warnings, kept, left_out))
     base.check_unchanged()
     tuned.check_unchanged()
-    return made.made_by(Step("extract-adapter", settings, {"base": base, "tuned": tuned}))
+    return made.made_by(Step("extract-adapter", settings, inputs))
 
 
 def _within(
@@ -269,7 +273,7 @@ def _look(
 
 def _found(place: Place, wanted: Wanted) -> Found:
     pair = place.pair
-    if pair.base is None:
+    if pair.base is None or pair.status is Status.ROWS:
         return Found(place, moved=True)
     if not pair.eligible:
         return Found(place, moved=_differ(pair.base, pair.tuned))

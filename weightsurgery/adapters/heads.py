@@ -13,13 +13,12 @@ from dataclasses import dataclass
 
 from weightsurgery.adapters.finite import finite
 from weightsurgery.adapters.layout import Target, read_adapter
-from weightsurgery.adapters.tie import Tie, find_tie, untied
+from weightsurgery.adapters.tie import Tie, find_tie, find_unclear, untied
 from weightsurgery.adapters.updates import Replace, ReplaceRows, Update
 from weightsurgery.adapters.vocabulary import refuse_unfilled, with_vocabulary_of
-from weightsurgery.architecture.composite import find_architecture
 from weightsurgery.checkpoint import Checkpoint, TensorView
 from weightsurgery.errors import MismatchError, PolicyError, SettingError, conflict, counted, shown
-from weightsurgery.ties import find_unclear_tie, is_output_head
+from weightsurgery.ties import is_output_head
 
 
 @dataclass(frozen=True)
@@ -206,7 +205,7 @@ def _refuse_unclear(base: Checkpoint, changed: Sequence[str]) -> None:
         PolicyError: One of these names could be that of the tied embedding or of its head, and
             others could be too.
     """
-    unclear = find_unclear_tie(base) if find_architecture(base.config) is None else ()
+    unclear = find_unclear(base)
     touched = [name for name in unclear if name in changed]
     if touched:
         others = ", ".join(f"'{shown(name)}'" for name in unclear if name != touched[0])

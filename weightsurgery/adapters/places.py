@@ -11,16 +11,25 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
 
+from weightsurgery.adapters.tie import find_tie, find_unclear, is_bare
 from weightsurgery.alignment import Alignment, Pair, matches
 from weightsurgery.anatomy import find_embedding, kind_of
+from weightsurgery.architecture.canonical import read_names, template
+from weightsurgery.architecture.composite import find_architecture
+from weightsurgery.architecture.facts import peft_renames
+from weightsurgery.architecture.ties import find_ties
+from weightsurgery.checkpoint import Checkpoint
 from weightsurgery.errors import MismatchError
-from weightsurgery.ties import find_tie, find_unclear_tie, is_output_head
+from weightsurgery.pairs import Status
+from weightsurgery.ties import is_output_head
 
 FACTORS, WHOLE, BIAS, ROWS, NOWHERE = "factors", "whole", "bias", "rows", "nowhere"
 LINEAR, TRANSPOSED, EMBEDDING, CONVOLUTION = "linear", "conv1d", "embedding", "convolution"
 
 _TASK_HEAD = re.compile(r"(?:^|\.)(?:classifier|score|qa_outputs|logits_proj)(?=\.)")
 _LOOKED_UP = re.compile(r"embed|relative_attention_bias|(?:^|\.)(?:wte|wpe)$", re.IGNORECASE)
+# Their `out_proj` is not called as a module.
+_MAMBAS = ("mamba", "mamba2", "falcon_mamba", "falcon_h1", "nemotron_h")
 _LARGEST_KERNEL = 32  # of a convolution along one dimension; a stack of matrices is larger
 
 
@@ -68,9 +77,11 @@ class _Judge:
         self.tuned = alignment.tuned
         self.embedding = find_embedding(self.tuned)
         self.tied = _is_tied(alignment)
+        self.users = _used_twice(self.tuned)
         self.unclear = {
-            side: set(find_unclear_tie(getattr(alignment, side))) for side in ("base", "tuned")
+            side: set(find_unclear(getattr(alignment, side))) for side in ("base", "tuned")
         }
+        self.refused = _refused_by_peft(self.tuned)
         self.conv1d = any(self._is_transposed(n) for n in self.tuned)
 
     def place(self, pair: Pair) -> Place:
@@ -96,6 +107,11 @@ class _Judge:
         head = _TASK_HEAD.search(name)
         if head:
             return Place(pair, WHOLE, name[: head.end()], reason="a task head")
+        if name in self.users:
+            reason = "several modules use it, and an adapter can change one of them alone"
+            return Place(pair, NOWHERE, module, reason=reason)
+        if ".parametrizations." in name:
+            return Place(pair, NOWHERE, module, reason="PEFT does not adapt parametrizations")
         layout, reason = self._layout(name)
         if layout:
             return Place(pair, FACTORS, module, layout)
@@ -107,6 +123,9 @@ class _Judge:
         new_head = pair.base is None or pair.reason.startswith("a task head of another shape")
         integers = pair.base is None or not pair.base.dtype.arithmetic
         floating = pair.tuned.dtype.arithmetic
+        if pair.status is Status.ROWS:
+            how = BIAS if pair.name.endswith(".bias") else WHOLE
+            return Place(pair, how, module, reason=f"another vocabulary: {pair.reason}")
         if left_out or (integers and not floating):
             return Place(pair, NOWHERE, module, reason=pair.reason)
         if new_head and matches(pair.name, self.whole):
@@ -140,8 +159,10 @@ class _Judge:
             return EMBEDDING, ""
         if kind_of(name).startswith("embedding") or _LOOKED_UP.search(module):
             return "", "an embedding of something else than words"
-        if kind_of(name) == "mlp.router":
+        if kind_of(name) == "mlp.router" or name.endswith((".gate.weight", ".router.weight")):
             return "", "a router"
+        if module.rpartition(".")[2] in self.refused:
+            return "", "PEFT does not adapt a module of this name in such a model"
         if self.conv1d and not self._is_conv1d(name):
             return "", "a linear layer beside Conv1D; one adapter holds one of the two"
         return (TRANSPOSED if self.conv1d else LINEAR), ""
@@ -161,6 +182,28 @@ class _Judge:
         """In a model with Conv1D a square matrix with a bias is one too."""
         rows, columns = self.tuned[name].shape
         return self._is_transposed(name) or rows == columns == self._bias_size(name)
+
+
+def _refused_by_peft(tuned: Checkpoint) -> frozenset[str]:
+    """Names of modules that PEFT refuses, or takes for those of experts."""
+    kind = tuned.config.get("model_type")
+    if kind in _MAMBAS:
+        return frozenset(("out_proj", "conv1d"))
+    renames = peft_renames()
+    pattern = renames["types"].get(kind) if isinstance(kind, str) else None
+    return frozenset(renames["targets"].get(pattern, ()))
+
+
+def _used_twice(tuned: Checkpoint) -> frozenset[str]:
+    """Stored tensors that several modules use."""
+    known = find_architecture(tuned.config)
+    if known is None or is_bare(tuned, known):
+        return frozenset()
+    names, ties = read_names(tuned, known), find_ties(known, tuned.config)
+    groups = (ties.group(source) for source in dict.fromkeys(ties.sources.values()))
+    shared = {names.stored[one] for group in groups for one in group if one in names.stored}
+    layers = {n for n, p in names.places.items() if template(p.canonical) in ties.numbered}
+    return frozenset(shared | layers)
 
 
 def _is_tied(alignment: Alignment) -> bool:

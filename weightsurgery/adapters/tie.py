@@ -9,7 +9,7 @@ from typing import Any
 from weightsurgery import ties as guessed
 from weightsurgery.architecture.canonical import read_names, relative
 from weightsurgery.architecture.composite import find_architecture
-from weightsurgery.architecture.facts import Architecture
+from weightsurgery.architecture.facts import Architecture, class_of
 from weightsurgery.architecture.ties import find_ties
 from weightsurgery.checkpoint import Checkpoint
 from weightsurgery.formats.config import with_config
@@ -45,7 +45,7 @@ def find_tie(checkpoint: Checkpoint) -> Tie | None:
     if known is None:
         found = guessed.find_tie(checkpoint)
         return None if found is None else Tie(found.embedding, found.head)
-    if not known.embedding or not known.head:
+    if not known.embedding or not known.head or is_bare(checkpoint, known):
         return None
     embedding, head = relative(known, known.embedding), relative(known, known.head)
     group = find_ties(known, checkpoint.config).group(embedding)
@@ -61,6 +61,31 @@ def find_tie(checkpoint: Checkpoint) -> Tie | None:
         head=names.get(head, known.head) if first != head else known.head,
         can_untie=head not in after.group(embedding) and first != head and after.numbered == layers,
     )
+
+
+def is_bare(checkpoint: Checkpoint, known: Architecture) -> bool:
+    """True for a base model alone, without an output head.
+
+    config.json names no class and ties nothing, and the tensors' names lack the base's prefix.
+
+    Args:
+        checkpoint: A model with its config.
+        known: Its architecture.
+    """
+    prefix = f"{known.prefix}."
+    if checkpoint.config.get(_FLAG) is True:
+        return False
+    return not (class_of(checkpoint.config) or any(name.startswith(prefix) for name in checkpoint))
+
+
+def find_unclear(checkpoint: Checkpoint) -> tuple[str, ...]:
+    """The tensors that could be the tied embedding or its head, where it is not clear which are.
+
+    Args:
+        checkpoint: A model with its config; a known class leaves nothing unclear.
+    """
+    known = find_architecture(checkpoint.config)
+    return guessed.find_unclear_tie(checkpoint) if known is None else ()
 
 
 def is_tied(checkpoint: Checkpoint) -> bool:
@@ -85,7 +110,7 @@ def find_shared(checkpoint: Checkpoint) -> tuple[str, ...]:
         one such module, or the architecture is not known.
     """
     known = find_architecture(checkpoint.config)
-    if known is None or not known.embedding:
+    if known is None or not known.embedding or is_bare(checkpoint, known):
         return ()
     tie = find_tie(checkpoint)
     head = relative(known, known.head) if tie is not None and tie.can_untie else None
