@@ -367,12 +367,27 @@ def no_direction(place: Place) -> list[Any]:
 
 
 def tied(
-    place: Place, factors: cases.Arrays, *, stem: str = "model.embed_tokens", **config: Any
+    place: Place,
+    factors: cases.Arrays,
+    *,
+    stem: str = "model.embed_tokens",
+    kind: str = "llama",
+    **config: Any,
 ) -> list[Any]:
     """An adapter for a model whose head is its word embedding."""
     arguments = merge(place, {f"{stem}.weight": np.ones((8, 4), "f4")}, factors, **config)
-    told = {"model_type": "llama", "tie_word_embeddings": True}
+    told = {"model_type": kind, "tie_word_embeddings": True}
     (place.folder / "base" / "config.json").write_text(json.dumps(told))
+    return arguments
+
+
+def grown(place: Place) -> list[Any]:
+    """An adapter of more tokens than its model has, without the head's."""
+    words, head = "model.embed_tokens.weight", "lm_head.weight"
+    base = {words: np.ones((8, 4), "f4"), head: np.ones((8, 4), "f4")}
+    more = {f"{FRONT}{words}": np.ones((9, 4), "f4")}
+    arguments = merge(place, base, more, modules_to_save=["embed_tokens"])
+    (place.folder / "base" / "config.json").write_text(json.dumps({"model_type": "llama"}))
     return arguments
 
 
@@ -549,7 +564,9 @@ REFUSALS: dict[str, Case] = {
         *("extract-adapter", *place.pair(cases.model("bert"))[1:3], "-o", "out")
     ],
     "E-TIED-HEAD": lambda place: tied(place, factors("lm_head")),
-    "E-TIED-UNCLEAR": lambda place: tied(place, factors("lm_head"), stem="shared"),
+    "E-TIED-UNCLEAR": lambda place: tied(place, factors("lm_head"), stem="shared", kind="made-up"),
+    "E-TIED-SHARED": lambda place: tied(place, factors("lm_head"), stem="shared", kind="t5"),
+    "E-ADAPTER-VOCABULARY": grown,
     "E-TIED-TOKENS": lambda place: tied(
         place,
         {**factors("lm_head"), f"{FRONT}{TOKENS}": np.ones((1, 4), "f4")},
