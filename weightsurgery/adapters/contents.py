@@ -10,6 +10,7 @@ from weightsurgery.adapters.experts import candidates
 from weightsurgery.architecture.copies import are_equal
 from weightsurgery.checkpoint import Checkpoint, TensorView
 from weightsurgery.errors import FormatError, PolicyError, counted, shown
+from weightsurgery.formats.layout import ADAPTER
 
 FRONT = "base_model.model."
 _ROLES = {
@@ -129,6 +130,8 @@ class _Sorter:
         for part in sorted(set(parts) - set(kept)):
             self.removed[part] = self.removed.get(part, 0) + 1
         bare = ".".join(kept)
+        if not bare.startswith(FRONT) and is_beside(self.adapter, name):
+            return bare
         if not bare.startswith(FRONT):
             raise FormatError(
                 f"expected a name that begins with {FRONT}",
@@ -195,6 +198,16 @@ def refuse_integers(view: TensorView, adapter: Checkpoint) -> None:
             tensor=view.name,
             code="E-ADAPTER-DTYPE",
         )
+
+
+def is_beside(adapter: Checkpoint, name: str) -> bool:
+    """True for a tensor of a file beside the adapter's own.
+
+    Args:
+        adapter: From `open_checkpoint`.
+        name: Of one of its tensors.
+    """
+    return adapter.layout.get(name, ADAPTER) != ADAPTER
 
 
 def module_of(name: str) -> str:

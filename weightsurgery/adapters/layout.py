@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from weightsurgery.adapters.config import AdapterConfig, read_config
-from weightsurgery.adapters.contents import Parts, refuse_integers, sort_out
+from weightsurgery.adapters.contents import Parts, is_beside, refuse_integers, sort_out
 from weightsurgery.adapters.half import refuse_half
 from weightsurgery.adapters.linked import Linked, distribute, is_all_added
 from weightsurgery.adapters.module import Module, seen_transposed
@@ -169,7 +169,8 @@ def _replaced(names: Parameters, config: AdapterConfig, name: str, view: TensorV
     adapted = ".base_layer." in view.name
     # PEFT saves the word embedding and the output head on its own accord where they may have grown.
     words = is_output_head(name) or _is_word_embedding(names, name)
-    if not (saved or tied or bias or adapted or words):
+    beside = is_beside(names.adapter, view.name)
+    if not (saved or tied or bias or adapted or words or beside):
         raise FormatError(
             "its configuration does not say what this tensor is for: neither a factor, nor a "
             "bias, nor of a module in modules_to_save",

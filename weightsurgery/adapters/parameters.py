@@ -20,6 +20,7 @@ from weightsurgery.architecture.pieces import Link
 from weightsurgery.checkpoint import Checkpoint, TensorView
 from weightsurgery.dtypes import DTYPES
 from weightsurgery.errors import FormatError, MismatchError, shown
+from weightsurgery.formats.layout import ADAPTER
 from weightsurgery.kernels import Block
 
 Shape = tuple[int, ...]
@@ -153,9 +154,10 @@ class Parameters:
                 tensor=view.name,
                 code="E-ADAPTER-TENSOR",
             )
+        place = self.adapter.layout.get(view.name, ADAPTER)
         raise MismatchError(
             f"BASE has no '{shown(name)}' that it could adapt{self._nearest(name)}",
-            file=self.adapter.label,
+            file=self.adapter.label if place == ADAPTER else f"{self.adapter.label}/{place}",
             tensor=view.name,
             hint=""
             if self._fits_elsewhere

@@ -249,7 +249,9 @@ def _verdict(name: str, sums: _Sums, adapted: bool) -> dict[str, Any]:
         verdict = "wrong"
         # Least squares: what is left when the best multiple of the change is taken away.
         left = sums.actual - (scale * sums.product if scale is not None else 0.0)
-        if scale is not None and left <= _NEAR * sums.actual + 4 * sums.bound:
+        if scale is not None and abs(scale - 1) <= _NEAR and sums.residual <= sums.bound:
+            verdict = "rounded otherwise"  # as a whole within the bound, some elements are not
+        elif scale is not None and left <= _NEAR * sums.actual + 4 * sums.bound:
             verdict = "wrong sign" if scale < 0 else "wrong scale"
     numbers = {
         "change": sums.expected**0.5,

@@ -10,7 +10,17 @@ from typing import Any
 from weightsurgery.checkpoint import Checkpoint, FileRef, TensorView
 from weightsurgery.errors import FormatError, PolicyError, shown
 from weightsurgery.formats.folder import Folder
-from weightsurgery.formats.layout import ADAPTER, ADAPTER_CONFIG, INDEX, PICKLES, SINGLE, fits
+from weightsurgery.formats.layout import (
+    ADAPTER,
+    ADAPTER_CONFIG,
+    INDEX,
+    PICKLE_ENDINGS,
+    PICKLES,
+    SINGLE,
+    TOKENIZER,
+    TRAINING,
+    fits,
+)
 from weightsurgery.formats.record import public_name
 from weightsurgery.formats.safetensors import refuse_pickle
 from weightsurgery.formats.strict_json import dump, parse_object
@@ -65,17 +75,41 @@ def open_adapter(folder: Folder) -> Checkpoint:
         reason = "no peft_type; expected a PEFT adapter's"
         raise FormatError(reason, file=config.path, code="E-ADAPTER-CONFIG")
     weights = folder.open_weights(chosen)
+    tensors, layout = dict(weights.tensors), dict.fromkeys(weights.tensors, ADAPTER)
+    files, warnings = [weights.file.ref()], [*weights.warnings]
+    for name in filter(_holds_weights, entries):
+        if name == chosen:
+            continue
+        more = folder.open_weights(name)
+        twice = sorted(more.tensors.keys() & tensors.keys())
+        if twice:
+            raise PolicyError(
+                f"ambiguous weights: {chosen} and {shown(name)} both have '{shown(twice[0])}'",
+                file=folder.path,
+                hint="keep one of the two in the folder",
+                code="E-TWO-ANSWERS",
+            )
+        tensors |= more.tensors
+        layout |= dict.fromkeys(more.tensors, name)
+        files.append(more.file.ref())
+        warnings += more.warnings
+    beside = [folder.open(name) for name in entries if fits(name, TOKENIZER)]
     return Checkpoint(
-        weights.tensors,
+        tensors,
         label=folder.label,
         metadata=weights.metadata,
-        layout=dict.fromkeys(weights.tensors, ADAPTER),
+        layout=layout,
         is_directory=True,
-        files=(weights.file.ref(),),
-        side_files=(config.ref(),),
-        warnings=tuple(weights.warnings),
+        files=tuple(files),
+        side_files=(config.ref(), *(file.ref() for file in beside)),
+        warnings=tuple(warnings),
         config=settings,
     )
+
+
+def _holds_weights(name: str) -> bool:
+    """True for a file of weights that training left beside an adapter, such as a projector's."""
+    return name.endswith((".safetensors", *PICKLE_ENDINGS)) and not fits(name, TRAINING)
 
 
 def new_adapter(tensors: Mapping[str, TensorView], config: Mapping[str, Any]) -> Checkpoint:

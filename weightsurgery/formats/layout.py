@@ -10,6 +10,16 @@ ADAPTER, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 RECORD = "wsurg-record.json"
 CARD = "README.md"
 
+# What an adapter's folder may have of a tokenizer; it travels into the merged model.
+TOKENIZER = (
+    *("tokenizer*.json", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt"),
+    *("*.model", "spiece*", "sentencepiece*", "chat_template.*"),
+)
+# What a training leaves beside weights: its own state.
+TRAINING = (
+    *("optimizer*", "scheduler*", "training_args*", "rng_state*", "scaler*", "random_states*"),
+    *("trainer_state*", "global_step*"),
+)
 TEXTS = ("LICENSE*", "NOTICE*")  # for people
 # What travels with the weights. Everything else is left out, and listed.
 SIDE_FILES = (

@@ -15,6 +15,7 @@ from typing import Annotated, Any, Literal
 import numpy as np
 
 from weightsurgery.adapters.config import read_config
+from weightsurgery.adapters.contents import Contents, sort_out
 from weightsurgery.adapters.finite import warn_of_nonfinite
 from weightsurgery.adapters.heads import Reading, read_adapters, stored_apart, stored_as_in_base
 from weightsurgery.adapters.layout import Target
@@ -22,9 +23,17 @@ from weightsurgery.adapters.linked import is_all_added, parts_of
 from weightsurgery.adapters.updates import MERGED_AT_ONCE, Replace, Shift, Update
 from weightsurgery.adapters.zeros import scale_of, warn_of_zeros
 from weightsurgery.anatomy import find_embedding
-from weightsurgery.checkpoint import Checkpoint, TensorView
-from weightsurgery.errors import MismatchError, NonFiniteError, PolicyError, counted, shown
+from weightsurgery.checkpoint import Checkpoint, FileRef, TensorView
+from weightsurgery.errors import (
+    MismatchError,
+    NonFiniteError,
+    PolicyError,
+    counted,
+    first_few,
+    shown,
+)
 from weightsurgery.formats.hub import is_hub_id
+from weightsurgery.formats.layout import TOKENIZER, fits
 from weightsurgery.formats.record import public_name
 from weightsurgery.kernels import Block, all_finite, to_dtype, to_float
 from weightsurgery.quantised import require_unquantised
@@ -88,8 +97,17 @@ def apply_adapter(
     if allow_nonfinite:
         warnings += [told for adapter in adapters for told in warn_of_nonfinite(adapter)]
     warnings += _doubts(reading, base, adapters)
+    contents = [sort_out(adapter) for adapter in adapters]
+    warnings += [
+        f"{shown(public_name(a))}: {w}"
+        for a, c in zip(adapters, contents, strict=True)
+        for w in c.warnings
+    ]
+    side_files, replaced = _with_tokenizers(reading.base, adapters)
+    warnings += replaced
     edited = reading.updates()
-    given = zip(adapters, weight or [1.0] * len(adapters), reading.targets, strict=True)
+    by = weight or [1.0] * len(adapters)
+    given = zip(adapters, by, reading.targets, contents, strict=True)
     notes: dict[str, Any] = {"adapters": [_described(*one) for one in given]}
     if reading.tie:
         notes["untied"] = {"embedding": reading.tie.embedding, "head": reading.tie.head}
@@ -100,9 +118,31 @@ def apply_adapter(
     return replace(
         reading.base,
         tensors=tensors,
+        side_files=side_files,
         notes={**base.notes, **notes},
         warnings=(*base.warnings, *warnings),
     )
+
+
+def _with_tokenizers(
+    base: Checkpoint, adapters: Sequence[Checkpoint]
+) -> tuple[tuple[FileRef, ...], list[str]]:
+    """BASE's side files with its adapters' tokenizers, and a warning for each that brings one."""
+    files = {file.name: file for file in base.side_files}
+    warnings = []
+    for adapter in adapters if base.is_directory else ():
+        found = [file for file in adapter.side_files if fits(file.name, TOKENIZER)]
+        others = [f for f in found if f.name not in files or _differ(f, files[f.name])]
+        files |= {file.name: file for file in others}
+        if others:
+            names = first_few([shown(file.name) for file in others])
+            label = shown(public_name(adapter))
+            warnings.append(f"tokenizer files of {label} are written in place of BASE's: {names}")
+    return tuple(sorted(files.values(), key=lambda file: file.name)), warnings
+
+
+def _differ(one: FileRef, other: FileRef) -> bool:
+    return one.size != other.size or one.content() != other.content()
 
 
 def _doubts(reading: Reading, base: Checkpoint, adapters: Sequence[Checkpoint]) -> list[str]:
@@ -223,7 +263,9 @@ def _last(name: str) -> str:
     return os.path.basename(whole.replace("\\", "/").rstrip("/")).partition("@")[0].casefold()
 
 
-def _described(adapter: Checkpoint, weight: float, targets: Sequence[Target]) -> dict[str, object]:
+def _described(
+    adapter: Checkpoint, weight: float, targets: Sequence[Target], contents: Contents
+) -> dict[str, object]:
     if not targets:
         raise MismatchError(
             "the adapter changes nothing of BASE", file=adapter.label, code="E-ADAPTER-TARGET"
@@ -231,6 +273,7 @@ def _described(adapter: Checkpoint, weight: float, targets: Sequence[Target]) ->
     return {
         "adapter": public_name(adapter),
         "weight": weight,
+        "unused": [{"tensor": name, "reason": reason} for name, reason in contents.unused],
         "targets": [
             {
                 "tensor": target.name,
