@@ -12,7 +12,7 @@ import torch
 import transformers
 
 from tests import cases
-from tests.peft_models import MOE, WARNINGS, Trained, qwen2_moe
+from tests.peft_models import MOE, TOKENS, WARNINGS, Trained, gpt_oss, qwen2_moe
 from weightsurgery import apply_adapter, from_arrays, open_checkpoint, save, verify_adapter
 from weightsurgery.errors import MismatchError, PolicyError
 
@@ -106,11 +106,23 @@ def test_an_adapter_of_experts_is_taken_back(tmp_path: Path) -> None:
         np.testing.assert_allclose(array, before[name], atol=1e-6)
 
 
+@pytest.mark.parametrize("make", [mixtral, gpt_oss], ids=["outputs first", "inputs first"])
+def test_a_square_matrix_is_read_as_its_sibling(make: Any, tmp_path: Path) -> None:
+    def square() -> Any:
+        return make(intermediate_size=16)
+
+    made = Trained(tmp_path, square, VARIANTS["experts"], torch.float32)
+    expected = logits(made.model, TOKENS)
+    save(made.merge(), tmp_path / "merged")
+    kind = type(made.model.get_base_model())
+    found = logits(kind.from_pretrained(tmp_path / "merged"), TOKENS)
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+
+
 def test_both_ways_round_is_a_doubt(tmp_path: Path) -> None:
     """Older PEFT took the fused matrices for inputs by outputs; a square one does not tell."""
-    made = Trained(
-        tmp_path, lambda: mixtral(intermediate_size=8), VARIANTS["experts"], torch.float32
-    )
+    alone = {"target_modules": [], "target_parameters": ["experts.down_proj"]}
+    made = Trained(tmp_path, lambda: mixtral(intermediate_size=16), alone, torch.float32)
     with pytest.raises(PolicyError, match="fit more than one way of"):
         made.merge()
 

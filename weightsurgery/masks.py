@@ -80,7 +80,8 @@ def read_mask(mask: Checkpoint, tuned: Checkpoint) -> Checkpoint:
         raise MismatchError("not a mask that wsurg wrote", file=mask.label, code="E-MASK")
     shapes = _shapes(mask)
     flags = {name: _unpacked(view, shapes.get(name)) for name, view in mask.items()}
-    found = Pairing(replace(mask, tensors=flags, config={}), tuned)
+    # With TUNED's configuration: that a mask lacks the head does not say that the head is tied.
+    found = Pairing(replace(mask, tensors=flags, config=tuned.config, side_files=()), tuned)
     for name, reason in found.unused:
         if reason not in (TIED, DUPLICATE):
             raise MismatchError(
@@ -90,8 +91,14 @@ def read_mask(mask: Checkpoint, tuned: Checkpoint) -> Checkpoint:
                 hint=_REMEDY,
                 code="E-MASK",
             )
-    pairs = [pair for pair in found.pairs if pair.base is not None]
-    return replace(mask, tensors={pair.name: _fitting(pair, mask, shapes) for pair in pairs})
+    tensors = {}
+    for pair in found.pairs:
+        if pair.base is not None:
+            # A copy's own flags come before those of the tensor that it is tied to.
+            own = found.matcher.find(pair.name, alone=True)
+            one = pair if own is None else replace(pair, base=own.view, names=own.names)
+            tensors[pair.name] = _fitting(one, mask, shapes)
+    return replace(mask, tensors=tensors)
 
 
 def _shapes(mask: Checkpoint) -> dict[str, tuple[int, ...]]:

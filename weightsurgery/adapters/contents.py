@@ -100,6 +100,8 @@ class _Sorter:
         self.originals: Parts = {}
         self.unused: list[tuple[str, str]] = []
         self.removed: dict[str, int] = {}
+        # transformers saves adapters without PEFT's own prefix.
+        self.front = FRONT if any(FRONT in name for name in adapter) else ""
 
     def take(self, name: str, view: TensorView) -> None:
         """Note what one tensor is for."""
@@ -130,16 +132,16 @@ class _Sorter:
         for part in sorted(set(parts) - set(kept)):
             self.removed[part] = self.removed.get(part, 0) + 1
         bare = ".".join(kept)
-        if not bare.startswith(FRONT) and is_beside(self.adapter, name):
+        if not bare.startswith(self.front) and is_beside(self.adapter, name):
             return bare
-        if not bare.startswith(FRONT):
+        if not bare.startswith(self.front):
             raise FormatError(
                 f"expected a name that begins with {FRONT}",
                 file=self.adapter.label,
                 tensor=name,
                 code="E-ADAPTER-TENSOR",
             )
-        bare = bare[len(FRONT) :]
+        bare = bare[len(self.front) :]
         found = _NAMED.search(bare)
         is_name = found is not None and found[2] not in ("weight", "bias")
         if found is None or not is_name or (found[1] == "modules_to_save" and not found[3]):

@@ -7,13 +7,18 @@ adapter is refused.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from weightsurgery.adapters.updates import LowRank
 from weightsurgery.checkpoint import TensorView
 from weightsurgery.kernels import Block
+
+if TYPE_CHECKING:
+    from weightsurgery.adapters.config import AdapterConfig
+    from weightsurgery.adapters.parameters import Parameters
 
 Arrange = Callable[[Block, Block], tuple[Block, Block]]
 
@@ -25,8 +30,7 @@ def candidates(module: str, parameters: Sequence[str]) -> list[str]:
         module: As the adapter names it.
         parameters: target_parameters of its configuration.
     """
-    bare = module.replace(".base_layer", "")
-    names = [f"{bare}.{one.rpartition('.')[2]}" for one in parameters]
+    names = [f"{bare(module)}.{one.rpartition('.')[2]}" for one in parameters]
     return [n for n, one in zip(names, parameters, strict=True) if f".{n}".endswith(f".{one}")]
 
 
@@ -56,6 +60,43 @@ def fit(
         arrange = _inputs_first(experts)
         found.append(LowRank(a, b, scale, experts, (rows, columns), arrange))
     return found
+
+
+def inputs_first(
+    names: Parameters, config: AdapterConfig, modules: Mapping[str, Mapping[str, TensorView]]
+) -> dict[str, bool]:
+    """Whether a module keeps its experts' matrices as inputs by outputs, where shapes tell.
+
+    A square matrix fits both ways; PEFT takes it as the others of its module.
+
+    Args:
+        names: Finds BASE's parameters.
+        config: The adapter's configuration.
+        modules: Its tensors by module and role.
+
+    Returns:
+        By module, without what PEFT wraps around it; one that is not clear is left out.
+    """
+    found: dict[str, set[bool]] = {}
+    for module, parts in modules.items():
+        for name in candidates(module, config.target_parameters):
+            parameter = names.find(name)
+            if parameter is None or "a" not in parts or "b" not in parts:
+                continue
+            shape, rank = parameter.view.shape, config.rank_of(name)
+            ways = fit(shape, parts["a"], parts["b"], rank, 1.0)
+            if len(ways) == 1 and len(shape) == 3:
+                found.setdefault(bare(module), set()).add(ways[0].left is parts["a"])
+    return {module: ways.pop() for module, ways in found.items() if len(ways) == 1}
+
+
+def bare(module: str) -> str:
+    """A module without what PEFT wraps around it.
+
+    Args:
+        module: As the adapter names it.
+    """
+    return module.replace(".base_layer", "")
 
 
 def _outputs_first(experts: int) -> Arrange:

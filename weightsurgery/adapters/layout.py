@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from weightsurgery.adapters.config import AdapterConfig, read_config
 from weightsurgery.adapters.contents import Parts, is_beside, refuse_integers, sort_out
+from weightsurgery.adapters.experts import inputs_first
 from weightsurgery.adapters.half import refuse_half
 from weightsurgery.adapters.linked import Linked, distribute, is_all_added
 from weightsurgery.adapters.module import Module, seen_transposed
@@ -63,8 +64,9 @@ def read_adapter(base: Checkpoint, adapter: Checkpoint, *, weight: float = 1.0) 
         for name, view in contents.plain.items()
     ]
     contradicted = _contradicted(config, names, contents.modules)
+    turned = inputs_first(names, config, contents.modules)
     for module, parts in contents.modules.items():
-        builder = Module(base, adapter, config, names, module, parts, weight, contradicted)
+        builder = Module(base, adapter, config, names, module, parts, weight, contradicted, turned)
         changes += builder.updates()
     _refuse_shared(base, adapter, names, changes)
     found: dict[str, list[Update]] = {}

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from weightsurgery.adapters.config import AdapterConfig
-from weightsurgery.adapters.experts import candidates, fit
+from weightsurgery.adapters.experts import bare, candidates, fit
 from weightsurgery.adapters.parameters import Parameter, Parameters
 from weightsurgery.adapters.updates import LowRank, Magnitude, ReplaceRows, Shift, Update
 from weightsurgery.anatomy import find_embedding
@@ -32,6 +32,7 @@ class Module:
         parts: Role to tensor.
         weight: Multiplies the change.
         contradicted: The shapes of some matrices deny what the configuration says of all.
+        turned: From `inputs_first`.
     """
 
     base: Checkpoint
@@ -42,6 +43,7 @@ class Module:
     parts: Mapping[str, TensorView]
     weight: float
     contradicted: bool
+    turned: Mapping[str, bool]
 
     def updates(self) -> Iterable[tuple[Parameter, Update]]:
         """A parameter of BASE, and what is done to it.
@@ -209,6 +211,9 @@ class Module:
             for name, one in found
             for change in fit(one.view.shape, a, b, rank_of(name), scale_of(name))
         ]
+        turned = self.turned.get(bare(self.module))
+        if len(fits) > 1 and turned is not None:
+            fits = [(one, way) for one, way in fits if (way.left is a) == turned]
         if len(fits) == 1:
             return fits[0]
         shapes = ", ".join(f"'{shown(name)}' {list(one.view.shape)}" for name, one in found)
