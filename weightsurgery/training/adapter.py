@@ -20,6 +20,7 @@ from weightsurgery.checkpoint import Checkpoint, Step, from_arrays
 from weightsurgery.datasets.batches import (
     Encoded,
     check_examples,
+    cut_warning,
     describe_files,
     digest_of,
     encode_instructions,
@@ -91,7 +92,7 @@ def train_adapter(
         )
         adapter = _adapter_of(ready.adapted, ready.step)
     report = {**_counts(ready.examples), "steps": watch.steps, "history": watch.history}
-    return replace(adapter, notes={"training": report})
+    return replace(adapter, notes={"training": report}, warnings=_warnings(ready.examples))
 
 
 def plan_adapter(
@@ -133,7 +134,7 @@ def plan_adapter(
             "parameters": sum(parameter.numel() for parameter in trained),
             "layers": len(trained) // 2,  # of each two factors
         }
-    return replace(ready.start, notes={"training": report})
+    return replace(ready.start, notes={"training": report}, warnings=_warnings(ready.examples))
 
 
 @dataclass(frozen=True)
@@ -186,6 +187,10 @@ def _ready(
         start = _adapter_of(adapted, step)
         apply_adapter(model.checkpoint, start)
         yield _Ready(adapted, examples, step, resumable, start)
+
+
+def _warnings(examples: Sequence[Encoded]) -> tuple[str, ...]:
+    return tuple(cut_warning(examples, causal=True))
 
 
 def _counts(examples: Sequence[Encoded]) -> dict[str, int]:
