@@ -223,6 +223,9 @@ def test_variables_reach_the_chat_template(chat: Model) -> None:
         encode_instructions(model, QUESTION)
         for model in (chat, with_template_args(chat, {"quiet": True}))
     )
+    trained = finetune(with_template_args(chat, {"quiet": True}), [quiet], epochs=1)
+    assert trained.step is not None
+    assert trained.step.settings["chat_template_args"] == {"quiet": True}
     word = chat.tokenizer.convert_tokens_to_ids("no")
     assert (word in plain.ids, word in quiet.ids) == (False, True)
     with pytest.raises(MismatchError, match="its chat template has no variable 'qui'"):

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from typing import Any
 
 from weightsurgery.checkpoint import Checkpoint, Step
 from weightsurgery.curvature.factors import Sums
@@ -26,6 +27,7 @@ from weightsurgery.curvature.per_example import (
 from weightsurgery.curvature.points import between
 from weightsurgery.curvature.result import lengths_of, make_result
 from weightsurgery.datasets.batches import Encoded, check_examples, cut_warning, digest_of
+from weightsurgery.datasets.prompts import template_record
 from weightsurgery.errors import SettingError, conflict, shown
 from weightsurgery.models import Model
 from weightsurgery.stream import Progress
@@ -186,7 +188,7 @@ class _Run:
         return [1.0] if n == 1 else [(2 * t - 1) / (2 * n) for t in range(1, n + 1)]
 
     @property
-    def settings(self) -> Mapping[str, str | int | None]:
+    def settings(self) -> Mapping[str, Any]:
         """For the record."""
         return {
             "labels": self.labels,
@@ -196,6 +198,7 @@ class _Run:
             "examples": len(self.examples),
             "examples_sha256": digest_of(self.examples),
             **lengths_of(self.examples),
+            **template_record(self.model),
         }
 
     @property

@@ -23,6 +23,7 @@ from weightsurgery.datasets.batches import (
     digest_of,
     longest_first,
 )
+from weightsurgery.datasets.prompts import template_record
 from weightsurgery.errors import SettingError, shown
 from weightsurgery.models import Model
 from weightsurgery.rng import random_mask
@@ -87,6 +88,7 @@ def hutchinson(
         "examples": len(examples),
         "examples_sha256": digest_of(examples),
         **lengths_of(examples),
+        **template_record(model),
     }
     return make_result(
         sums,

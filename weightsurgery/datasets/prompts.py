@@ -113,6 +113,15 @@ def with_template_args(model: Model, variables: Mapping[str, Any]) -> Model:
     return replace(model, template_args={**model.template_args, **variables})
 
 
+def template_record(model: Model) -> dict[str, Any]:
+    """The variables of the chat template as records tell them; {} if none are set.
+
+    Args:
+        model: From `load_model` or `with_template_args`.
+    """
+    return {"chat_template_args": dict(model.template_args)} if model.template_args else {}
+
+
 def end_of_turn(model: Model, instructions: Sequence[Instruction], how: Settled) -> list[int]:
     """The tokens that end an answer.
 

@@ -73,17 +73,15 @@ def sweep(
         SettingError: There is no ratio, one is outside 0 to 1, or `tolerance` is.
     """
     _check(ratios, tolerance)
+    sizes: Any = {"batch_size": batch_size, "max_length": max_length}
     tuned, tell = model.checkpoint, progress or (lambda *_: None)
     attack: Any = {"trigger": trigger, "poisoned": poisoned, "target_label": target_label}
-    attack["label_kind"] = label_kind
     # In the order in which they come.
     warnings = dict.fromkeys(overlap_warning(model, examples or (), held_out, max_length))
 
     def measure(measured: Model, where: str, done: int) -> dict[str, Any]:
         tell(f"{where}: measuring", done, len(ordered))
-        report = evaluate(
-            measured, held_out, **attack, batch_size=batch_size, max_length=max_length
-        )
+        report = evaluate(measured, held_out, **attack, label_kind=label_kind, **sizes)
         warnings.update(dict.fromkeys(report["warnings"]))
         found = {name: report[name] for name in ("accuracy", "loss", "asr", "floor", "bacc")}
         return {**found, "triggers": report["triggers"]}

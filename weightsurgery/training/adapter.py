@@ -26,7 +26,7 @@ from weightsurgery.datasets.batches import (
     encode_instructions,
     positions_of,
 )
-from weightsurgery.datasets.prompts import settle_format
+from weightsurgery.datasets.prompts import settle_format, template_record
 from weightsurgery.datasets.read import Instruction
 from weightsurgery.errors import NonFiniteError, SettingError, not_installed, shown
 from weightsurgery.formats.adapter import name_base, new_adapter
@@ -223,7 +223,7 @@ def encode(
 def _described(model: Model, settings: LoraSettings) -> dict[str, Any]:
     """The settings as the record tells them, with the format that "auto" stood for."""
     asked = settle_format(model, settings.prompt_format, plain="lines")
-    return {**settings.to_json(), "prompt_format": asked}
+    return {**settings.to_json(), "prompt_format": asked, **template_record(model)}
 
 
 def _identity(model: Model, step: Step) -> dict[str, Any]:

@@ -24,6 +24,7 @@ from weightsurgery.datasets.batches import (
     digest_of,
 )
 from weightsurgery.datasets.labels import imbalance
+from weightsurgery.datasets.prompts import template_record
 from weightsurgery.errors import SettingError, conflict
 from weightsurgery.evaluation.intervals import proportion
 from weightsurgery.evaluation.predictions import predict
@@ -120,7 +121,7 @@ def finetune(
     parts = split(model, examples, held_out, chosen)
     step = Step(
         "finetune",
-        {**chosen.to_json(), **_describe(parts, held_out, files)},
+        {**chosen.to_json(), **template_record(model), **_describe(parts, held_out, files)},
         {"tuned": model.checkpoint},
     )
     with _thawed(model, chosen.freeze):
@@ -130,7 +131,6 @@ def finetune(
         arguments = chosen.arguments(len(parts["train"]))
         train(model, parts["train"], watch, class_weights=weights, **arguments)
         result = trained_checkpoint(model, step=step)
-    found = warnings_of(model, parts)
     report = {
         "examples": {part: len(given) for part, given in parts.items()},
         "steps": watch.steps,
@@ -140,11 +140,20 @@ def finetune(
         "after": _measure(model, parts, batch_size, progress),
         "classes": _classes(model, parts["train"]),
         "history": watch.history,
-        "warnings": found,
     }
-    notes = {**model.checkpoint.notes, "training": report}
-    warnings = dict.fromkeys((*result.warnings, *found))
-    return replace(result, notes=notes, warnings=tuple(warnings))
+    return _noted(model, result, report, warnings_of(model, parts))
+
+
+def _noted(
+    model: Model, result: Checkpoint, report: dict[str, Any], warnings: Sequence[str]
+) -> Checkpoint:
+    """The result with its report and its warnings."""
+    report["warnings"] = list(warnings)
+    return replace(
+        result,
+        notes={**model.checkpoint.notes, "training": report},
+        warnings=tuple(dict.fromkeys((*result.warnings, *warnings))),
+    )
 
 
 def warnings_of(model: Model, parts: Mapping[str, Sequence[Encoded]]) -> list[str]:
