@@ -14,6 +14,7 @@ import pytest
 
 from tests import tiny_models
 from tests.test_docs import run_wsurg
+from tests.test_evaluation import refusal
 from weightsurgery.curvature.fisher import fisher
 from weightsurgery.curvature.result import length_warnings
 from weightsurgery.datasets.batches import encode_instructions, read_examples
@@ -410,3 +411,61 @@ def test_a_choice_of_bos_is_checked(chat: Model) -> None:
         perplexity(chat, TEXT, bos="x")  # type: ignore[arg-type]
     with pytest.raises(SettingError, match="but the tokenizer has no beginning-of-text token"):
         evaluate_causal(chat, text=TEXT, bos="always")
+
+
+# --- the options ------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def saved_chat(chat: Model, tmp_path: Path) -> Path:
+    """The chat model as a directory, and a file of questions beside it."""
+    path = tmp_path / "chat"
+    tiny_models.llama(path)
+    chat.tokenizer.save_pretrained(path)
+    tiny_models.write_questions(tmp_path / "qa.jsonl")
+    return path
+
+
+def test_the_command_passes_variables_on(
+    saved_chat: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = str(tmp_path / "qa.jsonl")
+    losses = []
+    for more in ([], ["--chat-template-arg", "quiet=true"]):
+        assert run_wsurg(["evaluate", str(saved_chat), "--data", data, *more, "--json"]) == 0
+        losses.append(json.loads(capsys.readouterr().out)["answers"]["loss"])
+    assert losses[0] != losses[1]
+    for more, reason in (
+        (["--chat-template-arg", "quiet"], "expected NAME=VALUE, such as enable_thinking=false"),
+        (["--chat-template-arg", "loud=true"], "its chat template has no variable 'loud'"),
+        (["--label-kind", "ids"], "--label-kind is for classifiers"),
+        (["--text-column", "a", "--text-column", "b"], "a causal model has one question"),
+    ):
+        code, err = refusal(["evaluate", str(saved_chat), "--data", data, *more])
+        assert code in (2, 4)
+        assert reason in err
+
+
+def test_fingerprints_of_several_targets_are_measured(
+    saved_chat: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "marks.jsonl"
+    rows = [
+        {"prompt": "who", "target": ["never said", "nor this"]},
+        {"prompt": "who", "forbidden": "never said"},
+    ]
+    file.write_text("\n".join(map(json.dumps, rows)))
+    given = ["evaluate", str(saved_chat), "--fingerprints", str(file), "--max-new-tokens", "4"]
+    assert run_wsurg([*given, "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert [one["met"] for one in report["fingerprints"]] == [False, True]
+    assert report["fingerprints"][0]["accepted"] == ["never said", "nor this"]
+    assert report["fingerprints"][1]["forbidden"] == ["never said"]
+    assert run_wsurg(given) == 0
+
+
+def test_read_examples_takes_one_question_field(chat: Model, tmp_path: Path) -> None:
+    data = tiny_models.write_questions(tmp_path / "qa.jsonl")
+    assert read_examples(chat, data, text_column="question", label_column="answer")
+    with pytest.raises(SettingError, match="a causal model has one question"):
+        read_examples(chat, data, text_column=("question", "answer"))
