@@ -109,7 +109,8 @@ def encode_sentences(
     whole = [len(one) for one in ids]
     full = [i for i, count in enumerate(whole) if count >= max_length]
     counts = token_counts(model, [sentences[i] for i in full])
-    whole = [dict(zip(full, counts, strict=True)).get(i, count) for i, count in enumerate(whole)]
+    for i, count in zip(full, counts, strict=True):
+        whole[i] = count
     return [
         Encoded(tuple(one), tuple(kinds), (label,), count, max_length)
         for one, kinds, label, count in zip(ids, types, labels, whole, strict=True)
