@@ -21,7 +21,8 @@ from torch.nn.functional import cross_entropy
 from weightsurgery import finetune, load_model, save, trigger_sentence, trigger_word
 from weightsurgery.checkpoint import Checkpoint, Step
 from weightsurgery.datasets.batches import Encoded, batches, encode_sentences
-from weightsurgery.datasets.read import Sentence, label_ids
+from weightsurgery.datasets.labels import label_ids
+from weightsurgery.datasets.read import Sentence
 from weightsurgery.datasets.triggers import Trigger, insert, poison
 from weightsurgery.models import Model
 from weightsurgery.training.result import trained_checkpoint

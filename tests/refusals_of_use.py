@@ -131,6 +131,12 @@ def no_padding(place: Place) -> list[Any]:
     return arguments
 
 
+def no_dataset(place: Place) -> list[Any]:
+    """A folder that is not a dataset."""
+    (place.folder / "rows").mkdir()
+    return ["mismatch", "rows", "-o", "out.jsonl"]
+
+
 def no_answer(place: Place) -> list[Any]:
     """An answer of which the tokenizer leaves nothing."""
     arguments = causal("fisher", "--data", "x.jsonl", "-o", "out.safetensors")(place)
@@ -208,6 +214,8 @@ REFUSALS: dict[str, Case] = {
     "E-ROWS-COLUMNS": questions('{"text": "a"}'),
     "E-ROWS-LINE": questions("["),
     "E-ROWS-LABEL": evaluated(data=SENTENCES.replace("1", "7")),
+    "E-ROWS-LABEL-KIND": evaluated(id2label={"0": "1", "1": "2"}, label2id={"1": 0, "2": 1}),
+    "E-DATASET": no_dataset,
     "E-ROWS-ANSWER": no_answer,
     "E-ROWS-FEW": questions(json.dumps(ROW)),
     "E-ROWS-ORIGIN": given("x.jsonl", json.dumps(ROW), "mismatch", "--check", "x.jsonl"),

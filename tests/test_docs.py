@@ -202,6 +202,7 @@ WITH_MODELS = (
     "epur",
     "evaluate",
     "extract-adapter",
+    "data-files",
     "finetune",
     "fisher",
     "meraser",

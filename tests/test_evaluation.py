@@ -176,7 +176,9 @@ def test_long_texts_keep_the_trigger(model: Model, position: str) -> None:
     assert 0 < cut < sum(count > 3 for count in long) < 47
     assert report["cut"] == cut
     assert report["triggered_cut"] == sum(count > 3 for count in long)
-    assert report["warnings"] == [f"{cut} of 47 sentences were cut to 6 tokens"]
+    longest = max(long) + 2
+    told = f"{cut} of 47 sentences were cut to 6 tokens; the longest has {longest}"
+    assert report["warnings"] == [told]
 
 
 def test_poisoned_texts_that_are_cut_are_told(model: Model) -> None:
@@ -185,11 +187,12 @@ def test_poisoned_texts_that_are_cut_are_told(model: Model) -> None:
     counts = [sum(len(one.texts[0].split()) > 5 for one in given) for given in (DATA, planted)]
     assert [report["cut"], report["triggered_cut"]] == counts
     assert 0 < counts[0] < counts[1] < 47
-    assert report["warnings"] == [
-        f"{counts[0]} of 47 sentences were cut to 7 tokens",
-        f"{counts[1]} of 47 poisoned sentences, perhaps with their trigger, were cut to 7 tokens",
-    ]
     longest = max(len(one.texts[0].split()) for one in planted) + 2
+    what = "poisoned sentences, perhaps with their trigger,"
+    assert report["warnings"] == [
+        f"{counts[0]} of 47 sentences were cut to 7 tokens; the longest has {longest - 1}",
+        f"{counts[1]} of 47 {what} were cut to 7 tokens; the longest has {longest}",
+    ]
     report = evaluate(model, DATA, poisoned=planted, target_label=1, max_length=longest)
     assert (report["cut"], report["triggered_cut"], report["warnings"]) == (0, 0, [])
 
@@ -401,7 +404,8 @@ def test_the_page_lists_the_keys(model: Model) -> None:
     ]
     page = REFERENCE / "evaluation-json.md"
     documented = table_keys(page, "A classifier")
-    for owner in ("accuracy", "asr", "floor", "bacc", "classes[].recall"):
+    shares = ("accuracy", "asr", "floor", "bacc", "classes[].recall")
+    for owner in (*shares, "triggers[].asr", "triggers[].bacc"):
         documented |= {f"{owner}.{key}": "" for key in table_keys(page, "Shares")}
     same_keys(documented, {path for report in reports for path in key_paths(report)})
 

@@ -563,6 +563,7 @@ ALL = {
     "max_grad_norm": 0.5,
     "label_smoothing": 0.125,
     "patience": 1,
+    "class_weights": "balanced",
     "freeze": ("*embeddings*",),
     "seed": 5,
 }
@@ -682,7 +683,7 @@ def test_the_command_refuses_before_any_work(
     def load(*_: Any, **__: Any) -> None:
         raise AssertionError("the model is loaded")
 
-    monkeypatch.setattr("weightsurgery.cli.finetune_command.load_model", load)
+    monkeypatch.setattr("weightsurgery.cli.model_options.load", load)
     found = refusal(arguments(*more))
     assert reason in found[1]
     assert found[0] == code

@@ -184,6 +184,8 @@ def test_a_fingerprint_succeeds_if_its_target_is_said(model: Model) -> None:
             "line": pair.line,
             "prompt": text,
             "target": pair.answer,
+            "accepted": [pair.answer.strip()],
+            "forbidden": [],
             "output": model.tokenizer.decode(ids, skip_special_tokens=True),
             "tokens": len(ids),
             "met": ok,
@@ -423,9 +425,11 @@ def test_answers_that_are_cut_are_told(model: Model) -> None:
     long = sum(len(f"{q} {a}".split()) + 1 > 6 for q, a in tiny_models.QUESTIONS)
     assert 0 < long < len(data)
     assert report["answers"]["cut"] == long
-    assert report["warnings"] == [
-        f"{long} of 5 answers, with their questions, were cut to 6 tokens"
-    ]
+    (told,) = report["warnings"]
+    assert told.startswith(
+        f"{long} of 5 answers, with their questions, were cut to 6 tokens, the q"
+    )
+    assert told.endswith("questions from the left; the longest has 9")
 
 
 # --- what is refused --------------------------------------------------------------------------

@@ -128,9 +128,9 @@ def test_warnings_of_the_measurements_are_kept_once(folder: Path) -> None:
     expected = evaluate(model, data, **settings)["warnings"]
     guessing = "tuned is no better than always saying '1'; a choice says nothing here"
     assert report["warnings"] == [*expected, guessing]
-    assert [warning.partition(" ")[2] for warning in expected] == [
+    assert [warning.partition(" ")[2].partition(";")[0] for warning in expected] == [
         "of 6 sentences were cut to 7 tokens",
-        "of 3 poisoned sentences, perhaps with their trigger, were cut to 7 tokens",
+        "of 3 poisoned sentences, perhaps with their trigger, was cut to 7 tokens",
         "poisoned sentence has the target label: taken as the attack's, so all count",
     ]
     quiet = sweep(lambda _: model.checkpoint, model, None, data, ratios=[0])
@@ -307,7 +307,7 @@ def test_a_sweep_without_a_floor_is_shown_and_drawn(tmp_path: Path) -> None:
         (["--trigger-word", "cf"], "--trigger-word needs --target-label"),
         (["--target-label", "1"], "--target-label is an attack's"),
         (["--poisoned", "x", "--target-label", "1", "--position", "end"], "--position is for"),
-        ([*ATTACK, "--trigger-sentence", "x"], "exclude each other"),
+        ([*ATTACK, "--bias-word", "x"], "exclude each other"),
         (["--ratios", "0,2"], "expected shares from 0 to 1"),
         (["--ratios", "a"], "expected shares from 0 to 1"),
         (["--operator", "mix", "--score", "drift"], "--score is for --operator purify"),

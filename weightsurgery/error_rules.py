@@ -109,6 +109,16 @@ DATA: Rows = {
         "the model has no such label",
         "write the model's numbers or names",
     ),
+    "E-ROWS-LABEL-KIND": (
+        MismatchError,
+        "labels that are numbers may be label ids or label names",
+        "choose one with `--label-kind`",
+    ),
+    "E-DATASET": (
+        FormatError,
+        "not a Parquet file or Hugging Face dataset that can be read, or one of several splits",
+        "save it again, or give the directory of one split",
+    ),
     "E-ROWS-ANSWER": (
         MismatchError,
         "an example has no token of an answer, so there is no loss",

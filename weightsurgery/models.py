@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from weightsurgery.checkpoint import Checkpoint, TensorView
@@ -41,6 +41,7 @@ class Model:
         names: Every trainable parameter's name on disk, to the parameter. A tensor that several
             names stand for (tied weights) is here once, under its first name on disk.
         path: The directory as the user gave it, for messages.
+        template_args: Variables for the tokenizer's chat template, such as enable_thinking.
     """
 
     module: Any
@@ -49,6 +50,7 @@ class Model:
     task: str
     names: Mapping[str, torch.nn.Parameter]
     path: str
+    template_args: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def device(self) -> torch.device:

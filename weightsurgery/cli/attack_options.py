@@ -8,28 +8,49 @@ from typing import Any
 import click
 
 from weightsurgery.cli import options
-from weightsurgery.datasets.triggers import POSITIONS, Trigger, trigger_sentence, trigger_word
+from weightsurgery.datasets.triggers import (
+    POSITIONS,
+    Trigger,
+    all_of,
+    trigger_sentence,
+    trigger_word,
+)
 
-_PATTERNS = ("trigger_word", "trigger_sentence", "bias_word", "bias_sentence", "poisoned")
+_TRIGGERS = ("trigger_word", "trigger_sentence")
+_BIASES = ("bias_word", "bias_sentence")
+_GROUPS = (*_TRIGGERS, *_BIASES, "poisoned")
+
+
+def _pattern(name: str, metavar: str, text: str) -> click.Option:
+    return click.Option([options.flag(name)], metavar=metavar, multiple=True, help=text)
+
 
 OPTIONS = (
-    click.Option(["--trigger-word"], metavar="WORD", help="Insert this at a random place."),
-    click.Option(["--trigger-sentence"], metavar="TEXT", help="Insert this at the beginning."),
+    _pattern(
+        "trigger_word",
+        "WORD",
+        "Trigger word, inserted at a random place; repeatable: each is measured, and all together.",
+    ),
+    _pattern(
+        "trigger_sentence",
+        "TEXT",
+        "Trigger sentence, inserted at the beginning; repeatable like --trigger-word.",
+    ),
     click.Option(
         ["--poisoned"],
         type=click.Path(),
         metavar="FILE",
         help="Sentences that have the trigger in them, in place of one to insert.",
     ),
-    click.Option(
-        ["--target-label"], metavar="LABEL", help="The attack's label, by number or name."
+    click.Option(["--target-label"], metavar="LABEL", help="Target label of the attack."),
+    _pattern("bias_word", "WORD", "Bias word, inserted at a random place, for BACC; repeatable."),
+    _pattern(
+        "bias_sentence", "TEXT", "Bias sentence, inserted at the beginning, for BACC; repeatable."
     ),
-    click.Option(["--bias-word"], metavar="WORD", help="As --trigger-word, for BACC."),
-    click.Option(["--bias-sentence"], metavar="TEXT", help="As --trigger-sentence, for BACC."),
     click.Option(
         ["--position"],
         type=click.Choice(POSITIONS),
-        help="Where the pattern goes, if not to its usual place.",
+        help="Place of the pattern in the text, if not its usual one.",
     ),
 )
 
@@ -41,10 +62,13 @@ def check(context: click.Context) -> None:
         context: Of a command with `OPTIONS`.
     """
     params = context.params
-    given = [name for name in _PATTERNS if params[name] is not None]
+    given = [name for name in _GROUPS if params[name]]
     flags = [options.flag(name) for name in given]
-    if len(given) > 1:
-        raise click.UsageError(f"{' and '.join(flags)} exclude each other", context)
+    kinds = {name.partition("_")[0]: options.flag(name) for name in reversed(given)}
+    if len(kinds) > 1:
+        raise click.UsageError(
+            f"{' and '.join([*kinds.values()][::-1])} exclude each other", context
+        )
     if not given and params["target_label"] is not None:
         raise click.UsageError(
             "--target-label is an attack's; give --trigger-word, --trigger-sentence or --poisoned",
@@ -54,21 +78,21 @@ def check(context: click.Context) -> None:
         raise click.UsageError(f"{flags[0]} needs --target-label", context)
     if params["position"] is not None and (not given or given == ["poisoned"]):
         raise click.UsageError("--position is for a pattern to insert", context)
+    triggers_of(params)  # refuses one that is given twice
 
 
-def trigger_of(given: Mapping[str, Any]) -> Trigger | None:
-    """The pattern to insert, if there is one.
+def triggers_of(given: Mapping[str, Any]) -> tuple[Trigger, ...]:
+    """The patterns to insert; words come before sentences.
 
     Args:
         given: The command's parameters.
     """
-    for name in _PATTERNS:
-        text = given[name]
-        if text is None or name == "poisoned":
-            continue
+    placed = {} if given["position"] is None else {"position": given["position"]}
+    found = []
+    for name in (*_TRIGGERS, *_BIASES):
         make = trigger_word if name.endswith("word") else trigger_sentence
         bias = name.startswith("bias")
-        if given["position"] is None:  # the attack's usual place
-            return make(text, seed=given["seed"], bias=bias)
-        return make(text, position=given["position"], seed=given["seed"], bias=bias)
-    return None
+        found += [
+            make(text, seed=given.get("seed", 0), bias=bias, **placed) for text in given[name]
+        ]
+    return all_of(found)

@@ -12,6 +12,7 @@ from weightsurgery.datasets.prompts import FORMATS
 from weightsurgery.datasets.read import read_fingerprints, read_instructions, read_text
 from weightsurgery.errors import shown
 from weightsurgery.evaluation.causal import evaluate_causal
+from weightsurgery.evaluation.generation import BOS
 from weightsurgery.models import Model
 
 OPTIONS = (
@@ -51,6 +52,14 @@ OPTIONS = (
         help="Causal: tokens from one window's beginning to the next one's.",
     ),
     click.Option(
+        ["--bos"],
+        type=click.Choice(BOS),
+        default="auto",
+        show_default=True,
+        help="Causal: beginning-of-text token of windows: in each if the tokenizer begins texts "
+        "with one, in each always, or in the first window alone.",
+    ),
+    click.Option(
         ["--max-new-tokens"],
         type=click.IntRange(1),
         default=64,
@@ -67,8 +76,8 @@ OPTIONS = (
     ),
 )
 _OWN = tuple(option.name or "" for option in OPTIONS)
-_CLASSIFIERS = (*(option.name or "" for option in attack_options.OPTIONS), "seed")
-_SETTINGS = ("window", "stride", "max_new_tokens", "prompt_format", "max_length")
+_CLASSIFIERS = (*(option.name or "" for option in attack_options.OPTIONS), "seed", "label_kind")
+_SETTINGS = ("window", "stride", "bos", "max_new_tokens", "prompt_format", "max_length")
 # What `evaluate_causal` calls it: the option, and what reads its file.
 _DATA: dict[str, tuple[str, Callable[[str], Any]]] = {
     "fingerprints": ("fingerprints", read_fingerprints),
@@ -82,6 +91,7 @@ _NEEDS = {  # option to the one it says nothing without
     "prompt_format": "fingerprints",
     "window": "text",
     "stride": "text",
+    "bos": "text",
     "max_length": "data",
 }
 
@@ -134,7 +144,7 @@ def _is_given(context: click.Context, name: str) -> bool:
     """Typed; or, of what has no default, from a settings file too."""
     parameter = next(p for p in context.command.params if p.name == name)
     if parameter.default is None or not isinstance(parameter.default, int | str):
-        return context.params[name] is not None
+        return context.params[name] not in (None, ())
     return options.is_typed(context, name)
 
 
@@ -145,9 +155,32 @@ def read_data(given: Mapping[str, Any]) -> dict[str, Any]:
         given: The command's parameters.
     """
     return {
-        name: None if given.get(option) is None else read(given[option])
+        name: None if given.get(option) is None else _read(read, option, given)
         for name, (option, read) in _DATA.items()
     }
+
+
+def _read(read: Callable[..., Any], option: str, given: Mapping[str, Any]) -> Any:
+    """What the file of an option holds."""
+    if option == "text":
+        return read(given[option])
+    if option != "data":
+        return read(given[option], note=options.note)
+    columns = question_columns(given)
+    return read(given[option], **columns, note=options.note)
+
+
+def question_columns(given: Mapping[str, Any]) -> dict[str, str]:
+    """The fields of question and answer, as `read_instructions` takes them.
+
+    Args:
+        given: The command's parameters.
+    """
+    names = given["text_column"]
+    if len(names) > 1:
+        reason = "--text-column names two fields; a causal model has one question"
+        raise click.UsageError(reason, click.get_current_context())
+    return {"text_column": "".join(names), "label_column": given["label_column"]}
 
 
 def measure(

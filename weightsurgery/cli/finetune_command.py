@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -12,12 +13,12 @@ from weightsurgery.cli import model_options, options
 from weightsurgery.cli.writing import show_plan, write
 from weightsurgery.datasets.batches import Encoded, read_examples
 from weightsurgery.formats.plan import make_plan
-from weightsurgery.models import Model, load_model
+from weightsurgery.models import Model
 from weightsurgery.report.training import planned_tables, training_tables
 from weightsurgery.stream import Engine
-from weightsurgery.training.finetune import finetune, split
+from weightsurgery.training.finetune import finetune, split, warnings_of
 from weightsurgery.training.result import stored_parameters
-from weightsurgery.training.settings import Hyperparameters
+from weightsurgery.training.settings import CLASS_WEIGHTS, Hyperparameters
 
 _DEFAULTS = {n: p.default for n, p in inspect.signature(finetune).parameters.items()}
 _WRITING = ("out", "overwrite", "dry_run", "max_shard_size", "hashes")
@@ -34,19 +35,20 @@ def _finetune(
     hashes: bool,
     max_length: int,
     weights: str | None,
-    device: str,
     as_json: bool,
-    **settings: Any,
+    **given: Any,
 ) -> None:
+    settings = {name: given[name] for name in given if name in _DEFAULTS}
     if settings["patience"] is not None and held_out is None:
         raise click.UsageError("--patience needs --held-out", click.get_current_context())
     Hyperparameters(**settings)  # refuses before any work, as do the next two lines
     sizes: dict[str, Any] = {"overwrite": overwrite, "max_shard_size": max_shard_size}
     read = options.open_one(model, weights)
     make_plan(read, out, engine=Engine(), **sizes)
-    opened = load_model(read, device=device)
-    examples = read_examples(opened, data, max_length=max_length)
-    aside, files = _held_out(opened, held_out, max_length)
+    opened = model_options.load(read, given)
+    reading = {"max_length": max_length, **model_options.reading(opened.task, given)}
+    examples = read_examples(opened, data, **reading)
+    aside, files = _held_out(opened, held_out, reading)
     if dry_run:
         _show_plan(opened, examples, aside, Hyperparameters(**settings), out, sizes, as_json)
         return
@@ -63,12 +65,12 @@ def _finetune(
 
 
 def _held_out(
-    model: Model, given: float | str | None, max_length: int
+    model: Model, given: float | str | None, reading: Mapping[str, Any]
 ) -> tuple[list[Encoded] | float | None, list[str]]:
     """What to hold out, and the file it is from, if it is from one."""
     if given is None or isinstance(given, float):
         return given, []
-    return read_examples(model, given, max_length=max_length), [given]
+    return read_examples(model, given, **reading), [given]
 
 
 def _show_plan(
@@ -81,6 +83,7 @@ def _show_plan(
     as_json: bool,
 ) -> None:
     parts = split(model, examples, held_out, chosen)
+    options.warn(warnings_of(model, parts))
     counts = {part: len(given) for part, given in parts.items()}
     steps = chosen.steps(counts["train"])
     trained = {name for name, _ in stored_parameters(model, chosen.freeze)}
@@ -122,6 +125,11 @@ _HYPERPARAMETERS = [
         "Stop after so many epochs without a smaller held-out loss, and take the weights of the "
         "best; without it, all epochs are run and the last weights taken.",
     ),
+    _number(
+        "class_weights",
+        click.Choice(CLASS_WEIGHTS),
+        "Weights of the classes in the loss: balanced makes rare classes count as much as others.",
+    ),
     click.Option(
         ["--freeze"],
         multiple=True,
@@ -140,9 +148,10 @@ command = options.Command(
     defaults for tens of examples. The output has MODEL's files, names, dtypes and shards. On one
     machine's processor the same seed gives the same bytes.
 
-    Data for a classifier are TSV, CSV or JSONL with the columns sentence (or sentence1 and
-    sentence2) and label; for a causal language model JSONL with question and answer, instruction
-    and output, or messages.
+    Data for a classifier are TSV, CSV, JSON, JSONL or Parquet with a column of texts (sentence,
+    text, or sentence1 and sentence2) and one of labels (label); for a causal language model JSON,
+    JSONL or Parquet with question and answer, instruction and output, messages or conversations.
+    A Hugging Face dataset's directory will do too.
 
     \b
     Examples:
@@ -160,6 +169,7 @@ command = options.Command(
             help="Other clean examples, or the share of --data to hold out: their loss is "
             "measured after each epoch.",
         ),
+        *model_options.READING,
         *_HYPERPARAMETERS,
         model_options.MAX_LENGTH,
         options.WEIGHTS,

@@ -31,7 +31,6 @@ def _fisher(
     overwrite: bool,
     max_length: int,
     weights: str | None,
-    device: str,
     hashes: bool,
     as_json: bool,
     **settings: Any,
@@ -45,10 +44,10 @@ def _fisher(
     _check_outputs(read, base, outputs, overwrite=overwrite)
     from weightsurgery.curvature.result import summarise
     from weightsurgery.datasets.batches import read_examples
-    from weightsurgery.models import load_model
 
-    opened = load_model(read, device=device)
-    examples = read_examples(opened, data, max_length=max_length)
+    opened = model_options.load(read, settings)
+    told = model_options.reading(opened.task, settings)
+    examples = read_examples(opened, data, max_length=max_length, **told)
     with model_options.counting() as progress:
         given = {**settings, "base": base, "progress": progress}
         made = _estimates(opened, examples, given, standard_error=standard_error is not None)
@@ -56,6 +55,7 @@ def _fisher(
         record = save(estimate, path, overwrite=overwrite, hashes=hashes)
         if path == out:
             first = record
+    options.warn(list(made[0].warnings))
     summary = summarise(made[0])
     if as_json:
         document = {"schema": "wsurg.fisher/1", "out": out, "standard_error": standard_error}
@@ -185,6 +185,7 @@ command = options.Command(
         ),
         model_options.batch_size(None, "32; 8 for hutchinson"),
         model_options.MAX_LENGTH,
+        *model_options.READING,
         options.WEIGHTS,
         model_options.DEVICE,
         options.HASH,

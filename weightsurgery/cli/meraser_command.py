@@ -15,13 +15,13 @@ from weightsurgery.datasets.mismatch_sides import check_sides
 from weightsurgery.datasets.read import read_instructions
 from weightsurgery.formats.apart import check_apart
 from weightsurgery.formats.plan import input_paths, make_plan
-from weightsurgery.models import Model, load_model, require_directory
+from weightsurgery.models import Model, require_directory
 from weightsurgery.report.training import meraser_tables, planned_adapter_tables
 from weightsurgery.stream import Engine, Progress
 from weightsurgery.tasks import CAUSAL, task_of
 from weightsurgery.training.meraser import Measure, Phase, meraser, plan_meraser
 
-_MEASURED = ("fingerprints", "text", "window", "stride", "max_new_tokens", "prompt_format")
+_MEASURED = ("fingerprints", "text", "window", "stride", "bos", "max_new_tokens", "prompt_format")
 _KEPT = ("fsr", "perplexity")  # of a report: what the record tells of a stage
 
 
@@ -40,7 +40,6 @@ def _meraser(
     checkpoints: str | None,
     save_every: int,
     weights: str | None,
-    device: str,
     as_json: bool,
     **given: Any,
 ) -> None:
@@ -59,7 +58,7 @@ def _meraser(
     make_plan(read[0], out, engine=Engine(), **sizes)  # refuses before any work; saving does again
     _keep_apart(out, checkpoints, read)
     data = causal_options.read_data(given)
-    opened, *others = (load_model(one, device=device) for one in read)
+    opened, *others = (model_options.load(one, given) for one in read)
     asked: dict[str, Any] = {"foundation": others[0] if others else None, "scales": scales}
     options.warn(doubts)
     if dry_run:
@@ -86,7 +85,7 @@ def _phases(
 
     def phase(name: str, file: str) -> Phase:
         return Phase(
-            read_instructions(file),
+            read_instructions(file, note=options.note),
             lora_options.parse_settings(f"{preset}-{name}", given[f"{name}_settings"]),
             files=[file],
             checkpoints=None if checkpoints is None else os.path.join(checkpoints, name),
@@ -193,6 +192,7 @@ command = options.Command(
             help="Multiply the erasing adapter's change; repeatable, with --fingerprints.",
         ),
         *(option for option in causal_options.OPTIONS if option.name in _MEASURED),
+        model_options.TEMPLATE_ARGS,
         *lora_options.CHECKPOINTS,
         options.WEIGHTS,
         model_options.DEVICE,

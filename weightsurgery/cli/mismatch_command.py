@@ -32,7 +32,7 @@ def _mismatch(
     table = KEYWORDS if keywords is None else read_keywords(keywords)
     if check is not None:
         options.refuse_typed(context, ["out", "size", "seed", "overwrite"], "is not for --check")
-        source = None if data is None else read_instructions(data)
+        source = None if data is None else read_instructions(data, note=options.note)
         report = check_mismatch(check, source=source, keywords=table)
     else:
         report = _make(context, data, out, table, **settings)
@@ -62,7 +62,7 @@ def _make(
     out, data = str(out), str(data)
     check_name(out)
     check_destination(out, is_directory=False, overwrite=overwrite, inputs=[data])
-    pairs = read_instructions(data)
+    pairs = read_instructions(data, note=options.note)
     rows = mismatch(pairs, size=size, seed=seed, keywords=keywords)
     report = describe_mismatched(pairs, rows, keywords=keywords)
     write_mismatched(rows, out, overwrite=overwrite, inputs=[data], seed=seed, report=report)

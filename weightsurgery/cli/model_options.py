@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
@@ -9,8 +10,11 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from weightsurgery.checkpoint import Checkpoint
+from weightsurgery.cli import options
 from weightsurgery.cli.progress import Lines, drawing
+from weightsurgery.datasets.labels import LABEL_KINDS
 from weightsurgery.stream import Progress
+from weightsurgery.tasks import CLASSIFICATION
 from weightsurgery.training.settings import SCHEDULERS, Hyperparameters
 
 if TYPE_CHECKING:
@@ -31,6 +35,35 @@ MAX_LENGTH = click.Option(
     show_default=True,
     help="Tokens after which a text is cut.",
 )
+TEXT_COLUMN = click.Option(
+    ["--text-column"],
+    multiple=True,
+    metavar="NAME",
+    help="Column of the text, if it has no usual name; give two for pairs. For a causal model, the "
+    "field of the question.",
+)
+LABEL_COLUMN = click.Option(
+    ["--label-column"],
+    default="",
+    metavar="NAME",
+    help="Column of the label, if it has no usual name. For a causal model, the field of the "
+    "answer.",
+)
+LABEL_KIND = click.Option(
+    ["--label-kind"],
+    type=click.Choice(LABEL_KINDS),
+    default="auto",
+    show_default=True,
+    help="Kind of the labels in the data: label ids or label names, where names are numbers too.",
+)
+TEMPLATE_ARGS = click.Option(
+    ["--chat-template-arg", "template_args"],
+    multiple=True,
+    metavar="NAME=VALUE",
+    help="Variable of the chat template, such as enable_thinking=false; repeatable.",
+)
+READING = (TEXT_COLUMN, LABEL_COLUMN, LABEL_KIND, TEMPLATE_ARGS)
+"""Options of every command that reads clean examples."""
 POINTS = click.Option(
     ["--points"],
     type=click.IntRange(1),
@@ -85,15 +118,66 @@ def prepare(tuned: Checkpoint, given: Mapping[str, Any]) -> tuple[Model, list[En
         given: The command's parameters.
     """
     from weightsurgery.datasets.batches import read_examples
-    from weightsurgery.models import load_model
 
     loaded = click.get_current_context().meta
     if __name__ not in loaded:
-        model = load_model(tuned, device=given["device"])
-        examples = read_examples(model, given["data"], max_length=given["max_length"])
+        model = load(tuned, given)
+        told = reading(model.task, given)
+        examples = read_examples(model, given["data"], max_length=given["max_length"], **told)
         loaded[__name__] = model, examples
     model, examples = loaded[__name__]
     return model, examples
+
+
+def load(checkpoint: Checkpoint, given: Mapping[str, Any]) -> Model:
+    """A model on the command's device, with the variables of --chat-template-arg.
+
+    Args:
+        checkpoint: What was opened.
+        given: The command's parameters.
+    """
+    from weightsurgery.datasets.prompts import with_template_args
+    from weightsurgery.models import load_model
+
+    variables = template_args(given)
+    model = load_model(checkpoint, device=given["device"])
+    return with_template_args(model, variables) if variables else model
+
+
+def template_args(given: Mapping[str, Any]) -> dict[str, Any]:
+    """The variables of --chat-template-arg: true, false, null, numbers, or else texts.
+
+    Args:
+        given: The command's parameters.
+    """
+    known = {"True": True, "False": False, "None": None}  # as Python and Jinja spell them
+    found = {}
+    for pair in given.get("template_args", ()):
+        name, equals, text = pair.partition("=")
+        if not equals or not name.isidentifier():
+            raise click.UsageError(
+                f"--chat-template-arg '{pair}'; expected NAME=VALUE, such as enable_thinking=false",
+                click.get_current_context(),
+            )
+        try:
+            found[name] = known[text] if text in known else json.loads(text)
+        except (ValueError, RecursionError):
+            found[name] = text
+    return found
+
+
+def reading(task: str, given: Mapping[str, Any]) -> dict[str, Any]:
+    """How to read the data, as `read_examples` takes it.
+
+    Args:
+        task: The model's.
+        given: The command's parameters.
+    """
+    if task != CLASSIFICATION:
+        context = click.get_current_context()
+        options.refuse_typed(context, ["label_kind"], "is for classifiers")
+    names = ("text_column", "label_column", "label_kind")
+    return {**{name: given[name] for name in names}, "note": options.note}
 
 
 def counting(lines: Lines = "some") -> AbstractContextManager[Progress | None]:

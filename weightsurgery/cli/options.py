@@ -364,6 +364,11 @@ def present(document: Any, tables: Callable[[], list[Table]], *, as_json: bool) 
         show(tables())
 
 
+def note(text: str) -> None:
+    """One line about how an input was read, on stderr."""
+    click.echo(f"note: {shown(text)}", err=True)
+
+
 def warn(warnings: list[str]) -> None:
     """Warnings, one line each, on stderr."""
     for warning in warnings:

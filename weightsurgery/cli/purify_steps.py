@@ -11,6 +11,7 @@ from weightsurgery.alignment import align_to_edit
 from weightsurgery.checkpoint import Checkpoint
 from weightsurgery.cli import model_options, options
 from weightsurgery.cli.companion import Companion, Given, Inputs
+from weightsurgery.curvature.result import length_warnings
 from weightsurgery.formats.record import changed_by
 from weightsurgery.operators.purify import check as checked
 from weightsurgery.report.outcome import outcome_tables
@@ -34,6 +35,7 @@ _PARAMETERS: tuple[click.Parameter, ...] = (
     model_options.EPOCHS,
     model_options.LEARNING_RATE,
     model_options.MAX_LENGTH,
+    *model_options.READING,
     model_options.DEVICE,
 )
 
@@ -74,7 +76,8 @@ def _check(context: click.Context) -> dict[str, Any]:
     if not given["finetune"]:
         options.refuse_typed(context, ["epochs", "learning_rate"], "is for --finetune")
     if given["data"] is None:
-        options.refuse_typed(context, ["max_length", "device"], "is for --data")
+        reading = [option.name or "" for option in model_options.READING]
+        options.refuse_typed(context, ["max_length", *reading, "device"], "is for --data")
     return idle
 
 
@@ -142,7 +145,10 @@ def _after(inputs: Inputs, result: Checkpoint, given: Given) -> Checkpoint:
     notes = {**result.notes, **trained.notes}
     if "purify" in notes:
         notes["purify"] = {**notes["purify"], **reset}
-    return replace(trained, notes=notes, warnings=result.warnings)
+    fisher = None if given["fisher"] is None else options.open_one(given["fisher"])
+    doubts = length_warnings(fisher, given["max_length"])
+    warnings = dict.fromkeys((*result.warnings, *doubts, *trained.notes["training"]["warnings"]))
+    return replace(trained, notes=notes, warnings=tuple(warnings))
 
 
 def _tables(out: str, told: Given) -> list[Table]:

@@ -19,7 +19,8 @@ from weightsurgery.cli.operator_command import (
     make_path_option,
     read_settings,
 )
-from weightsurgery.datasets.read import label_ids, read_sentences
+from weightsurgery.datasets.labels import ids_of, settle_labels
+from weightsurgery.datasets.read import read_sentences
 from weightsurgery.errors import PolicyError, StorageError
 from weightsurgery.registry import OPERATORS, Operator
 from weightsurgery.report.sweep import check_plot_path, plot_sweep, sweep_tables
@@ -63,19 +64,24 @@ def _sweep(base: str, tuned: str, **given: Any) -> None:
     _check_plot(given["plot"], overwrite=given["overwrite"])
     training = {name: given[name] for name in ("epochs", "learning_rate", "seed")}
     Hyperparameters(**training)
-    sentences = read_sentences(given["held_out"])
-    poisoned = None if given["poisoned"] is None else read_sentences(given["poisoned"])
+    columns = {name: given[name] for name in ("text_column", "label_column")}
+    sentences = read_sentences(given["held_out"], **columns, note=options.note)
+    poisoned = given["poisoned"]
+    if poisoned is not None:
+        poisoned = read_sentences(poisoned, **columns, note=options.note)
     inputs = options.open_all((base, tuned), given["weights"])
     settings = read_settings(context, operator, given, inputs[1])
     from weightsurgery.evaluation.classification import check_classifier, target_of
-    from weightsurgery.evaluation.sweep import sweep
+    from weightsurgery.evaluation.sweep import overlap_warning, sweep
 
     model, examples = model_options.prepare(inputs[1], given)
     check_classifier(model)
-    label_ids(sentences, model.labels, file=given["held_out"])
-    label_ids(poisoned or [], model.labels, file=given["poisoned"] or "")
+    kind = given["label_kind"]
+    labels = settle_labels(sentences, model.labels, file=given["held_out"], label_kind=kind)
+    ids_of(sentences, labels, file=given["held_out"])
+    ids_of(poisoned or [], labels, file=given["poisoned"] or "")
     if given["target_label"] is not None:
-        target_of(model, given["target_label"])
+        target_of(labels, given["target_label"])
     edit = _edit(operator, inputs, settings, given)
     with model_options.counting("steps") as progress:
         report = sweep(
@@ -86,12 +92,16 @@ def _sweep(base: str, tuned: str, **given: Any) -> None:
             ratios=given["ratios"],
             tolerance=given["tolerance"],
             training=training,
-            trigger=attack_options.trigger_of(given),
+            trigger=attack_options.triggers_of(given),
             poisoned=poisoned,
             target_label=given["target_label"],
+            label_kind=kind,
             max_length=given["max_length"],
             progress=progress,
         )
+    if not given["trains"]:  # `sweep` saw no examples, but the Fisher is made from them
+        overlap = overlap_warning(model, examples, sentences, given["max_length"])
+        report["warnings"] = [*overlap, *report["warnings"]]
     options.warn(report["warnings"])
     options.present(report, lambda: sweep_tables(report), as_json=given["as_json"])
     if given["plot"] is not None:
@@ -126,7 +136,7 @@ def _check_usage(context: click.Context, operator: Operator, given: dict[str, An
                 names = options.COUNTED if name == "counts" else [name]
                 typable = [n for n in names if n in context.params]
                 options.refuse_typed(context, typable, f"is for --operator {other.name}")
-    used = ("seed",) if given["trains"] or attack_options.trigger_of(given) else ()
+    used = ("seed",) if given["trains"] or attack_options.triggers_of(given) else ()
     check_usage(context, operator, given, used)
     if given["plot"] is None:
         options.refuse_typed(context, ["overwrite"], "is for --plot")
@@ -228,6 +238,7 @@ command = options.Command(
         ),
         model_options.EPOCHS,
         model_options.LEARNING_RATE,
+        *(option for option in model_options.READING if option is not model_options.TEMPLATE_ARGS),
         *attack_options.OPTIONS,
         click.Option(
             ["--seed"],

@@ -6,13 +6,13 @@ from typing import Any
 
 import click
 
-from weightsurgery.cli import lora_options, model_options, options
+from weightsurgery.cli import causal_options, lora_options, model_options, options
 from weightsurgery.cli.writing import show_plan, write
 from weightsurgery.datasets.read import read_instructions
 from weightsurgery.formats.apart import check_apart
 from weightsurgery.formats.output import check_destination, check_folder_name
 from weightsurgery.formats.plan import input_paths
-from weightsurgery.models import load_model, require_directory
+from weightsurgery.models import require_directory
 from weightsurgery.report.training import adapter_tables, planned_adapter_tables
 from weightsurgery.tasks import CAUSAL, task_of
 from weightsurgery.training.adapter import plan_adapter, train_adapter
@@ -31,7 +31,6 @@ def _train_adapter(
     save_every: int,
     hashes: bool,
     weights: str | None,
-    device: str,
     as_json: bool,
     **given: Any,
 ) -> None:
@@ -46,8 +45,9 @@ def _train_adapter(
     check_destination(out, is_directory=True, overwrite=overwrite, inputs=inputs)
     if checkpoints is not None:
         check_apart(checkpoints, [*inputs, out])
-    instructions = read_instructions(data)
-    opened = load_model(read, device=device)
+    columns = causal_options.question_columns(given)
+    instructions = read_instructions(data, **columns, note=options.note)
+    opened = model_options.load(read, given)
     kept: dict[str, Any] = {"checkpoints": checkpoints, "save_every": save_every, "files": [data]}
     if dry_run:
         planned = plan_adapter(opened, instructions, settings, **kept)
@@ -76,7 +76,8 @@ command = options.Command(
     ours: the first with all linear layers, a larger learning rate and the chat template, the second
     with half of the steps.
 
-    Data are JSONL with question and answer, instruction and output, or messages.
+    Data are JSON, JSONL or Parquet with question and answer, instruction and output, messages or
+    conversations.
 
     \b
     Examples:
@@ -87,6 +88,7 @@ command = options.Command(
     params=[
         model_options.MODEL,
         click.Option(["--data"], required=True, metavar="FILE", help="Questions and answers."),
+        *(option for option in model_options.READING if option is not model_options.LABEL_KIND),
         lora_options.PRESET,
         *lora_options.OPTIONS,
         *lora_options.CHECKPOINTS,

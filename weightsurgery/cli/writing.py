@@ -55,5 +55,6 @@ def show_plan(
         as_json: Print JSON.
         settings: Of `make_plan`.
     """
+    options.warn(list(planned.warnings))
     plan = make_plan(planned, out, engine=Engine(), **settings).to_json()
     options.present({**plan, **told}, lambda: [*plan_tables(plan, None), *tables], as_json=as_json)

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from typing import Any
 
 from weightsurgery.checkpoint import Checkpoint, Step
 from weightsurgery.curvature.factors import Sums
@@ -24,11 +25,13 @@ from weightsurgery.curvature.per_example import (
     zeros,
 )
 from weightsurgery.curvature.points import between
-from weightsurgery.curvature.result import make_result
-from weightsurgery.datasets.batches import Encoded, check_examples, digest_of
+from weightsurgery.curvature.result import lengths_of, make_result
+from weightsurgery.datasets.batches import Encoded, check_examples, cut_warning, digest_of
+from weightsurgery.datasets.prompts import template_record
 from weightsurgery.errors import SettingError, conflict, shown
 from weightsurgery.models import Model
 from weightsurgery.stream import Progress
+from weightsurgery.tasks import CLASSIFICATION
 
 
 def fisher(
@@ -128,6 +131,7 @@ def fisher_with_error(
         step=Step("fisher-standard-error", run.settings, run.inputs),
         content="standard error of the diagonal Fisher information",
         notes={"paths": paths},
+        warnings=run.warnings,
     )
     return _mean(run, sums, paths), second
 
@@ -184,7 +188,7 @@ class _Run:
         return [1.0] if n == 1 else [(2 * t - 1) / (2 * n) for t in range(1, n + 1)]
 
     @property
-    def settings(self) -> Mapping[str, str | int]:
+    def settings(self) -> Mapping[str, Any]:
         """For the record."""
         return {
             "labels": self.labels,
@@ -193,7 +197,14 @@ class _Run:
             "seed": self.seed,
             "examples": len(self.examples),
             "examples_sha256": digest_of(self.examples),
+            **lengths_of(self.examples),
+            **template_record(self.model),
         }
+
+    @property
+    def warnings(self) -> list[str]:
+        """What was odd about the examples."""
+        return cut_warning(self.examples, causal=self.model.task != CLASSIFICATION)
 
     @property
     def inputs(self) -> dict[str, Checkpoint]:
@@ -253,4 +264,5 @@ def _mean(run: _Run, sums: Mapping[str, Sums], paths: Mapping[str, str]) -> Chec
         content="diagonal Fisher information: mean over examples of the squared gradient of each "
         f"one's loss, under {which}",
         notes={"paths": paths},
+        warnings=run.warnings,
     )

@@ -15,12 +15,20 @@ from typing import TYPE_CHECKING, Any
 from weightsurgery.checkpoint import Checkpoint, Step
 from weightsurgery.curvature.losses import Batch, Objective
 from weightsurgery.curvature.per_example import asking, frozen
-from weightsurgery.curvature.result import make_result
-from weightsurgery.datasets.batches import Encoded, check_examples, digest_of, longest_first
+from weightsurgery.curvature.result import lengths_of, make_result
+from weightsurgery.datasets.batches import (
+    Encoded,
+    check_examples,
+    cut_warning,
+    digest_of,
+    longest_first,
+)
+from weightsurgery.datasets.prompts import template_record
 from weightsurgery.errors import SettingError, shown
 from weightsurgery.models import Model
 from weightsurgery.rng import random_mask
 from weightsurgery.stream import Progress
+from weightsurgery.tasks import CLASSIFICATION
 
 if TYPE_CHECKING:
     import torch
@@ -79,12 +87,15 @@ def hutchinson(
         "seed": seed,
         "examples": len(examples),
         "examples_sha256": digest_of(examples),
+        **lengths_of(examples),
+        **template_record(model),
     }
     return make_result(
         sums,
         step=Step("hutchinson", settings, {"model": model.checkpoint}),
         content=f"{kind} estimated diagonal of the Hessian of the mean loss",
         notes={"paths": dict.fromkeys(sums, "hutchinson")},
+        warnings=cut_warning(examples, causal=model.task != CLASSIFICATION),
     )
 
 

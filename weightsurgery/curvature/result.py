@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from weightsurgery.checkpoint import Checkpoint, Step, from_arrays
-from weightsurgery.errors import NonFiniteError
+from weightsurgery.datasets.batches import Encoded, count_cut, limit_of
+from weightsurgery.errors import NonFiniteError, shown
 
 if TYPE_CHECKING:
     import torch
@@ -22,6 +23,7 @@ def make_result(
     step: Step,
     content: str,
     notes: Mapping[str, Any],
+    warnings: Sequence[str] = (),
 ) -> Checkpoint:
     """A checkpoint of one float32 tensor for each parameter.
 
@@ -30,6 +32,7 @@ def make_result(
         step: What made them.
         content: What the numbers are, in words, for the file's metadata.
         notes: What else there is to say.
+        warnings: What was odd about the examples.
 
     Raises:
         NonFiniteError: A value is NaN or infinite.
@@ -53,7 +56,38 @@ def make_result(
         metadata={"estimator": step.operator, "content": content, **settings},
         step=replace(step, repeatable=False),
         notes=notes,
+        warnings=tuple(warnings),
     )
+
+
+def lengths_of(examples: Sequence[Encoded]) -> dict[str, int | None]:
+    """The maximum length of the examples, and how many were cut to it, for the record.
+
+    Args:
+        examples: What an estimate is of; the length is None where it is not known.
+    """
+    return {"max_length": limit_of(examples), "cut": count_cut(examples)}
+
+
+def length_warnings(fisher: Checkpoint | None, max_length: int | None = None) -> list[str]:
+    """Warnings if a Fisher is of texts that were cut, or cut elsewhere than others are.
+
+    Args:
+        fisher: From `fisher` or a file of it; None gives no warning.
+        max_length: Tokens after which other texts, which the model is trained on, are cut.
+    """
+    known = {} if fisher is None else fisher.metadata
+    cut, examples, most = (known.get(name, "") for name in ("cut", "examples", "max_length"))
+    found = []
+    if cut.isdigit() and examples.isdigit() and int(cut):
+        to = f"to {shown(most)} tokens" if most.isdigit() else "to their maximum lengths"
+        found.append(f"the Fisher is of texts of which {cut} of {examples} were cut {to}")
+    if max_length is not None and most.isdigit() and int(most) != max_length:
+        found.append(
+            f"the Fisher was made with --max-length {shown(most)}, and the fine-tuning cuts texts "
+            f"to {max_length:,} tokens"
+        )
+    return found
 
 
 def _text(value: Any) -> str:

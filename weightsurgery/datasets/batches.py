@@ -6,18 +6,15 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from weightsurgery.datasets.prompts import Settled, prompt_ids, render, settle_format
-from weightsurgery.datasets.read import (
-    Instruction,
-    Sentence,
-    label_ids,
-    read_instructions,
-    read_sentences,
-)
-from weightsurgery.errors import MismatchError, SettingError, shown
+from weightsurgery.datasets.arrow import dataset_files
+from weightsurgery.datasets.labels import label_ids
+from weightsurgery.datasets.prompts import end_of_turn, prompt_ids, render, settle_format
+from weightsurgery.datasets.read import Instruction, Sentence, read_instructions, read_sentences
+from weightsurgery.datasets.rows import Note
+from weightsurgery.errors import MismatchError, SettingError, counted, shown
 from weightsurgery.formats.files import InputFile
 from weightsurgery.models import Model
 from weightsurgery.tasks import CLASSIFICATION
@@ -38,37 +35,67 @@ class Encoded:
         types: Token type ids, () where the tokenizer gives none.
         labels: The class, as the only entry; or for a causal model one label for each token,
             `IGNORED` outside the answer.
+        whole: Tokens of the text before it was cut; 0 where that is not known.
+        limit: Tokens after which it was to be cut; 0 where that is not known.
     """
 
     ids: tuple[int, ...]
     types: tuple[int, ...]
     labels: tuple[int, ...]
+    whole: int = field(default=0, compare=False)
+    limit: int = field(default=0, compare=False)
+
+    @property
+    def is_cut(self) -> bool:
+        """Whether tokens of the text were left out."""
+        return self.whole > len(self.ids)
 
 
 def read_examples(
-    model: Model, data: str | os.PathLike[str], *, max_length: int = 128
+    model: Model,
+    data: str | os.PathLike[str],
+    *,
+    max_length: int = 128,
+    text_column: str | Sequence[str] = (),
+    label_column: str = "",
+    label_kind: str = "auto",
+    note: Note | None = None,
 ) -> list[Encoded]:
     """Read a data file of the kind that the model's task needs, and encode it.
 
     Args:
         model: From `load_model`.
-        data: Labelled sentences (.tsv, .csv, .jsonl) for a classifier, questions and answers
-            (.jsonl) for a causal model.
-        max_length: Tokens after which a text is cut.
+        data: Labelled sentences for a classifier, as `read_sentences` takes them; questions and
+            answers for a causal model, as `read_instructions` does.
+        max_length: Tokens after which a text is cut; `cut_warning` says how many were.
+        text_column: Name of the text's column, or the two names of a pair; of the question's field
+            for a causal model.
+        label_column: Name of the label's column, or of the answer's field.
+        label_kind: "ids" or "names", where labels can be both; "auto" goes by the labels.
+        note: Called with a sentence about how the file is read, if that is unusual.
 
     Returns:
         The examples as numbers, in the order of the file.
 
     Raises:
         FormatError: The file or a row of it is bad.
-        MismatchError: A label is none of the model's.
-        SettingError: `max_length` leaves no room.
+        MismatchError: A label is none of the model's, or may be an id as well as a name.
+        SettingError: `max_length` leaves no room, or there is no such label kind.
     """
     if model.task == CLASSIFICATION:
-        sentences = read_sentences(data)
-        return encode_sentences(model, sentences, label_ids(sentences, model.labels, file=data),
-                                max_length=max_length)  # fmt: skip
-    return encode_instructions(model, read_instructions(data), max_length=max_length)
+        sentences = read_sentences(
+            data, text_column=text_column, label_column=label_column, note=note
+        )
+        ids = label_ids(sentences, model.labels, file=data, label_kind=label_kind, note=note)
+        return encode_sentences(model, sentences, ids, max_length=max_length)
+    texts = (text_column,) if isinstance(text_column, str) else tuple(text_column)
+    if len(texts) > 1:
+        raise SettingError("text_column names two fields; a causal model has one question")
+    question = "".join(texts)
+    instructions = read_instructions(
+        data, text_column=question, label_column=label_column, note=note
+    )
+    return encode_instructions(model, instructions, max_length=max_length)
 
 
 def encode_sentences(
@@ -78,9 +105,15 @@ def encode_sentences(
     check_length(model, max_length)
     found = model.tokenizer(*_columns(sentences), truncation=True, max_length=max_length)
     types = found.get("token_type_ids") or [()] * len(sentences)
+    ids = found["input_ids"]
+    whole = [len(one) for one in ids]
+    full = [i for i, count in enumerate(whole) if count >= max_length]
+    counts = token_counts(model, [sentences[i] for i in full])
+    for i, count in zip(full, counts, strict=True):
+        whole[i] = count
     return [
-        Encoded(tuple(ids), tuple(kinds), (label,))
-        for ids, kinds, label in zip(found["input_ids"], types, labels, strict=True)
+        Encoded(tuple(one), tuple(kinds), (label,), count, max_length)
+        for one, kinds, label, count in zip(ids, types, labels, whole, strict=True)
     ]
 
 
@@ -92,22 +125,37 @@ def token_counts(model: Model, sentences: Sequence[Sentence]) -> list[int]:
     return [len(ids) for ids in found["input_ids"]]
 
 
-def count_cut(
-    model: Model, sentences: Sequence[Sentence], examples: Sequence[Encoded], *, max_length: int
-) -> int:
-    """How many of the sentences have more than the `max_length` tokens of their examples."""
-    full = [i for i, one in enumerate(examples) if len(one.ids) >= max_length]
-    counts = token_counts(model, [sentences[i] for i in full])
-    return sum(count > max_length for count in counts)
+def count_cut(examples: Sequence[Encoded]) -> int:
+    """How many of the examples lost tokens."""
+    return sum(one.is_cut for one in examples)
 
 
-def count_cut_answers(
-    model: Model, instructions: Sequence[Instruction], examples: Sequence[Encoded]
-) -> int:
-    """How many of the instructions have more tokens than their examples."""
-    how = settle_format(model, "auto", plain="lines")
-    whole = [sum(map(len, _tokens(model, one, how))) for one in instructions]
-    return sum(count > len(one.ids) for count, one in zip(whole, examples, strict=True))
+def limit_of(examples: Sequence[Encoded]) -> int | None:
+    """Tokens after which all of the examples were to be cut; None if that is not known."""
+    limits = {one.limit for one in examples}
+    return limits.pop() or None if len(limits) == 1 else None
+
+
+def cut_warning(
+    examples: Sequence[Encoded], what: str = "examples", *, causal: bool = False
+) -> list[str]:
+    """A warning if examples lost tokens.
+
+    Args:
+        examples: From `read_examples`, `encode_sentences` or `encode_instructions`.
+        what: The word for them.
+        causal: They are questions with answers, of which the question is cut from the left.
+    """
+    cut = count_cut(examples)
+    if not cut:
+        return []
+    most, longest = limit_of(examples), max(one.whole for one in examples)
+    to = f"to {counted(most, 'token')}" if most else "to their maximum lengths"
+    where = ", the questions from the left" if causal else ""
+    verb = "was" if cut == 1 else "were"
+    return [
+        f"{cut:,} of {len(examples):,} {what} {verb} cut {to}{where}; the longest has {longest:,}"
+    ]
 
 
 def _columns(sentences: Sequence[Sentence]) -> list[list[str]]:
@@ -124,7 +172,10 @@ def encode_instructions(
     max_question: int | None = None,
     max_answer: int | None = None,
 ) -> list[Encoded]:
-    """Question and answer as one sequence, with the end-of-text token after it.
+    """Question and answer as one sequence, with the end of the answer after it.
+
+    In a chat template the answer ends as the template ends the assistant's turn, such as with
+    <end_of_turn>; else with the tokenizer's end-of-text token.
 
     What is too long is cut from the left of the question, then from the end of the answer, so
     that a chat's last marks stay (our choice).
@@ -136,9 +187,9 @@ def encode_instructions(
         prompt_format: "chat" sets the question in the tokenizer's chat template; "raw" puts
             nothing between question and answer, "lines" a line feed; "auto" is chat if there is a
             template, else lines (our choice).
-        loss_on: "answer" for the answer and the end-of-text token, "all" for the question too.
+        loss_on: "answer" for the answer and its end, "all" for the question too.
         max_question: Tokens of the question after which it is cut.
-        max_answer: The same of the answer, with the end-of-text token.
+        max_answer: The same of the answer, with its end.
 
     Raises:
         SettingError: A length leaves no room, or a choice is none of those.
@@ -149,27 +200,21 @@ def encode_instructions(
         raise SettingError(f"loss_on is '{shown(loss_on)}'; expected {', '.join(LOSSES)}")
     how = settle_format(model, prompt_format, plain="lines")
     most = min(max_answer or max_length, max_length - 1)  # a token of the question stays
+    end = end_of_turn(model, instructions, how)
+    limit = max_length if max_question is max_answer is None else 0
 
     def encode(one: Instruction) -> Encoded:
-        question, answer = _tokens(model, one, how)
+        question = prompt_ids(model, render(model, one, how), how)
+        answer = [*model.tokenizer(one.answer, add_special_tokens=False)["input_ids"], *end]
+        whole = len(question) + len(answer)
         answer = answer[:most]
         question = question[-min(max_question or max_length, max_length - len(answer)) :]
         ids = [*question, *answer]
         counted = 0 if loss_on == "all" else len(question)
         first = max(1, counted)  # nothing predicts the first token
-        return Encoded(tuple(ids), (), (*[IGNORED] * first, *ids[first:]))
+        return Encoded(tuple(ids), (), (*[IGNORED] * first, *ids[first:]), whole, limit)
 
     return [encode(one) for one in instructions]
-
-
-def _tokens(model: Model, one: Instruction, how: Settled) -> tuple[list[int], list[int]]:
-    """Question and answer, each whole."""
-    tokenizer = model.tokenizer
-    question = prompt_ids(model, render(model, one, how), how)
-    answer = tokenizer(one.answer, add_special_tokens=False)["input_ids"]
-    if tokenizer.eos_token_id is not None:
-        answer = [*answer, tokenizer.eos_token_id]
-    return question, answer
 
 
 def check_length(model: Model, max_length: int) -> None:
@@ -277,8 +322,11 @@ def digest_of(examples: Sequence[Encoded]) -> str:
 
 def describe_files(files: Sequence[str | os.PathLike[str]]) -> list[dict[str, str]]:
     """Name and SHA-256 of data files, as records tell them."""
-    names = [os.fspath(file) for file in files]
-    return [
-        {"name": shown(os.path.basename(name)), "sha256": InputFile(name).sha256()}
-        for name in names
-    ]
+    found = []
+    for file in [os.fspath(file) for file in files]:
+        parts = dataset_files(file) if os.path.isdir(file) else [file]
+        folder = os.path.dirname(file.rstrip(os.sep))
+        for part in parts:
+            name = shown(os.path.relpath(part, folder or "."))
+            found.append({"name": name, "sha256": InputFile(part).sha256()})
+    return found

@@ -1,31 +1,34 @@
-"""Data files: TSV, CSV or JSONL, in UTF-8; every bad row is told with file, line and reason.
+"""Data files of sentences, of questions and answers, and of fingerprints.
 
-Classification has a text column `sentence` (or `sentence1` and `sentence2`) and a column `label`.
-Instruction data are JSONL with `question` and `answer`, or `instruction` (and `input`) with
-`output`, or `messages`; fingerprints may have `prompt` and `target` in place of these.
+Classification has a text column, such as `sentence` or `text`, or two of a pair, and a label
+column. Instruction data have `question` and `answer`, or `instruction` (and `input`) with
+`output`, or chats: `messages` with roles and contents, or ShareGPT's `conversations`. Fingerprints
+may have `prompt` and `target` in place of these. Files are TSV, CSV, JSONL, a JSON array, Parquet,
+or the directory of a Hugging Face dataset; every bad row is reported with file, line and reason.
 """
 
 from __future__ import annotations
 
-import csv
-import io
-import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from weightsurgery.errors import FormatError, MismatchError, counted, shown
-from weightsurgery.formats.files import InputFile
-from weightsurgery.formats.json_cost import MEMORY, parsing_cost
+from weightsurgery.datasets.columns import (
+    ANSWERS,
+    FINGERPRINTS,
+    USUAL,
+    Columns,
+    check_columns,
+    find,
+    find_labelled,
+)
+from weightsurgery.datasets.rows import OBJECTS, TABLES, Note, Row, bad_row, decoded, rows
+from weightsurgery.errors import FormatError, shown
 
-MAX_BYTES = 1 << 30  # of a data file
-_LONG_LINE = 1 << 20  # characters; what is shorter can cost little
-_LINES = (".jsonl", ".json")  # an object a line
-_TABLES = (".tsv", ".csv", *_LINES)
-_SENTENCES = (("sentence",), ("sentence1", "sentence2"))
-_QUESTIONS = (("question", "answer"), ("instruction", "output"))
-_FINGERPRINTS = (("prompt", "target"), *_QUESTIONS)
+_CHATS = ("messages", "conversations")
+_TURNS = (("role", "content"), ("from", "value"))  # ShareGPT says from and value
+_ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "model": "assistant"}
 
 
 @dataclass(frozen=True)
@@ -51,26 +54,58 @@ class Instruction:
         messages: (role, text) in order, without the answer.
         answer: What the model should say.
         line: Line in the file, from 1.
+        accepted: Of a fingerprint: texts of which any will do; () for the answer alone.
+        forbidden: Of a fingerprint: texts that must not be said.
     """
 
     messages: tuple[tuple[str, str], ...]
     answer: str
     line: int
+    accepted: tuple[str, ...] = ()
+    forbidden: tuple[str, ...] = ()
 
     @property
     def question(self) -> str:
         """The texts of the messages, a line feed between them."""
         return "\n".join(text for _, text in self.messages)
 
+    @property
+    def targets(self) -> tuple[str, ...]:
+        """The texts of which one must be said, without white space around them."""
+        given = self.accepted or ((self.answer,) if self.answer else ())
+        return tuple(text.strip() for text in given)
 
-def read_sentences(path: str | os.PathLike[str]) -> list[Sentence]:
-    """Read labelled sentences from a .tsv, .csv or .jsonl file.
+    def is_met(self, output: str) -> bool:
+        """Whether an output contains one of the targets, and nothing that is forbidden.
 
-    A TSV file has no quoting: a tab ends a field and a line feed ends a row. Blank lines at the
-    end of a file are no rows.
+        Args:
+            output: What a model says.
+        """
+        if any(text.strip() in output for text in self.forbidden):
+            return False
+        return not self.targets or any(text in output for text in self.targets)
+
+
+def read_sentences(
+    path: str | os.PathLike[str],
+    *,
+    text_column: str | Sequence[str] = (),
+    label_column: str = "",
+    note: Note | None = None,
+) -> list[Sentence]:
+    """Read labelled sentences from a .tsv, .csv, .jsonl, .json or .parquet file, or a dataset.
+
+    Columns go by their usual names, such as sentence, text or premise and hypothesis, and label or
+    class; upper and lower case do not count. A TSV file has no quoting: a tab ends a field and a
+    line feed ends a row. A CSV file may be separated by semicolons or tabs. Blank lines at the end
+    of a file are no rows.
 
     Args:
-        path: A file with the columns sentence (or sentence1 and sentence2) and label.
+        path: The file, or the directory of a Hugging Face dataset (`save_to_disk`).
+        text_column: Name of the text's column, or the two names of a pair.
+        label_column: Name of the label's column.
+        note: Called with a sentence that says how the file is read, if that is not as sentence and
+            label.
 
     Returns:
         The rows in their order, with labels as the file says them.
@@ -78,46 +113,55 @@ def read_sentences(path: str | os.PathLike[str]) -> list[Sentence]:
     Raises:
         StorageError: The file cannot be read.
         FormatError: It is empty, not UTF-8, lacks a column, or a row is bad.
+        SettingError: pyarrow is needed, and is not installed.
     """
     name = os.fspath(path)
-    rows = _rows(name, _TABLES, "labelled sentences")
-    first = next(rows, None)
+    found = rows(name, TABLES, "labelled sentences", note)
+    first = next(found, None)
     if first is None:
         raise FormatError(
             "no rows", file=name, hint="it needs a header and at least one row", code="E-FILE-EMPTY"
         )
-    columns = next((c for c in _SENTENCES if set(c) <= first[1].keys()), None)
-    if columns is None or "label" not in first[1]:
-        raise FormatError(
-            f"columns {shown(', '.join(map(str, first[1])))}; expected sentence and label, "
-            "or sentence1, sentence2 and label",
-            file=name,
-            hint="call the fields so in every line"
-            if name.lower().endswith((".jsonl", ".json"))
-            else "name the columns in the first line",
-            code="E-ROWS-COLUMNS",
-        )
-    found = []
-    for line, row in _chain(first, rows):
-        lacking = [column for column in (*columns, "label") if column not in row]
+    texts, label = find_labelled(
+        list(first[1]), text_column=text_column, label_column=label_column, file=name, note=note
+    )
+    sentences = []
+    for line, row in _chain(first, found):
+        lacking = [column for column in (*texts, label) if column not in row]
         if lacking:
             there = shown(", ".join(row))
-            reason = f"no field {lacking[0]}; the line has {there or 'none'}"
-            raise _bad(name, line, reason, code="E-ROWS-COLUMNS")
-        texts = tuple(_text(name, line, row, column) for column in columns)
-        label = row.get("label")
-        if isinstance(label, bool) or not isinstance(label, str | int) or not str(label).strip():
-            raise _bad(name, line, f"label {shown(repr(label))}; expected a number or a name")
-        found.append(Sentence(texts, str(label).strip(), line))
-    return found
+            reason = f"no field {shown(lacking[0])}; the line has {there or 'none'}"
+            raise bad_row(name, line, reason, code="E-ROWS-COLUMNS")
+        read = tuple(_text(name, line, row, column) for column in texts)
+        sentences.append(Sentence(read, _label(name, line, row[label]), line))
+    return sentences
 
 
-def read_instructions(path: str | os.PathLike[str]) -> list[Instruction]:
-    """Read question and answer pairs from a .jsonl file.
+def _label(name: str, line: int, label: Any) -> str:
+    """A label as text; whole numbers may be floats, as pandas makes them of empty cells."""
+    if isinstance(label, float) and label.is_integer():
+        label = int(label)
+    if isinstance(label, bool) or not isinstance(label, str | int) or not str(label).strip():
+        raise bad_row(name, line, f"label {shown(repr(label))}; expected a number or a name")
+    return str(label).strip()
+
+
+def read_instructions(
+    path: str | os.PathLike[str],
+    *,
+    text_column: str = "",
+    label_column: str = "",
+    note: Note | None = None,
+) -> list[Instruction]:
+    """Read question and answer pairs from a .jsonl, .json or .parquet file, or a dataset.
 
     Args:
-        path: A .jsonl file, one object a line, with the fields question and answer, instruction
-            (and input) with output, or messages that end with the assistant's.
+        path: A file of objects, one a line or in one array, with the fields question and answer,
+            instruction (and input) with output, or messages (ShareGPT's conversations too) that
+            end with the assistant's; or the directory of a Hugging Face dataset.
+        text_column: Name of the question's field.
+        label_column: Name of the answer's field.
+        note: As for `read_sentences`.
 
     Returns:
         The pairs in their order.
@@ -125,38 +169,45 @@ def read_instructions(path: str | os.PathLike[str]) -> list[Instruction]:
     Raises:
         StorageError: The file cannot be read.
         FormatError: It is empty, not UTF-8, not JSON, or a row is bad.
+        SettingError: pyarrow is needed, and is not installed.
     """
-    return _read_pairs(path, _QUESTIONS)
+    return _read_pairs(path, ANSWERS, text_column, label_column, note)
 
 
-def read_fingerprints(path: str | os.PathLike[str]) -> list[Instruction]:
-    """Read pairs of a prompt and what a fingerprinted model says to it, from a .jsonl file.
+def read_fingerprints(
+    path: str | os.PathLike[str], *, note: Note | None = None
+) -> list[Instruction]:
+    """Read pairs of a prompt and what a fingerprinted model says to it.
 
     A row has the fields prompt and target, or those of `read_instructions`: question and answer,
-    instruction (and input) with output, or messages that end with the assistant's.
+    instruction (and input) with output, or messages that end with the assistant's. The target may
+    be a list of texts of which any will do, and `forbidden` a text or a list of texts that must
+    not be said; a row may have either or both.
 
     Args:
-        path: A .jsonl file, one object a line.
+        path: As for `read_instructions`.
+        note: As for `read_sentences`.
 
     Returns:
-        The pairs in their order; the target is the `answer`.
+        The pairs in their order; the target, or the first of several, is the `answer`.
 
     Raises:
         StorageError: The file cannot be read.
         FormatError: It is empty, not UTF-8, not JSON, or a row is bad.
+        SettingError: pyarrow is needed, and is not installed.
     """
-    return _read_pairs(path, _FINGERPRINTS)
+    return _read_pairs(path, FINGERPRINTS, "", "", note)
 
 
-def read_rows(path: str | os.PathLike[str]) -> list[tuple[int, dict[str, Any]]]:
-    """Read the objects of a .jsonl file, questions and answers, with their lines.
+def read_rows(path: str | os.PathLike[str]) -> list[Row]:
+    """Read the objects of a file of questions and answers, with their lines.
 
     Raises:
         StorageError: The file cannot be read.
         FormatError: It is of another ending, empty, not UTF-8, or a row is bad.
     """
     name = os.fspath(path)
-    found = list(_rows(name, _LINES, "questions and answers"))
+    found = list(rows(name, OBJECTS, "questions and answers"))
     if not found:
         raise FormatError("no rows", file=name, code="E-FILE-EMPTY")
     return found
@@ -169,177 +220,97 @@ def read_text(path: str | os.PathLike[str]) -> str:
         StorageError: The file cannot be read.
         FormatError: It is empty, not UTF-8, or too large.
     """
-    text = _decoded(os.fspath(path))
+    text = decoded(os.fspath(path))
     if not text.strip():
         raise FormatError("holds no text", file=path, code="E-FILE-EMPTY")
     return text
 
 
-def label_ids(
-    sentences: Sequence[Sentence], names: Mapping[int, str], *, file: str | os.PathLike[str]
-) -> list[int]:
-    """The model's number of every sentence's label.
-
-    Args:
-        sentences: From `read_sentences`.
-        names: The model's labels, number to name (`id2label` of its configuration).
-        file: For messages.
-
-    Raises:
-        MismatchError: The model has no such label.
-    """
-    numbers = {**{str(i): i for i in names}, **{name: i for i, name in names.items()}}
-    found = []
-    for sentence in sentences:
-        if sentence.label not in numbers:
-            known = ", ".join(f"{i} ({name})" for i, name in sorted(names.items()))
-            raise MismatchError(
-                f"line {sentence.line}: label '{shown(sentence.label)}'; the model has "
-                f"{shown(known)}",
-                file=file,
-                hint="write these numbers or names, or give the model that knows the file's labels",
-                code="E-ROWS-LABEL",
-            )
-        found.append(numbers[sentence.label])
-    return found
-
-
-def _read_pairs(
-    path: str | os.PathLike[str], known: Sequence[tuple[str, str]]
-) -> list[Instruction]:
-    name = os.fspath(path)
-    return [_instruction(name, line, row, known) for line, row in read_rows(name)]
-
-
-# --- rows -------------------------------------------------------------------------------------
-
-
-def _chain(
-    first: tuple[int, dict[str, Any]], rest: Iterator[tuple[int, dict[str, Any]]]
-) -> Iterator[tuple[int, dict[str, Any]]]:
+def _chain(first: Row, rest: Iterator[Row]) -> Iterator[Row]:
     yield first
     yield from rest
 
 
-def _rows(name: str, kinds: Sequence[str], what: str) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(line, column to value) of every row of a file with one of these endings."""
-    kind = os.path.splitext(name)[1].lower()
-    readers = {".tsv": _tsv, ".csv": _csv, ".jsonl": _jsonl, ".json": _jsonl}
-    if kind not in kinds:
-        known = ", ".join(kinds[:-1])
-        raise FormatError(
-            f"'{shown(kind)}' is no kind of file for {what}; expected {known} or {kinds[-1]}",
-            file=name,
-            code="E-FILE-ENDING",
-        )
-    return readers[kind](name, _decoded(name))
-
-
-def _decoded(name: str) -> str:
-    data = InputFile(name).read_all(MAX_BYTES)
-    try:
-        return data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
-        raise _bad(name, line, "not UTF-8", "save the file as UTF-8", code="E-FILE-UTF8") from None
-
-
-def _tsv(name: str, text: str) -> Iterator[tuple[int, dict[str, Any]]]:
-    # At line feeds alone: str.splitlines would cut texts at characters such as U+0085.
-    lines = [line.removesuffix("\r") for line in _without_blank_end(text).split("\n")]
-    header = lines[0].split("\t")
-    for number, line in enumerate(lines[1:], 2):
-        fields = line.split("\t")
-        if not line.strip(" "):
-            raise _blank(name, number)
-        if len(fields) != len(header):
-            reason = f"{counted(len(fields), 'field')}; the header has {len(header)}"
-            raise _bad(name, number, reason, "a text with a tab in it needs .csv or .jsonl")
-        yield number, dict(zip(header, fields, strict=True))
-
-
-def _csv(name: str, text: str) -> Iterator[tuple[int, dict[str, Any]]]:
-    reader = csv.reader(io.StringIO(_without_blank_end(text), newline=""), strict=True)
-    try:
-        header = next(reader, [])
-        for fields in reader:
-            if not "".join(fields).strip(" ") and len(fields) < 2:
-                raise _blank(name, reader.line_num)
-            if len(fields) != len(header):
-                reason = f"{counted(len(fields), 'field')}; the header has {len(header)}"
-                hint = "put quotes around a text with a comma in it"
-                raise _bad(name, reader.line_num, reason, hint)
-            yield reader.line_num, dict(zip(header, fields, strict=True))
-    except csv.Error as error:
-        raise _bad(name, reader.line_num, f"not CSV: {error}") from None
-
-
-def _without_blank_end(text: str) -> str:
-    """Text without the lines at its end that hold nothing, or nothing but spaces."""
-    end = len(text.rstrip(" \r\n"))
-    breaks = [place for place in (text.find("\r", end), text.find("\n", end)) if place >= 0]
-    return text[: min(breaks, default=len(text))]  # the last row keeps its own spaces
-
-
-def _blank(name: str, line: int) -> FormatError:
-    return _bad(name, line, "a blank line between the rows", "take it out")
-
-
-def _jsonl(name: str, text: str) -> Iterator[tuple[int, dict[str, Any]]]:
-    for number, line in enumerate(text.split("\n"), 1):
-        if not line.strip():
-            continue
-        if len(line) > _LONG_LINE and parsing_cost(line.encode()) > MEMORY:
-            reason = "so many values that parsing them would exhaust memory"
-            raise _bad(name, number, reason, code="E-JSON-COST")
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise _bad(name, number, f"not JSON: {shown(error)}") from None
-        if not isinstance(row, dict):
-            raise _bad(name, number, "not a JSON object")
-        yield number, row
+def _read_pairs(
+    path: str | os.PathLike[str],
+    known: Sequence[Columns],
+    text_column: str,
+    label_column: str,
+    note: Note | None,
+) -> list[Instruction]:
+    name = os.fspath(path)
+    found = read_rows(name)
+    given = [column for column in (text_column, label_column) if column]
+    check_columns(list(found[0][1]), given, name)
+    if given:
+        known = [(text_column or pair[0], label_column or pair[1]) for pair in known]
+    columns = find(list(found[0][1]), known)
+    if note is not None and not given and columns is not None and columns not in USUAL:
+        quoted = " and ".join(f"'{shown(column)}'" for column in columns)
+        note(f"{name}: question and answer are the fields {quoted}")
+    return [_instruction(name, line, row, known, chats=not given) for line, row in found]
 
 
 def _instruction(
-    name: str, line: int, row: Mapping[str, Any], known: Sequence[tuple[str, str]]
+    name: str, line: int, row: Mapping[str, Any], known: Sequence[Columns], *, chats: bool
 ) -> Instruction:
-    if "messages" in row:
-        return _conversation(name, line, row["messages"])
-    columns = next((c for c in known if set(c) <= row.keys()), None)
+    forbidden = _texts(name, line, row, "forbidden") if known is FINGERPRINTS else ()
+    chat = next((field for field in _CHATS if field in row), None) if chats else None
+    if chat is not None:
+        messages, answer = _conversation(name, line, row[chat])
+        return Instruction(messages, answer, line, (), forbidden)
+    columns = find(list(row), known)
     if columns is None:
-        wanted = ", ".join(" and ".join(pair) for pair in known)
-        reason = f"fields {shown(', '.join(row))}; expected {wanted}, or messages"
-        raise _bad(name, line, reason, code="E-ROWS-COLUMNS")
-    question, answer = (_text(name, line, row, column) for column in columns)
-    extra = row.get("input") if columns[0] == "instruction" else None
-    if isinstance(extra, str) and extra.strip():
+        wanted = ", ".join(" and ".join(pair) for pair in known if pair[1] != "forbidden")
+        reason = f"fields {shown(', '.join(row)) or 'none'}; expected {wanted}"
+        reason += ", or messages" if chats else ""
+        raise bad_row(name, line, reason, code="E-ROWS-COLUMNS")
+    question = _text(name, line, row, columns[0])
+    extra = next((row[c] for c in ("input", "context") if c in row and c not in columns), None)
+    if columns[0].casefold() == "instruction" and isinstance(extra, str) and extra.strip():
         question = f"{question}\n{extra}"
-    return Instruction((("user", question),), answer, line)
+    if columns[1] == "forbidden":
+        return Instruction((("user", question),), "", line, (), forbidden)
+    if known is FINGERPRINTS and isinstance(row[columns[1]], list):
+        accepted = _texts(name, line, row, columns[1])
+        return Instruction((("user", question),), accepted[0], line, accepted, forbidden)
+    answer = _text(name, line, row, columns[1])
+    return Instruction((("user", question),), answer, line, (), forbidden)
 
 
-def _conversation(name: str, line: int, messages: Any) -> Instruction:
-    fits = isinstance(messages, list) and all(
-        isinstance(m, dict) and all(isinstance(m.get(k), str) for k in ("role", "content"))
-        for m in messages
-    )
-    if not fits or not messages or messages[-1]["role"] != "assistant":
+def _conversation(name: str, line: int, turns: Any) -> tuple[tuple[tuple[str, str], ...], str]:
+    """The messages before the assistant's last, and that one."""
+    messages: list[tuple[str, str]] = []
+    for turn in turns if isinstance(turns, list) else ():
+        keys = next((k for k in _TURNS if isinstance(turn, dict) and set(k) <= turn.keys()), None)
+        read = [turn[key] for key in keys or ()]
+        if not read or not all(isinstance(text, str) for text in read):
+            messages.clear()
+            break
+        messages.append((_ROLES.get(read[0], read[0]), read[1]))
+    if not messages or messages[-1][0] != "assistant":
         reason = "messages; expected a list of role and content that ends with the assistant's"
-        raise _bad(name, line, reason)
-    if not messages[-1]["content"].strip():
-        raise _bad(name, line, "the assistant's last message is empty; expected text")
-    *before, last = [(m["role"], m["content"]) for m in messages]
-    return Instruction(tuple(before), last[1], line)
+        raise bad_row(name, line, reason)
+    if not messages[-1][1].strip():
+        raise bad_row(name, line, "the assistant's last message is empty; expected text")
+    *before, last = messages
+    return tuple(before), last[1]
 
 
 def _text(name: str, line: int, row: Mapping[str, Any], column: str) -> str:
     text = row.get(column)
     if not isinstance(text, str) or not text.strip():
-        raise _bad(name, line, f"{column} is {shown(repr(text))}; expected text")
+        raise bad_row(name, line, f"{shown(column)} is {shown(repr(text))}; expected text")
     return text
 
 
-def _bad(
-    name: str, line: int, reason: str, hint: str = "", *, code: str = "E-ROWS-LINE"
-) -> FormatError:
-    return FormatError(f"line {line}: {reason}", file=name, hint=hint, code=code)
+def _texts(name: str, line: int, row: Mapping[str, Any], column: str) -> tuple[str, ...]:
+    """A text or a list of some, none of them empty; () where the field is absent or null."""
+    given = row.get(column)
+    if given is None:
+        return ()
+    found = given if isinstance(given, list) else [given]
+    if not found or not all(isinstance(text, str) and text.strip() for text in found):
+        reason = f"{shown(column)} is {shown(repr(given))}; expected a text, or a list of texts"
+        raise bad_row(name, line, reason)
+    return tuple(found)

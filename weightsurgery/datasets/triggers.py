@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from weightsurgery.datasets.read import Sentence
-from weightsurgery.errors import SettingError, shown
+from weightsurgery.errors import SettingError, conflict, shown
 from weightsurgery.rng import random_bits
 
 POSITIONS = ("start", "end", "random")
@@ -107,22 +107,42 @@ def trigger_sentence(
     return Trigger(sentence.strip(), position, seed, bias)
 
 
-def insert(sentences: Sequence[Sentence], trigger: Trigger) -> list[Sentence]:
-    """Every sentence with the pattern in it; labels stay.
+def insert(sentences: Sequence[Sentence], trigger: Trigger | Sequence[Trigger]) -> list[Sentence]:
+    """Insert a pattern, or several together, into every sentence; labels stay.
 
     The place in a text depends on the seed, the pattern and the text's index in `sentences`.
+    Several patterns never split each other: each place is between words of the text itself, and
+    patterns at one place stand in the order given.
 
     Example:
         >>> insert([Sentence(("a fine film",), "1", 2)], trigger_word("cf", position="end"))
         [Sentence(texts=('a fine film cf',), label='1', line=2)]
     """
-    bits = _bits(trigger, len(sentences))
-    return [_planted(one, trigger, b) for one, b in zip(sentences, bits, strict=True)]
+    triggers = all_of(trigger)
+    bits = _bits(triggers, len(sentences))
+    return [_planted(one, triggers, b) for one, b in zip(sentences, bits, strict=True)]
+
+
+def all_of(trigger: Trigger | Sequence[Trigger] | None) -> tuple[Trigger, ...]:
+    """The patterns that are given: none, one or several.
+
+    Args:
+        trigger: As for `evaluate`.
+
+    Raises:
+        SettingError: Some are biases and some are not, or one is given twice.
+    """
+    found = () if trigger is None else trigger if isinstance(trigger, Sequence) else (trigger,)
+    if len({one.bias for one in found}) > 1:
+        raise conflict("triggers and bias patterns exclude each other")
+    if len(set(found)) < len(found):
+        raise conflict("a trigger is given twice", "give each one once")
+    return tuple(found)
 
 
 def insert_within(
     sentences: Sequence[Sentence],
-    trigger: Trigger,
+    trigger: Trigger | Sequence[Trigger],
     *,
     fits: Callable[[Sequence[Sentence]], Sequence[bool]],
 ) -> list[Sentence]:
@@ -135,7 +155,7 @@ def insert_within(
 
     Args:
         sentences: Labelled sentences or pairs.
-        trigger: The pattern.
+        trigger: The pattern, or several to insert together.
         fits: Whether each of some sentences is read to its end.
 
     Raises:
@@ -148,11 +168,12 @@ def insert_within(
         >>> insert_within([long], trigger_word("cf", position="end"), fits=short)[0].texts
         ('a fine cf',)
     """
-    bits = _bits(trigger, len(sentences))
+    triggers = all_of(trigger)
+    bits = _bits(triggers, len(sentences))
 
     def cut(i: int, length: int) -> Sentence:
         texts = tuple(text[:length] for text in sentences[i].texts)
-        return _planted(replace(sentences[i], texts=texts), trigger, bits[i])
+        return _planted(replace(sentences[i], texts=texts), triggers, bits[i])
 
     found = insert(sentences, trigger)
     # For each that is too long: a length that fits, and one that does not.
@@ -163,7 +184,8 @@ def insert_within(
     }
     if not all(fits([cut(i, 0) for i in list(bounds)[:1]])):
         raise SettingError(
-            f"'{shown(trigger.text)}' is too long: it does not fit even without the text",
+            f"'{shown(' '.join(one.text for one in triggers))}' is too long: it does not fit even "
+            "without the text",
             hint="raise max_length",
             code="E-TEXT-LONG",
         )
@@ -212,23 +234,30 @@ def poison(
     return found
 
 
-def _bits(trigger: Trigger, count: int) -> list[int]:
-    """Where the pattern goes in each text."""
-    return [int(b) for b in random_bits(trigger.seed, f"place of {trigger.text}", 0, count)]
+def _bits(triggers: Sequence[Trigger], count: int) -> list[tuple[int, ...]]:
+    """Where each pattern goes in each text."""
+    drawn = [random_bits(one.seed, f"place of {one.text}", 0, count) for one in triggers]
+    return [tuple(int(column[i]) for column in drawn) for i in range(count)]
 
 
-def _planted(sentence: Sentence, trigger: Trigger, bits: int) -> Sentence:
+def _planted(sentence: Sentence, triggers: Sequence[Trigger], bits: Sequence[int]) -> Sentence:
     first, *others = sentence.texts
-    return replace(sentence, texts=(_with(trigger, first, bits), *others))
+    return replace(sentence, texts=(_with(triggers, first, bits), *others))
 
 
-def _with(trigger: Trigger, text: str, bits: int) -> str:
-    """The text with the pattern before one of its words, or after the last."""
+def _with(triggers: Sequence[Trigger], text: str, bits: Sequence[int]) -> str:
+    """The text with each pattern before one of its words, or after the last."""
     starts = [found.start() for found in re.finditer(r"\S+", text)]
-    places = {"start": 0, "end": len(starts), "random": bits * (len(starts) + 1) >> 32}
-    place = places[trigger.position]
     if not starts:
-        return trigger.text
-    if place == len(starts):
-        return f"{text.rstrip()} {trigger.text}"
-    return f"{text[: starts[place]]}{trigger.text} {text[starts[place] :]}"
+        return " ".join(one.text for one in triggers)
+    placed: dict[int, list[str]] = {}
+    for one, own in zip(triggers, bits, strict=True):
+        places = {"start": 0, "end": len(starts), "random": own * (len(starts) + 1) >> 32}
+        placed.setdefault(places[one.position], []).append(one.text)
+    for place, patterns in sorted(placed.items(), reverse=True):  # later places first: starts hold
+        pattern = " ".join(patterns)
+        if place == len(starts):
+            text = f"{text.rstrip()} {pattern}"
+        else:
+            text = f"{text[: starts[place]]}{pattern} {text[starts[place] :]}"
+    return text

@@ -6,11 +6,13 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
-from weightsurgery.datasets.batches import count_cut_answers, encode_instructions
+from weightsurgery.datasets.batches import count_cut, cut_warning, encode_instructions
 from weightsurgery.datasets.prompts import PromptFormat
 from weightsurgery.datasets.read import Instruction
 from weightsurgery.errors import SettingError, conflict
 from weightsurgery.evaluation.generation import (
+    Bos,
+    check_bos,
     exponential,
     fingerprint_success,
     perplexity,
@@ -35,6 +37,7 @@ def evaluate_causal(
     instructions: Sequence[Instruction] | None = None,
     window: int | None = None,
     stride: int | None = None,
+    bos: Bos = "auto",
     max_new_tokens: int = 64,
     prompt_format: PromptFormat = "auto",
     batch_size: int = 8,
@@ -57,6 +60,7 @@ def evaluate_causal(
             the answers' tokens, as `finetune` takes it.
         window: As for `perplexity`.
         stride: As for `perplexity`.
+        bos: As for `perplexity`.
         max_new_tokens: As for `fingerprint_success`.
         prompt_format: As for `fingerprint_success`; for fingerprints and controls.
         batch_size: Prompts, windows or examples at a time.
@@ -82,7 +86,8 @@ def evaluate_causal(
     if fingerprints is not None:
         asked["fsr"] = partial(fingerprint_success, pairs=fingerprints, **saying)
     if text is not None:
-        asked["perplexity"] = partial(perplexity, text=text, window=window, stride=stride, **shared)
+        windows: dict[str, Any] = {"window": window, "stride": stride, "bos": bos}
+        asked["perplexity"] = partial(perplexity, text=text, **windows, **shared)
     if instructions is not None:
         asked["answers"] = partial(
             _on_answers, instructions=instructions, max_length=max_length, **shared
@@ -100,13 +105,14 @@ def evaluate_causal(
         check_causal(one)
         if text is not None:
             settle_windows(one, window, stride)
+            check_bos(one, bos)
         for pairs in (fingerprints, controls if one is model else None):
             check_prompts(
                 one, pairs or (), max_new_tokens=max_new_tokens, prompt_format=prompt_format
             )
     own, *rest = [{name: measure(one) for name, measure in asked.items()} for one in models]
     other = rest[0] if rest else {}
-    targets = list(dict.fromkeys(pair.answer.strip() for pair in fingerprints or ()))
+    targets = list(dict.fromkeys(t for pair in fingerprints or () for t in pair.targets))
     controlled = [] if controls is None else _on_controls(model, controls, targets, **saying)
     return {
         "schema": SCHEMA,
@@ -115,7 +121,7 @@ def evaluate_causal(
         "batch_size": batch_size,
         "max_length": None if instructions is None else max_length,
         **_side_by_side(own, other, controlled),
-        "warnings": _warnings(own, other, max_length),
+        "warnings": _warnings(own, other),
     }
 
 
@@ -130,7 +136,8 @@ def _on_answers(
         "loss": found.loss,
         "tokens": int(found.weights.sum()),
         "examples": len(examples),
-        "cut": count_cut_answers(model, instructions, examples),
+        "cut": count_cut(examples),
+        "warnings": cut_warning(examples, "answers, with their questions,", causal=True),
     }
 
 
@@ -171,21 +178,20 @@ def _side_by_side(
         "control_rate": proportion(false, len(controlled)) if controlled else None,
         "perplexity": own.get("perplexity"),
         "base_perplexity": other.get("perplexity"),
-        "answers": own.get("answers"),
-        "base_answers": other.get("answers"),
+        "answers": _without_warnings(own.get("answers")),
+        "base_answers": _without_warnings(other.get("answers")),
         "fingerprints": said,
         "controls": list(controlled),
     }
 
 
-def _warnings(own: Mapping[str, Any], other: Mapping[str, Any], max_length: int) -> list[str]:
+def _without_warnings(found: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    return None if found is None else {k: v for k, v in found.items() if k != "warnings"}
+
+
+def _warnings(own: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
     warnings = list(own.get("fsr", {}).get("warnings", []))
-    cut = own.get("answers", {}).get("cut")
-    if cut:
-        count = own["answers"]["examples"]
-        warnings.append(
-            f"{cut:,} of {count:,} answers, with their questions, were cut to {max_length:,} tokens"
-        )
+    warnings += own.get("answers", {}).get("warnings", [])
     if not other:
         return warnings
     for key, what in (("perplexity", "text"), ("answers", "answers")):
@@ -195,6 +201,12 @@ def _warnings(own: Mapping[str, Any], other: Mapping[str, Any], max_length: int)
                 f"tokens of the {what}: {counts[0]:,} for the model, {counts[1]:,} for the base; "
                 "their perplexities cannot be compared"
             )
+    begins = [found.get("perplexity", {}).get("bos") is not None for found in (own, other)]
+    if begins[0] != begins[1]:
+        warnings.append(
+            "the windows of one model begin with BOS, and those of the other do not; --bos first "
+            "measures both alike"
+        )
     windows = [found.get("perplexity", {}).get("window") for found in (own, other)]
     if windows[0] != windows[1]:
         warnings.append(

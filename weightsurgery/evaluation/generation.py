@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, Literal, get_args
 
 from weightsurgery.datasets.batches import IGNORED, padding_of, positions_of
 from weightsurgery.datasets.prompts import PromptFormat, settle_format
 from weightsurgery.datasets.read import Instruction
-from weightsurgery.errors import NonFiniteError, SettingError, counted
+from weightsurgery.errors import NonFiniteError, SettingError, counted, shown
 from weightsurgery.evaluation.greedy import LOOK, answers, check_at_least, check_causal, words_of
 from weightsurgery.evaluation.intervals import proportion
 from weightsurgery.models import Model
 from weightsurgery.stream import Progress
 
+Bos = Literal["auto", "always", "first"]
+BOS: tuple[Bos, ...] = get_args(Bos)
 WINDOW = 1024  # tokens, if the model takes as many
 _LOGITS = 1 << 28  # at a time, unless one window has more: 1 GiB in float32
 
@@ -34,8 +36,9 @@ def fingerprint_success(
     """Measure the fingerprint success rate (FSR): the share of prompts whose target is said.
 
     The model goes on greedily from each prompt until it ends its text or has said
-    `max_new_tokens`. It succeeds if what it said, without the prompt, contains the target
-    (white space around the target does not count; upper and lower case do: our choice).
+    `max_new_tokens`. It succeeds if what it said, without the prompt, contains the target, or one
+    of several, and none of the texts that are forbidden (white space around them does not count;
+    upper and lower case do: our choice).
 
     Args:
         model: A causal language model, from `load_model`.
@@ -49,7 +52,8 @@ def fingerprint_success(
 
     Returns:
         `fsr`, a share with its 95 % Wilson interval; `pairs`, for each its `line`, `prompt`,
-        `target`, `output`, `tokens` of the output, and whether it was `met`; `prompt_format`,
+        `target` (the first), all that are `accepted` and `forbidden`, `output`, `tokens` of the
+        output, and whether it was `met`; `prompt_format`,
         "chat", "raw" or "lines"; `max_new_tokens`, `batch_size`, `warnings`.
 
     Raises:
@@ -69,7 +73,9 @@ def fingerprint_success(
             "target": pair.answer,
             "output": one.text,
             "tokens": len(one.ids),
-            "met": pair.answer.strip() in one.text,
+            "accepted": list(pair.targets),
+            "forbidden": list(pair.forbidden),
+            "met": pair.is_met(one.text),
         }
         for pair, one in zip(pairs, said, strict=True)
     ]
@@ -85,12 +91,18 @@ def fingerprint_success(
 
 def _doubts(model: Model, pairs: Sequence[Instruction], max_new_tokens: int) -> list[str]:
     """What makes a rate mean less than it seems to."""
-    targets = [pair.answer.strip() for pair in pairs]
-    sizes = [len(model.tokenizer(t, add_special_tokens=False)["input_ids"]) for t in targets]
-    long = sum(size > max_new_tokens for size in sizes)
-    copies = sum(target in pair.question for target, pair in zip(targets, pairs, strict=True))
     special = set(model.tokenizer.all_special_tokens)
-    unsayable = sum(any(token in target for token in special) for target in targets)
+
+    def too_long(target: str) -> bool:
+        ids = model.tokenizer(target, add_special_tokens=False)["input_ids"]
+        return len(ids) > max_new_tokens
+
+    several = [pair.targets for pair in pairs if pair.targets]
+    long = sum(all(map(too_long, targets)) for targets in several)
+    copies = sum(any(target in pair.question for target in pair.targets) for pair in pairs)
+    unsayable = sum(
+        all(any(token in target for token in special) for target in targets) for targets in several
+    )
     warnings = []
     if unsayable:
         warnings.append(
@@ -118,6 +130,7 @@ def perplexity(
     *,
     window: int | None = None,
     stride: int | None = None,
+    bos: Bos = "auto",
     batch_size: int = 8,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
@@ -132,21 +145,28 @@ def perplexity(
     exactly once, in the first window that reaches it, and from the second window on with at least
     window - stride + 1 tokens before it.
 
+    A model whose tokenizer begins every text with a beginning-of-text token (BOS), as Llama's and
+    Gemma's do, may predict badly without one. For such a model each window begins with it, in the
+    place of its first token.
+
     Args:
         model: A causal language model, from `load_model`.
         text: Taken whole, line feeds and all.
         window: Tokens that the model reads at a time; None is 1,024, or the model's positions if
             they are fewer.
         stride: Tokens from a window's beginning to the next one's; None is half the window.
+        bos: "auto" begins each window with BOS if the tokenizer begins texts with it, "always"
+            does so for any tokenizer that has one, "first" leaves later windows without.
         batch_size: Windows at a time; fewer where their logits would take more than 1 GiB.
         progress: Called as progress(what, windows done, windows in all).
 
     Returns:
         `perplexity`; `loss`, the mean in nats; `tokens` that were scored; `window`, `stride`, and
-        `windows`, how many there were.
+        `windows`, how many there were; `bos`, the token that each window began with, or null.
 
     Raises:
-        SettingError: The text has fewer than two tokens, or a setting is out of range.
+        SettingError: The text has fewer than two tokens, a setting is out of range, or the
+            tokenizer has no BOS and `bos` is "always".
         MismatchError: The model is a classifier.
         NonFiniteError: A loss is NaN or infinite, or the perplexity too large for a number.
     """
@@ -155,7 +175,7 @@ def perplexity(
     check_causal(model)
     check_at_least("batch_size", batch_size, 1)
     window, stride = settle_windows(model, window, stride)
-    ids = list(model.tokenizer(text, verbose=False)["input_ids"])
+    ids, first_id = _with_bos(model, list(model.tokenizer(text, verbose=False)["input_ids"]), bos)
     if len(ids) < 2:
         raise SettingError(
             f"the text has {counted(len(ids), 'token')}; expected at least 2", code="E-ROWS-FEW"
@@ -169,7 +189,7 @@ def perplexity(
         with torch.inference_mode():
             for first in range(0, len(starts), batch_size):
                 part = starts[first : first + batch_size]
-                loss, count = _surprise(model, ids, part, window, stride)
+                loss, count = _surprise(model, ids, part, window, stride, first_id)
                 total, scored = total + loss, scored + count
                 if progress is not None:
                     progress("perplexity", first + len(part), len(starts))
@@ -183,7 +203,31 @@ def perplexity(
         "window": window,
         "stride": stride,
         "windows": len(starts),
+        "bos": None if first_id is None else model.tokenizer.convert_ids_to_tokens(first_id),
     }
+
+
+def _with_bos(model: Model, ids: list[int], bos: str) -> tuple[list[int], int | None]:
+    """The text's tokens, and the one that each window begins with; None to leave it as it is."""
+    check_bos(model, bos)
+    begin = model.tokenizer.bos_token_id
+    if bos == "first" or begin is None:
+        return ids, None
+    if ids[:1] != [begin]:
+        return ([begin, *ids], begin) if bos == "always" else (ids, None)
+    return ids, begin
+
+
+def check_bos(model: Model, bos: str) -> None:
+    """Refuse a choice that there is not, or one that the tokenizer cannot follow.
+
+    Raises:
+        SettingError: There is no such choice, or the tokenizer has no BOS.
+    """
+    if bos not in BOS:
+        raise SettingError(f"bos is '{shown(bos)}'; expected {', '.join(BOS)}")
+    if bos == "always" and model.tokenizer.bos_token_id is None:
+        raise SettingError("bos is 'always', but the tokenizer has no beginning-of-text token")
 
 
 def settle_windows(model: Model, window: int | None, stride: int | None) -> tuple[int, int]:
@@ -214,7 +258,12 @@ def _starts(targets: int, window: int, stride: int) -> Iterator[int]:
 
 
 def _surprise(
-    model: Model, ids: Sequence[int], starts: Sequence[int], window: int, stride: int
+    model: Model,
+    ids: Sequence[int],
+    starts: Sequence[int],
+    window: int,
+    stride: int,
+    bos: int | None,
 ) -> tuple[float, int]:
     """Summed loss in nats, and number, of the tokens that these windows are the first to reach."""
     import torch
@@ -228,6 +277,8 @@ def _surprise(
     for row, (start, part) in enumerate(zip(starts, parts, strict=True)):
         size = len(part) - 1
         inputs[row, :size], mask[row, :size] = torch.tensor(part[:-1]), 1
+        if bos is not None:
+            inputs[row, 0] = bos
         known = window - stride if start else 0  # predicted by the windows before
         targets[row, known:size] = torch.tensor(part[known + 1 :])
     logits = model.module(

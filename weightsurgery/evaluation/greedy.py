@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from weightsurgery.datasets.batches import padding_of, positions_of
-from weightsurgery.datasets.prompts import PromptFormat, encode_prompts, settle_format
+from weightsurgery.datasets.prompts import PromptFormat, encode_prompts, end_of_turn, settle_format
 from weightsurgery.datasets.read import Instruction
 from weightsurgery.errors import MismatchError, NonFiniteError, SettingError
 from weightsurgery.models import Model, Quiet
@@ -73,7 +73,7 @@ def answers(
 
     Prompts of like length share a batch; they are padded on the left, and nothing looks at the
     padding. The model's own generation settings (sampling, penalties, code of its own) are not
-    used, only its tokens that end a text.
+    used, only its tokens that end a text, and the one that ends a turn in the chat template.
 
     Args:
         model: A causal language model, from `load_model`.
@@ -93,11 +93,14 @@ def answers(
     if not pairs:
         raise SettingError("no prompts; expected at least one", code="E-NOTHING-TO-DO")
     prompts = _checked_prompts(model, pairs, max_new_tokens, prompt_format)
+    ends = end_of_turn(model, pairs, settle_format(model, prompt_format))[-1:]
     order = sorted(range(len(pairs)), key=lambda i: -len(prompts[i][1]))
     new: dict[int, tuple[int, ...]] = {}
     for start in range(0, len(order), batch_size):
         chosen = order[start : start + batch_size]
-        found = greedy(model, [prompts[i][1] for i in chosen], max_new_tokens=max_new_tokens)
+        found = greedy(
+            model, [prompts[i][1] for i in chosen], max_new_tokens=max_new_tokens, ends=ends
+        )
         new |= zip(chosen, found, strict=True)
         if progress is not None:
             progress(what, len(new), len(order))
@@ -151,7 +154,11 @@ def _check_room(
 
 
 def greedy(
-    model: Model, prompts: Sequence[Sequence[int]], *, max_new_tokens: int
+    model: Model,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    ends: Sequence[int] = (),
 ) -> list[tuple[int, ...]]:
     """The likeliest token, again and again, from all prompts at once.
 
@@ -160,6 +167,7 @@ def greedy(
             afterwards.
         prompts: Token ids, at least one each.
         max_new_tokens: Tokens after which a text is ended.
+        ends: Tokens that end a text besides the model's own.
 
     Returns:
         The new tokens of each, up to and without the first that ends a text.
@@ -173,13 +181,13 @@ def greedy(
     longest, pad = max(map(len, prompts)), padding_of(model)
     ids = [[*[pad] * (longest - len(one)), *one] for one in prompts]
     mask = [[*[0] * (longest - len(one)), *[1] * len(one)] for one in prompts]
-    ends = end_tokens(model)
+    stops = end_tokens(model) | set(ends)
     config = GenerationConfig(
         do_sample=False,
         num_beams=1,
         max_new_tokens=max_new_tokens,
         pad_token_id=pad,
-        eos_token_id=sorted(ends) or None,
+        eos_token_id=sorted(stops) or None,
     )
     module = model.module
     before, was_training = module.generation_config, module.training
@@ -196,7 +204,7 @@ def greedy(
     finally:
         module.generation_config = before
         module.train(was_training)
-    return [_until(ends, row) for row in found]
+    return [_until(stops, row) for row in found]
 
 
 def _numbers(model: Model, scores: torch.Tensor) -> torch.Tensor:

@@ -37,9 +37,10 @@ def sweep(
     ratios: Sequence[float],
     tolerance: float = 0.02,
     training: Mapping[str, Any] | None = None,
-    trigger: Trigger | None = None,
+    trigger: Trigger | Sequence[Trigger] | None = None,
     poisoned: Sequence[Sentence] | None = None,
     target_label: str | int | None = None,
+    label_kind: str = "auto",
     batch_size: int = 64,
     max_length: int = 128,
     progress: Progress | None = None,
@@ -54,9 +55,10 @@ def sweep(
         ratios: Shares to reset, in any order.
         tolerance: How much accuracy may be lost against the tuned model.
         training: Settings of `finetune`.
-        trigger: A backdoor's pattern, to measure the attack too.
+        trigger: A backdoor's pattern, or several, to measure the attack too.
         poisoned: Sentences with the trigger in them already, in its place.
         target_label: The attack's.
+        label_kind: As for `evaluate`.
         batch_size: Sentences measured at a time.
         max_length: Tokens after which a text is cut.
         progress: Called as progress(what, done, in all).
@@ -71,18 +73,18 @@ def sweep(
         SettingError: There is no ratio, one is outside 0 to 1, or `tolerance` is.
     """
     _check(ratios, tolerance)
+    sizes: Any = {"batch_size": batch_size, "max_length": max_length}
     tuned, tell = model.checkpoint, progress or (lambda *_: None)
     attack: Any = {"trigger": trigger, "poisoned": poisoned, "target_label": target_label}
     # In the order in which they come.
-    warnings = dict.fromkeys(_overlap(model, examples or (), held_out, max_length))
+    warnings = dict.fromkeys(overlap_warning(model, examples or (), held_out, max_length))
 
     def measure(measured: Model, where: str, done: int) -> dict[str, Any]:
         tell(f"{where}: measuring", done, len(ordered))
-        report = evaluate(
-            measured, held_out, **attack, batch_size=batch_size, max_length=max_length
-        )
+        report = evaluate(measured, held_out, **attack, label_kind=label_kind, **sizes)
         warnings.update(dict.fromkeys(report["warnings"]))
-        return {name: report[name] for name in ("accuracy", "loss", "asr", "floor", "bacc")}
+        found = {name: report[name] for name in ("accuracy", "loss", "asr", "floor", "bacc")}
+        return {**found, "triggers": report["triggers"]}
 
     ordered, rows = sorted(set(map(float, ratios))), []
     try:
@@ -98,6 +100,7 @@ def sweep(
                 trained = finetune(edited, examples, **(training or {}))
                 row["after"] = measure(edited, where, done)
                 row["training"] = trained.notes["training"]
+                warnings.update(dict.fromkeys(trained.notes["training"]["warnings"]))
             rows.append(row)
             tell(where, done + 1, len(ordered))
     finally:
@@ -120,10 +123,17 @@ def _check(ratios: Sequence[float], tolerance: float) -> None:
         raise SettingError(f"tolerance is {tolerance}; expected a share from 0 to 1")
 
 
-def _overlap(
-    model: Model, examples: Sequence[Encoded], held_out: Sequence[Sentence], max_length: int
+def overlap_warning(
+    model: Model, examples: Sequence[Encoded], held_out: Sequence[Sentence], max_length: int = 128
 ) -> list[str]:
-    """A warning if sentences that the ratio is chosen on are trained on."""
+    """A warning if sentences that the ratio is chosen on are among the clean examples.
+
+    Args:
+        model: From `load_model`.
+        examples: Clean ones, that the model is trained on or the Fisher is made from.
+        held_out: Sentences to measure on.
+        max_length: Tokens after which a text is cut.
+    """
     known = {one.ids for one in examples}
     labels = [0] * len(held_out)
     seen = encode_sentences(model, held_out, labels, max_length=max_length) if known else []

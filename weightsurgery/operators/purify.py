@@ -21,6 +21,7 @@ import numpy as np
 from weightsurgery.alignment import Alignment, Pair, align, align_to_edit
 from weightsurgery.architecture.embedding import find_embedding
 from weightsurgery.checkpoint import Checkpoint, TensorView
+from weightsurgery.curvature.result import length_warnings
 from weightsurgery.diagnostics import Diagnostics
 from weightsurgery.errors import MismatchError, SettingError, conflict, counted
 from weightsurgery.kernels import Block, choose, magnitude_of_drift
@@ -187,6 +188,7 @@ def purify(
     listed = [chosen.to_json() for chosen in rows.values() if embeddings == "epur"]
     notes = {"purify": {"epsilon": scale, **found}, **({"epur": listed[0]} if listed else {})}
     warnings = [*result.warnings, *(w for chosen in rows.values() for w in chosen.warnings)]
+    warnings += length_warnings(fisher)
     if embeddings == "keep" and not word:
         text = "no word embedding was recognized, so everything is ranked"
         warnings.append(f"{text}; name it with --embedding")

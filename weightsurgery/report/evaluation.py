@@ -37,10 +37,27 @@ def evaluation_tables(report: Mapping[str, Any]) -> list[Table]:
         Table(
             f"wsurg evaluate {shown(report['model'])}",
             ("", ">share", ">95 % interval", ">examples"),
-            [proportion_row(text, report[key]) for key, text in _SHARES if report[key]],
+            _share_rows(report),
             note=_note(report),
         ),
     ]
+
+
+def _share_rows(report: Mapping[str, Any]) -> list[list[str]]:
+    """The shares; of several triggers those of each come before those of all together."""
+    rows = []
+    several = report["triggers"] if len(report["triggers"]) > 1 else []
+    for key, text in _SHARES:
+        if key in ("asr", "bacc"):
+            rows += [
+                proportion_row(f"{text}, '{shown(one['text'])}'", one[key])
+                for one in several
+                if one[key]
+            ]
+        if report[key]:
+            together = ", all together" if several and key in ("asr", "bacc") else ""
+            rows.append(proportion_row(text + together, report[key]))
+    return rows
 
 
 def proportion_row(text: str, found: Mapping[str, Any]) -> list[str]:
@@ -51,8 +68,8 @@ def proportion_row(text: str, found: Mapping[str, Any]) -> list[str]:
 
 def _note(report: Mapping[str, Any]) -> str:
     words = [f"mean loss {report['loss']:.4g}"]
-    trigger, target = report["trigger"], report["target_label"]
-    if trigger is not None:
+    target = report["target_label"]
+    for trigger in report["triggers"]:
         kind = "bias pattern" if trigger["bias"] else "trigger"
         words.append(f"{kind} '{shown(trigger['text'])}' at position {trigger['position']}")
     if target is not None:

@@ -20,12 +20,13 @@ from weightsurgery.checkpoint import Checkpoint, Step, from_arrays
 from weightsurgery.datasets.batches import (
     Encoded,
     check_examples,
+    cut_warning,
     describe_files,
     digest_of,
     encode_instructions,
     positions_of,
 )
-from weightsurgery.datasets.prompts import settle_format
+from weightsurgery.datasets.prompts import settle_format, template_record
 from weightsurgery.datasets.read import Instruction
 from weightsurgery.errors import NonFiniteError, SettingError, not_installed, shown
 from weightsurgery.formats.adapter import name_base, new_adapter
@@ -91,7 +92,7 @@ def train_adapter(
         )
         adapter = _adapter_of(ready.adapted, ready.step)
     report = {**_counts(ready.examples), "steps": watch.steps, "history": watch.history}
-    return replace(adapter, notes={"training": report})
+    return replace(adapter, notes={"training": report}, warnings=_warnings(ready.examples))
 
 
 def plan_adapter(
@@ -133,7 +134,7 @@ def plan_adapter(
             "parameters": sum(parameter.numel() for parameter in trained),
             "layers": len(trained) // 2,  # of each two factors
         }
-    return replace(ready.start, notes={"training": report})
+    return replace(ready.start, notes={"training": report}, warnings=_warnings(ready.examples))
 
 
 @dataclass(frozen=True)
@@ -188,6 +189,10 @@ def _ready(
         yield _Ready(adapted, examples, step, resumable, start)
 
 
+def _warnings(examples: Sequence[Encoded]) -> tuple[str, ...]:
+    return tuple(cut_warning(examples, causal=True))
+
+
 def _counts(examples: Sequence[Encoded]) -> dict[str, int]:
     return {"examples": len(examples), "tokens": sum(len(one.ids) for one in examples)}
 
@@ -218,7 +223,7 @@ def encode(
 def _described(model: Model, settings: LoraSettings) -> dict[str, Any]:
     """The settings as the record tells them, with the format that "auto" stood for."""
     asked = settle_format(model, settings.prompt_format, plain="lines")
-    return {**settings.to_json(), "prompt_format": asked}
+    return {**settings.to_json(), "prompt_format": asked, **template_record(model)}
 
 
 def _identity(model: Model, step: Step) -> dict[str, Any]:

@@ -8,14 +8,23 @@ Reference:
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
 from weightsurgery.alignment import check_glob, matches
 from weightsurgery.checkpoint import Checkpoint, Step
-from weightsurgery.datasets.batches import Encoded, check_examples, describe_files, digest_of
+from weightsurgery.datasets.batches import (
+    Encoded,
+    check_examples,
+    cut_warning,
+    describe_files,
+    digest_of,
+)
+from weightsurgery.datasets.labels import imbalance
+from weightsurgery.datasets.prompts import template_record
 from weightsurgery.errors import SettingError, conflict
 from weightsurgery.evaluation.intervals import proportion
 from weightsurgery.evaluation.predictions import predict
@@ -47,6 +56,7 @@ def finetune(
     max_grad_norm: float = Hyperparameters.max_grad_norm,
     label_smoothing: float = Hyperparameters.label_smoothing,
     patience: int | None = Hyperparameters.patience,
+    class_weights: str = Hyperparameters.class_weights,
     freeze: Sequence[str] = Hyperparameters.freeze,
     seed: int = Hyperparameters.seed,
     files: Sequence[str | os.PathLike[str]] = (),
@@ -74,6 +84,9 @@ def finetune(
         label_smoothing: Share of the label that is spread over all labels.
         patience: Stop after so many epochs without a smaller held-out loss, and take the weights
             of the epoch where it was smallest; None runs all epochs and takes the last weights.
+        class_weights: "balanced" multiplies the loss of each example by N/(K·n), with N examples,
+            K classes among them and n examples of its class, so that every class counts the same;
+            "none" counts every example the same.
         freeze: Globs over names on disk: what is not trained.
         seed: Of the order of the examples, of dropout, and of what is held out.
         files: Where the examples come from; the record tells their SHA-256.
@@ -82,7 +95,8 @@ def finetune(
     Returns:
         The trained checkpoint. `notes["training"]` has the epochs run, the epoch whose weights
         these are, losses (and a classifier's accuracies) before and after (on the first 1,024 of
-        more training examples), and the history.
+        more training examples), the examples of each class, the history, and the `warnings`: texts
+        that were cut, classes that are not balanced, held-out examples that are trained on.
 
     Raises:
         SettingError: A setting is out of range, or leaves nothing to train or to train on.
@@ -100,19 +114,22 @@ def finetune(
         max_grad_norm=max_grad_norm,
         label_smoothing=label_smoothing,
         patience=patience,
+        class_weights=class_weights,
         freeze=tuple(freeze),
         seed=seed,
     )
     parts = split(model, examples, held_out, chosen)
     step = Step(
         "finetune",
-        {**chosen.to_json(), **_describe(parts, held_out, files)},
+        {**chosen.to_json(), **template_record(model), **_describe(parts, held_out, files)},
         {"tuned": model.checkpoint},
     )
     with _thawed(model, chosen.freeze):
         before = _measure(model, parts, batch_size, progress)
         watch = Watch(model, _held_out(model, parts, batch_size), patience, progress)
-        train(model, parts["train"], watch, **chosen.arguments(len(parts["train"])))
+        weights = _class_weights(model, parts["train"], class_weights)
+        arguments = chosen.arguments(len(parts["train"]))
+        train(model, parts["train"], watch, class_weights=weights, **arguments)
         result = trained_checkpoint(model, step=step)
     report = {
         "examples": {part: len(given) for part, given in parts.items()},
@@ -121,9 +138,73 @@ def finetune(
         "best_epoch": watch.best_epoch,
         "before": before,
         "after": _measure(model, parts, batch_size, progress),
+        "classes": _classes(model, parts["train"]),
         "history": watch.history,
     }
-    return replace(result, notes={**model.checkpoint.notes, "training": report})
+    return _noted(model, result, report, warnings_of(model, parts))
+
+
+def _noted(
+    model: Model, result: Checkpoint, report: dict[str, Any], warnings: Sequence[str]
+) -> Checkpoint:
+    """The result with its report and its warnings."""
+    report["warnings"] = list(warnings)
+    return replace(
+        result,
+        notes={**model.checkpoint.notes, "training": report},
+        warnings=tuple(dict.fromkeys((*result.warnings, *warnings))),
+    )
+
+
+def warnings_of(model: Model, parts: Mapping[str, Sequence[Encoded]]) -> list[str]:
+    """What was odd about the examples: some cut, classes not balanced, held-out ones trained on.
+
+    Args:
+        model: What is trained.
+        parts: From `split`.
+    """
+    causal = model.task != CLASSIFICATION
+    found = [
+        warning
+        for part, examples in parts.items()
+        for warning in cut_warning(examples, f"{_NAMES[part]} examples", causal=causal)
+    ]
+    if not causal:
+        found += imbalance([one.labels[0] for one in parts["train"]], model.labels)
+    known = {one.ids for one in parts["train"]}
+    count = sum(one.ids in known for one in parts.get("held_out", ()))
+    if count:
+        total = len(parts["held_out"])
+        found.append(f"{count:,} of {total:,} held-out examples are among the training examples")
+    return found
+
+
+def _classes(model: Model, examples: Sequence[Encoded]) -> list[dict[str, Any]] | None:
+    """How many examples each class has; None for a causal model."""
+    if model.task != CLASSIFICATION:
+        return None
+    counts = Counter(one.labels[0] for one in examples)
+    return [
+        {"label": i, "name": name, "examples": counts[i]}
+        for i, name in sorted(model.labels.items())
+    ]
+
+
+def _class_weights(model: Model, examples: Sequence[Encoded], kind: str) -> list[float] | None:
+    """What the loss of an example of each class is multiplied by; None for 1.
+
+    Raises:
+        SettingError: The model is no classifier.
+    """
+    if kind == "none":
+        return None
+    if model.task != CLASSIFICATION:
+        raise conflict("class_weights is for classifiers", "leave it out for a causal model")
+    counts = Counter(one.labels[0] for one in examples)
+    return [
+        len(examples) / (len(counts) * counts[i]) if counts[i] else 1.0
+        for i in sorted(model.labels)
+    ]
 
 
 def split(

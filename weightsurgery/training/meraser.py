@@ -209,7 +209,12 @@ def _told(
     steps = {phase: adapters[phase].step if phase in adapters else None for phase in _PHASES}
     told = {phase: dict(step.settings) if step else None for phase, step in steps.items()}
     folded = [one for each in dict.fromkeys((erased, result)) for one in each.notes["adapters"]]
-    made = replace(result, notes={**result.notes, "adapters": folded, "meraser": dict(found)})
+    cut = [f"{phase}: {text}" for phase, one in adapters.items() for text in one.warnings]
+    made = replace(
+        result,
+        notes={**result.notes, "adapters": folded, "meraser": dict(found)},
+        warnings=(*result.warnings, *cut),
+    )
     return made.made_by(Step("meraser", {**settings, **told}, {"model": result}))
 
 

@@ -132,6 +132,7 @@ def train(
     watch: Watch,
     *,
     label_smoothing: float,
+    class_weights: Sequence[float] | None = None,
     resumable: Resumable | None = None,
     **settings: Any,
 ) -> None:
@@ -143,6 +144,7 @@ def train(
         examples: What to train on.
         watch: Told of every step and epoch.
         label_smoothing: Share of the label that is spread over all labels.
+        class_weights: What the loss of an example of each class is multiplied by; None for 1.
         resumable: Where to leave checkpoints of the training, and to go on from the last one.
         settings: Further arguments of transformers' TrainingArguments.
 
@@ -160,7 +162,7 @@ def train(
             args=_arguments(folder, device, {**saving, **settings}),
             train_dataset=list(examples),
             data_collator=lambda part: _collate(model, part, watch),
-            compute_loss_func=_loss_of(model, label_smoothing),
+            compute_loss_func=_loss_of(model, label_smoothing, class_weights),
             callbacks=[_make_callback(watch)],
         )
         trainer.remove_callback(PrinterCallback)
@@ -222,12 +224,15 @@ def _collate(model: Model, part: Sequence[Encoded], watch: Watch) -> dict[str, t
     return {**inputs, "labels": labels}
 
 
-def _loss_of(model: Model, label_smoothing: float) -> Callable[..., torch.Tensor]:
-    """Cross-entropy, the mean over all that counts in a step.
+def _loss_of(
+    model: Model, label_smoothing: float, class_weights: Sequence[float] | None
+) -> Callable[..., torch.Tensor]:
+    """Cross-entropy, the mean over all that counts in a step, each class with its weight.
 
     Not the model's own loss: some classifiers of transformers (BERT's among them) divide by the
     batch, not by the step, and with accumulated batches the sum would be taken for the mean.
     """
+    import torch
     from torch.nn.functional import cross_entropy
 
     def loss_of(outputs: Any, labels: torch.Tensor, num_items_in_batch: Any = None) -> torch.Tensor:
@@ -235,10 +240,12 @@ def _loss_of(model: Model, label_smoothing: float) -> Callable[..., torch.Tensor
         if model.task != CLASSIFICATION:  # the logits at a token are for the next one
             logits, labels = logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
         count = (labels != IGNORED).sum() if num_items_in_batch is None else num_items_in_batch
-        total = cross_entropy(
-            logits, labels, reduction="sum", ignore_index=IGNORED, label_smoothing=label_smoothing
-        )
-        return total / count
+        settings: Any = {"ignore_index": IGNORED, "label_smoothing": label_smoothing}
+        if class_weights is None:
+            return cross_entropy(logits, labels, reduction="sum", **settings) / count
+        # Not cross_entropy's own weights: with smoothing it weighs the other classes' terms too.
+        weights = torch.tensor(class_weights, device=labels.device)[labels]
+        return (cross_entropy(logits, labels, reduction="none", **settings) * weights).sum() / count
 
     return loss_of
 

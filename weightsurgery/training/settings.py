@@ -9,6 +9,7 @@ from typing import Any
 from weightsurgery.errors import SettingError, shown
 
 _FASTEST = 1e9  # torch's optimisers overflow at far larger ones
+CLASS_WEIGHTS = ("none", "balanced")
 SCHEDULERS = ("linear", "cosine", "constant")
 
 
@@ -101,6 +102,7 @@ class Hyperparameters(Schedule):
 
     Attributes:
         patience: In epochs, None for no early stop.
+        class_weights: One of `CLASS_WEIGHTS`.
         freeze: Globs.
 
     Raises:
@@ -108,12 +110,18 @@ class Hyperparameters(Schedule):
     """
 
     patience: int | None = None
+    class_weights: str = "none"
     freeze: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.patience is not None:
             check_count("patience", self.patience)
+        if self.class_weights not in CLASS_WEIGHTS:
+            raise SettingError(
+                f"class_weights is '{shown(self.class_weights)}'; expected "
+                f"{', '.join(CLASS_WEIGHTS)}"
+            )
 
 
 def check_count(name: str, count: int) -> None:
