@@ -18,6 +18,7 @@ from weightsurgery.formats.code_keys import names_kernel
 from weightsurgery.formats.layout import fits
 from weightsurgery.kernels import to_float
 from weightsurgery.quantised import KEY, require_unquantised
+from weightsurgery.storage import Storage, find_storage
 from weightsurgery.tasks import CAUSAL, CLASSIFICATION, task_of
 
 if TYPE_CHECKING:
@@ -38,9 +39,12 @@ class Model:
         tokenizer: Its tokenizer.
         checkpoint: What it was loaded from.
         task: "classification" or "causal".
-        names: Every trainable parameter's name on disk, to the parameter. A tensor that several
-            names stand for (tied weights) is here once, under its first name on disk.
+        names: Every trainable parameter under its name on disk, or under its name in memory if
+            transformers makes it of several stored tensors or of a part of one. A tensor that
+            several names stand for (tied weights) is here once, under its first name on disk.
         path: The directory as the user gave it, for messages.
+        storage: Where the parameters lie in the stored tensors; None for a module that was never
+            loaded.
     """
 
     module: Any
@@ -49,12 +53,22 @@ class Model:
     task: str
     names: Mapping[str, torch.nn.Parameter]
     path: str
+    storage: Storage | None = None
 
     @property
     def device(self) -> torch.device:
         """Where the model computes."""
         found: torch.device = next(iter(self.module.parameters())).device
         return found
+
+    def stored_in(self, name: str) -> tuple[str, ...]:
+        """The stored tensors that one of `names` is loaded from; of tied copies the first."""
+        return self.storage.stored_in(name) if self.storage is not None else (name,)
+
+    @property
+    def stored_names(self) -> list[str]:
+        """The stored tensors that hold the trainable parameters; tied weights once."""
+        return list(dict.fromkeys(one for name in self.names for one in self.stored_in(name)))
 
     @property
     def labels(self) -> dict[int, str]:
@@ -127,8 +141,9 @@ def load_model(
     if task == CLASSIFICATION:
         _settle_padding(module.config, tokenizer, checkpoint)
     module.to(target).eval()
-    names = _disk_names(module, checkpoint)
-    return Model(module, tokenizer, checkpoint, task, names, checkpoint.label)
+    storage = find_storage(module, checkpoint)
+    names = storage.parameters
+    return Model(module, tokenizer, checkpoint, task, names, checkpoint.label, storage)
 
 
 def require_directory(checkpoint: Checkpoint) -> None:
@@ -317,41 +332,6 @@ def _settle_padding(config: Any, tokenizer: Any, checkpoint: Checkpoint) -> None
     )
 
 
-def stored_name(name: str, module: Any, checkpoint: Checkpoint) -> str | None:
-    """A parameter's name on disk, with or without the model's prefix; None if there is none."""
-    prefix = f"{module.base_model_prefix}."
-    spellings = (name, name.removeprefix(prefix), f"{prefix}{name}")
-    return next((spelling for spelling in spellings if spelling in checkpoint), None)
-
-
-def _disk_names(module: Any, checkpoint: Checkpoint) -> dict[str, Any]:
-    """Name on disk to parameter; a tied parameter once."""
-    found: dict[str, Any] = {}
-    seen: dict[int, str] = {}
-    for name, parameter in module.named_parameters(remove_duplicate=False):
-        if not parameter.requires_grad:
-            continue
-        stored = stored_name(name, module, checkpoint)
-        if stored is None or id(parameter) in seen:
-            continue
-        view = checkpoint[stored]
-        if view.shape != tuple(parameter.shape) or not view.dtype.arithmetic:
-            continue
-        seen[id(parameter)] = stored
-        found[stored] = parameter
-    lost = [n for n, p in module.named_parameters() if p.requires_grad and id(p) not in seen]
-    if lost:
-        raise MismatchError(
-            "no stored tensor holds this parameter of the model as it is",
-            file=checkpoint.label,
-            tensor=lost[0],
-            hint="this command needs tensors that transformers loads without renaming, fusing or "
-            "splitting them",
-            code="E-MODEL-WEIGHTS",
-        )
-    return found
-
-
 class Quiet:
     """transformers without its progress bars and advice, whose words are not ours."""
 
@@ -380,14 +360,21 @@ def with_weights(model: Model, checkpoint: Checkpoint) -> Model:
     Raises:
         MismatchError: A parameter has no tensor of its shape in the checkpoint.
     """
-    for name, parameter in model.names.items():
-        view = checkpoint.get(name)
-        if view is None or view.shape != tuple(parameter.shape):
-            raise MismatchError(
-                "the model has a parameter that these weights lack, or that has another shape",
-                file=checkpoint.label,
-                tensor=name,
-                code="E-MODEL-WEIGHTS",
-            )
-        _fill(parameter.data, view)
+    set_weights(model, checkpoint)
     return replace(model, checkpoint=checkpoint)
+
+
+def set_weights(model: Model, checkpoint: Checkpoint) -> None:
+    """Put a checkpoint's weights into a model's module, as transformers would load them.
+
+    Args:
+        model: From `load_model`.
+        checkpoint: Of the same names and shapes.
+
+    Raises:
+        MismatchError: A parameter has no tensor of its shape in the checkpoint.
+    """
+    if model.storage is None:
+        raise ValueError("the model was not loaded from a checkpoint")
+    for name, view in model.storage.as_loaded(checkpoint):
+        _fill(model.names[name].data, view)

@@ -141,7 +141,11 @@ class Matcher:
     @cached_property
     def _made(self) -> tuple[_Made, _Made]:
         """What converters make of BASE's tensors, and of TUNED's."""
-        return _Made(self.base), _Made(self.tuned)
+        shapes = [_shapes_in(side) for side in (self.base, self.tuned)]
+        return (
+            _Made(self.base, {**shapes[1], **shapes[0]}),
+            _Made(self.tuned, {**shapes[0], **shapes[1]}),
+        )
 
     def find(self, name: str, *, alone: bool = False) -> Counterpart | None:
         """What BASE has for a stored tensor of TUNED's.
@@ -250,10 +254,24 @@ def _linked(ours: Assembly | None, theirs: Assembly | None) -> dict[str, list[Li
     return found
 
 
-class _Made:
-    """The model's tensors that converters make of a side's stored ones."""
+def _shapes_in(side: Side) -> dict[str, tuple[int, ...]]:
+    """Shapes of the model's tensors that a side stores as they are loaded."""
+    return {
+        place.canonical: side.checkpoint[name].shape
+        for name, place in side.names.places.items()
+        if place.converter is None
+    }
 
-    def __init__(self, side: Side) -> None:
+
+class _Made:
+    """The model's tensors that converters make of a side's stored ones.
+
+    Args:
+        side: The side.
+        shapes: Shapes of the model's tensors, of either side; some conversions depend on them.
+    """
+
+    def __init__(self, side: Side, shapes: dict[str, tuple[int, ...]]) -> None:
         self._side = side
         self._groups: dict[tuple[int, str], dict[str, list[str]]] = {}
         for name, place in side.names.places.items():
@@ -267,11 +285,7 @@ class _Made:
             for pattern in rule.targets if rule else ():
                 target = key[1].replace(rule.targets[0], pattern, 1) if rule else ""
                 self._by_target.setdefault(target, key)
-        self._shapes = {
-            place.canonical: side.checkpoint[name].shape
-            for name, place in side.names.places.items()
-            if place.converter is None
-        }
+        self._shapes = shapes
         self._outputs: dict[tuple[int, str], dict[str, Assembly]] = {}
 
     def targets_of(self, name: str) -> list[str]:

@@ -16,7 +16,7 @@ from weightsurgery.models import Model, load_model
 from weightsurgery.report.training import planned_tables, training_tables
 from weightsurgery.stream import Engine
 from weightsurgery.training.finetune import finetune, split
-from weightsurgery.training.result import stored_parameters
+from weightsurgery.training.result import trained_names
 from weightsurgery.training.settings import Hyperparameters
 
 _DEFAULTS = {n: p.default for n, p in inspect.signature(finetune).parameters.items()}
@@ -83,7 +83,7 @@ def _show_plan(
     parts = split(model, examples, held_out, chosen)
     counts = {part: len(given) for part, given in parts.items()}
     steps = chosen.steps(counts["train"])
-    trained = {name for name, _ in stored_parameters(model, chosen.freeze)}
+    trained = set(trained_names(model, chosen.freeze))
     views = {
         name: replace(view, status="edited") if name in trained else view
         for name, view in model.checkpoint.items()

@@ -125,9 +125,10 @@ def fisher_with_error(
         one.fourths = None
     second = make_result(
         error,
+        model=run.model,
+        paths=paths,
         step=Step("fisher-standard-error", run.settings, run.inputs),
         content="standard error of the diagonal Fisher information",
-        notes={"paths": paths},
     )
     return _mean(run, sums, paths), second
 
@@ -249,8 +250,9 @@ def _mean(run: _Run, sums: Mapping[str, Sums], paths: Mapping[str, str]) -> Chec
     which = "the examples' labels" if run.labels == "true" else "labels drawn from the model"
     return make_result(
         {name: one.squares.div_(run.count) for name, one in sums.items()},
+        model=run.model,
+        paths=paths,
         step=Step("fisher", run.settings, run.inputs),
         content="diagonal Fisher information: mean over examples of the squared gradient of each "
         f"one's loss, under {which}",
-        notes={"paths": paths},
     )

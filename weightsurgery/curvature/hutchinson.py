@@ -82,9 +82,10 @@ def hutchinson(
     }
     return make_result(
         sums,
+        model=model,
+        paths=dict.fromkeys(sums, "hutchinson"),
         step=Step("hutchinson", settings, {"model": model.checkpoint}),
         content=f"{kind} estimated diagonal of the Hessian of the mean loss",
-        notes={"paths": dict.fromkeys(sums, "hutchinson")},
     )
 
 
