@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from weightsurgery.batching import SIDES, keep_attention_mode, padding_sides
 from weightsurgery.checkpoint import Checkpoint, TensorView
 from weightsurgery.errors import MismatchError, PolicyError, SettingError, shown
 from weightsurgery.formats import open_checkpoint
@@ -45,6 +46,7 @@ class Model:
         path: The directory as the user gave it, for messages.
         storage: Where the parameters lie in the stored tensors; None for a module that was never
             loaded.
+        sides: Sides on which padding leaves answers unchanged; () if texts must be run alone.
     """
 
     module: Any
@@ -54,6 +56,7 @@ class Model:
     names: Mapping[str, torch.nn.Parameter]
     path: str
     storage: Storage | None = None
+    sides: tuple[str, ...] = SIDES
 
     @property
     def device(self) -> torch.device:
@@ -143,7 +146,10 @@ def load_model(
     module.to(target).eval()
     storage = find_storage(module, checkpoint)
     names = storage.parameters
-    return Model(module, tokenizer, checkpoint, task, names, checkpoint.label, storage)
+    keep_attention_mode(module)
+    with Quiet():
+        sides = padding_sides(module, tokenizer, task)
+    return Model(module, tokenizer, checkpoint, task, names, checkpoint.label, storage, sides)
 
 
 def require_directory(checkpoint: Checkpoint) -> None:

@@ -25,7 +25,7 @@ from weightsurgery.curvature.per_example import (
 )
 from weightsurgery.curvature.points import between
 from weightsurgery.curvature.result import make_result
-from weightsurgery.datasets.batches import Encoded, check_examples, digest_of
+from weightsurgery.datasets.batches import Encoded, batch_size_for, check_examples, digest_of
 from weightsurgery.errors import SettingError, conflict, shown
 from weightsurgery.models import Model
 from weightsurgery.stream import Progress
@@ -179,6 +179,11 @@ class _Run:
         return len(self.examples) * self.points
 
     @property
+    def batch(self) -> int:
+        """Examples computed at a time: 1 where a batch would change the answers."""
+        return batch_size_for(self.model, self.examples, self.batch_size)
+
+    @property
     def shares(self) -> list[float]:
         """How far from BASE to TUNED each point is."""
         n = self.points
@@ -212,7 +217,7 @@ def _sums(run: _Run, *, fourths: bool) -> tuple[dict[str, Sums], dict[str, str]]
         move = None
         if run.points > 1 and run.base is not None:
             move = stack.enter_context(between(model, run.base))
-        paths = find_paths(objective, run.examples, batch_size=run.batch_size)
+        paths = find_paths(objective, run.examples, batch_size=run.batch)
         sums = zeros(model.names, list(model.names), fourths=fourths)
         while unfit := _add_points(run, objective, move, sums, paths):
             # A layer was called otherwise than on the first examples. Begin again.
@@ -239,7 +244,7 @@ def _add_points(
                 run.progress(what, number * len(run.examples) + done, run.count)
 
         unfit = add_squares(
-            objective, run.examples, sums, paths, batch_size=run.batch_size, report=report
+            objective, run.examples, sums, paths, batch_size=run.batch, report=report
         )
         if unfit:
             return unfit

@@ -16,7 +16,13 @@ from weightsurgery.checkpoint import Checkpoint, Step
 from weightsurgery.curvature.losses import Batch, Objective
 from weightsurgery.curvature.per_example import asking, frozen
 from weightsurgery.curvature.result import make_result
-from weightsurgery.datasets.batches import Encoded, check_examples, digest_of, longest_first
+from weightsurgery.datasets.batches import (
+    Encoded,
+    batch_size_for,
+    check_examples,
+    digest_of,
+    longest_first,
+)
 from weightsurgery.errors import SettingError, shown
 from weightsurgery.models import Model
 from weightsurgery.rng import random_mask
@@ -102,6 +108,7 @@ def _sums(
 
     objective, names = Objective(model), model.names
     order, done = longest_first(examples), 0
+    batch_size = batch_size_for(model, examples, batch_size)
     sums = {name: torch.zeros_like(p, requires_grad=False) for name, p in names.items()}
     # The fused attention kernels have no second derivative.
     with frozen(model.module), asking(list(names.values())), sdpa_kernel(SDPBackend.MATH):
