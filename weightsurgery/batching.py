@@ -82,7 +82,9 @@ def _is_unchanged(module: Any, tokenizer: Any, task: str, side: str) -> bool:
     if alone.shape != found.shape:  # logits of every token
         found = found[: len(short)] if side == "right" else found[-len(short) :]
     size = float(alone.nan_to_num(0, 0, 0).abs().max())
-    return torch.allclose(alone, found, rtol=0, atol=_TOLERANCE * size + 1e-12, equal_nan=True)
+    return bool(
+        torch.allclose(alone, found, rtol=0, atol=_TOLERANCE * size + 1e-12, equal_nan=True)
+    )
 
 
 def _logits(module: Any, ids: list[list[int]], mask: list[list[int]]) -> torch.Tensor:

@@ -16,11 +16,11 @@ from weightsurgery.checkpoint import Checkpoint, TensorView
 from weightsurgery.errors import MismatchError, PolicyError, SettingError, shown
 from weightsurgery.formats import open_checkpoint
 from weightsurgery.formats.code_keys import names_kernel
-from weightsurgery.formats.layout import fits
 from weightsurgery.kernels import to_float
 from weightsurgery.quantised import KEY, require_unquantised
 from weightsurgery.storage import Storage, find_storage
 from weightsurgery.tasks import CAUSAL, CLASSIFICATION, task_of
+from weightsurgery.tokenizer import load_tokenizer
 
 if TYPE_CHECKING:
     import torch
@@ -28,7 +28,6 @@ if TYPE_CHECKING:
 _ATTENTION = ("eager", "sdpa")  # what torch has, on all devices
 _EXPERTS = ("eager", "batched_mm", "grouped_mm")
 _GENERATION = "generation_config.json"
-_VOCABULARIES = ("tokenizer.json", "vocab.*", "*.model", "spiece*", "sentencepiece*")
 
 
 @dataclass(frozen=True)
@@ -139,7 +138,7 @@ def load_model(
     task = task_of(checkpoint) if task == "auto" else task
     target = pick_device(device)
     with Quiet():
-        tokenizer = _load_tokenizer(checkpoint)
+        tokenizer = load_tokenizer(checkpoint)
         module = _load_module(checkpoint, task)
     if task == CLASSIFICATION:
         _settle_padding(module.config, tokenizer, checkpoint)
@@ -293,29 +292,6 @@ def _fill(tensor: torch.Tensor, view: TensorView) -> None:
     for start, stop in view.blocks():
         block = to_float(view.read(start, stop)).astype("f4", copy=False)
         values[start:stop] = torch.from_numpy(block).to(values.device)
-
-
-def _load_tokenizer(checkpoint: Checkpoint) -> Any:
-    from transformers import AutoTokenizer
-
-    reason = "no vocabulary"
-    try:
-        # Without one, transformers makes a tokenizer that knows no word.
-        if any(fits(file.name, _VOCABULARIES) for file in checkpoint.side_files):
-            return AutoTokenizer.from_pretrained(
-                os.path.dirname(checkpoint.files[0].path),
-                trust_remote_code=False,
-                local_files_only=True,
-                use_fast=True,
-            )
-    except Exception as error:  # a malformed file gives errors of all kinds
-        reason = " ".join(str(error).split())
-    raise MismatchError(
-        f"no tokenizer that can be loaded: {shown(reason)}",
-        file=checkpoint.label,
-        hint="put tokenizer.json and tokenizer_config.json beside the weights",
-        code="E-TOKENIZER",
-    )
 
 
 def _settle_padding(config: Any, tokenizer: Any, checkpoint: Checkpoint) -> None:

@@ -110,7 +110,7 @@ class Storage:
             return
         matcher = _matcher(_widened(checkpoint, self.config), _shapes(self.parameters, self.memory,
                                                                      self.config))  # fmt: skip
-        first = {key: name for name, key in reversed(self.memory.items())}
+        first = {key: name for name, key in reversed(list(self.memory.items()))}
         for key in self.parts:
             found = _find(matcher, first[key], self.parameters[key].numel())
             view = None if found is None else found.view
@@ -164,7 +164,7 @@ def find_storage(module: Any, checkpoint: Checkpoint) -> Storage:
             "no stored tensor holds the elements of this parameter of the loaded model",
             file=checkpoint.label,
             tensor=lost[0],
-            hint="save the model with save_original_format=False and use that",
+            hint="save the model with `save_pretrained(..., save_original_format=False)`",
             code="E-MODEL-WEIGHTS",
         )
     _compare(storage, checkpoint)
@@ -252,6 +252,6 @@ def _compare(storage: Storage, checkpoint: Checkpoint) -> None:
                     "transformers loads other values than the file's tensors give",
                     file=checkpoint.label,
                     tensor=key,
-                    hint="save the model with save_original_format=False and use that",
+                    hint="save the model with `save_pretrained(..., save_original_format=False)`",
                     code="E-MODEL-WEIGHTS",
                 )

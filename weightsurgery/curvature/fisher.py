@@ -16,15 +16,13 @@ from weightsurgery.checkpoint import Checkpoint, Step
 from weightsurgery.curvature.factors import Sums
 from weightsurgery.curvature.losses import Objective
 from weightsurgery.curvature.per_example import (
-    HOOKS,
-    LOOP,
     add_squares,
     find_paths,
     frozen,
     zeros,
 )
 from weightsurgery.curvature.points import between
-from weightsurgery.curvature.result import make_result
+from weightsurgery.curvature.result import HOOKS, LOOP, make_result
 from weightsurgery.datasets.batches import Encoded, batch_size_for, check_examples, digest_of
 from weightsurgery.errors import SettingError, conflict, shown
 from weightsurgery.models import Model
