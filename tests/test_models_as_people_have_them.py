@@ -249,22 +249,7 @@ def test_other_tasks_are_refused_before_data_is_read(
 @pytest.fixture(scope="module")
 def mixture(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A Mixtral, whose experts are fused in memory."""
-    from transformers import MixtralConfig, MixtralForCausalLM
-
-    config = MixtralConfig(
-        vocab_size=_WORDS,
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        num_local_experts=2,
-        max_position_embeddings=48,
-        bos_token_id=4,
-        eos_token_id=4,
-    )
-    path = tmp_path_factory.mktemp("mixture") / "m"
-    return _save(path, MixtralForCausalLM, config, tiny_models.tokenizer(classifier=False))
+    return tiny_models.mixtral(tmp_path_factory.mktemp("mixture") / "m")
 
 
 def _questions(model: Any, folder: Path) -> Any:
