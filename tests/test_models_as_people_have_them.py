@@ -14,7 +14,7 @@ from tests import gradients, tiny_models
 from weightsurgery import open_checkpoint, save
 from weightsurgery.curvature.fisher import fisher
 from weightsurgery.curvature.hutchinson import hutchinson
-from weightsurgery.datasets.batches import batch_size_for, read_examples
+from weightsurgery.datasets.batches import batch_size_for, bounded_batch_size, read_examples
 from weightsurgery.errors import MismatchError, SettingError
 from weightsurgery.evaluation.greedy import greedy
 from weightsurgery.evaluation.predictions import predict
@@ -286,6 +286,18 @@ def test_points_between_base_and_tuned_move_fused_experts(mixture: Path, tmp_pat
             total[name] = total.get(name, torch.zeros(1)) + values / 2
     for name, values in _flat(found).items():
         assert torch.allclose(values, total[name], rtol=1e-4, atol=1e-10), name
+
+
+def test_large_vocabularies_take_smaller_batches(mixture: Path, tmp_path: Path) -> None:
+    """Four float32 copies of a batch's logits stay within 1 GiB; one text is always run."""
+    model = load_model(mixture, device="cpu")
+    examples = _questions(model, tmp_path)
+    assert bounded_batch_size(model, examples, 32) == 32
+    longest = max(len(one.ids) for one in examples)
+    for words, most in ((256_000, 2**30 // (16 * 256_000 * longest)), (2**28, 1)):
+        with torch.device("meta"):
+            model.module.set_input_embeddings(torch.nn.Embedding(words, 16))
+        assert bounded_batch_size(model, examples, 32) == min(32, most)
 
 
 def test_hutchinson_has_the_names_on_disk(mixture: Path, tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ from weightsurgery.curvature.per_example import (
 )
 from weightsurgery.curvature.points import between
 from weightsurgery.curvature.result import HOOKS, LOOP, make_result
-from weightsurgery.datasets.batches import Encoded, batch_size_for, check_examples, digest_of
+from weightsurgery.datasets.batches import Encoded, bounded_batch_size, check_examples, digest_of
 from weightsurgery.errors import SettingError, conflict, shown
 from weightsurgery.models import Model
 from weightsurgery.stream import Progress
@@ -179,7 +179,7 @@ class _Run:
     @property
     def batch(self) -> int:
         """Examples computed at a time: 1 where a batch would change the answers."""
-        return batch_size_for(self.model, self.examples, self.batch_size)
+        return bounded_batch_size(self.model, self.examples, self.batch_size)
 
     @property
     def shares(self) -> list[float]:

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 IGNORED = -100  # the label of a token that the loss leaves out
 LOSSES = ("answer", "all")
+_LOGITS = 1 << 26  # of a batch; four times in float32 they take 1 GiB
 
 
 @dataclass(frozen=True)
@@ -265,6 +266,24 @@ def batch_size_for(model: Model, examples: Sequence[Encoded], size: int) -> int:
         if len({one.ids.count(end) for one in examples}) > 1:
             return 1
     return size
+
+
+def bounded_batch_size(model: Model, examples: Sequence[Encoded], size: int) -> int:
+    """`batch_size_for`, and fewer where a causal model's logits would take more than 1 GiB.
+
+    The loss and its gradient hold the logits of a batch about four times, in float32.
+
+    Args:
+        model: From `load_model`.
+        examples: What is to be run.
+        size: The batch size that is wanted.
+    """
+    size = batch_size_for(model, examples, size)
+    if model.task == CLASSIFICATION or not examples:
+        return size
+    words = model.module.get_input_embeddings().weight.shape[0]
+    longest = max(len(one.ids) for one in examples)
+    words: int = model.module.get_input_embeddings().weight.shape[0]
 
 
 def padding_of(model: Model) -> int:
