@@ -65,3 +65,35 @@ def saved(module: Any, folder: Path) -> dict[str, torch.Tensor]:
     return {
         k: v for file in sorted(folder.glob("*.safetensors")) for k, v in load_file(file).items()
     }
+
+
+def fisher_paths(root: Path, name: str) -> dict[str, float]:
+    """The share of a model's parameters whose Fisher comes from hooks, and from the loop."""
+    from weightsurgery.curvature.fisher import fisher
+    from weightsurgery.datasets.batches import read_examples
+    from weightsurgery.models import load_model
+
+    model = load_model(folder_of(root, name), device="cpu")
+    sentences = tiny_models.write_sentences(root / "sentences.tsv", tiny_models.SENTENCES[:3])
+    questions = tiny_models.write_questions(root / "questions.jsonl", tiny_models.QUESTIONS[:3])
+    data = sentences if model.task == "classification" else questions
+    found = fisher(model, read_examples(model, data, max_length=32))
+    paths = found.notes["paths"]
+    hooked = sum(view.size for key, view in found.items() if paths[key] == "hooks")
+    trainable = sum(p.numel() for p in model.module.parameters() if p.requires_grad)
+    return {"hooks": round(hooked / found.size, 3), "coverage": round(found.size / trainable, 3)}
+
+
+def main() -> None:
+    """Write `fisher_paths.json`, which the reference page of architectures shows."""
+    import json
+    import tempfile
+
+    with tempfile.TemporaryDirectory() as folder:
+        rows = {name: fisher_paths(Path(folder), name) for name in sorted(ALL)}
+    lines = ",\n".join(f"  {json.dumps(name)}: {json.dumps(row)}" for name, row in rows.items())
+    (Path(__file__).parent / "fisher_paths.json").write_text("{\n" + lines + "\n}\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -281,9 +281,9 @@ def bounded_batch_size(model: Model, examples: Sequence[Encoded], size: int) -> 
     size = batch_size_for(model, examples, size)
     if model.task == CLASSIFICATION or not examples:
         return size
-    words = model.module.get_input_embeddings().weight.shape[0]
-    longest = max(len(one.ids) for one in examples)
     words: int = model.module.get_input_embeddings().weight.shape[0]
+    longest = max(len(one.ids) for one in examples)
+    return max(1, min(size, _LOGITS // (longest * words)))
 
 
 def padding_of(model: Model) -> int:
