@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
-
-import torch
-from safetensors.torch import load_file
+from typing import TYPE_CHECKING, Any
 
 from tests import tiny_models
 from tests.architectures import (
@@ -19,6 +16,9 @@ from tests.architectures import (
     seed_of,
 )
 from weightsurgery.models import Quiet
+
+if TYPE_CHECKING:
+    import torch
 
 _CAUSAL = {**DECODERS, **MIXTURES, **STATE_SPACE}
 CAUSAL = {
@@ -51,6 +51,7 @@ def is_classifier(row: Architecture) -> bool:
 
 def reloaded(folder: Path, name: str) -> Any:
     """The model as transformers loads it."""
+    import torch
     import transformers
 
     with Quiet():
@@ -60,6 +61,8 @@ def reloaded(folder: Path, name: str) -> Any:
 
 def saved(module: Any, folder: Path) -> dict[str, torch.Tensor]:
     """What transformers writes of a model: the tensors, under its names on disk."""
+    from safetensors.torch import load_file
+
     with Quiet():
         module.save_pretrained(folder)
     return {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -78,3 +79,11 @@ def test_trained_weights_are_written_under_the_names_on_disk(name: str, root: Pa
     again = dict(module.named_parameters())
     for one, parameter in model.module.named_parameters():
         assert torch.equal(again[one], parameter), one
+
+
+@pytest.mark.parametrize("name", _NAMES)
+def test_the_reference_page_says_how_the_fisher_is_computed(name: str, root: Path) -> None:
+    measured = json.loads(
+        Path(computing.__file__).with_name("fisher_paths.json").read_text("utf-8")
+    )
+    assert computing.fisher_paths(root, name) == measured[name]
