@@ -29,7 +29,7 @@ from docstrings import Docstring, parse_docstring, render
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import weightsurgery
-from tests import architectures, limits, stored
+from tests import architectures, computing, limits, stored
 from weightsurgery import errors
 from weightsurgery.architecture import facts
 from weightsurgery.cli import INTERRUPTED, TERMINATED, cli
@@ -370,7 +370,19 @@ def architectures_page() -> str:
         ways=_rows((way, _WAYS[way]) for way in stored.WAYS),
         models="\n".join(itertools.starmap(_model_row, architectures.ARCHITECTURES.items())),
         limits=_rows((one.case, one.result, one.reason) for one in limits.LIMITS),
+        computed=len(computing.ALL),
+        fisher=_rows(_fisher_rows()),
     )
+
+
+def _fisher_rows() -> Iterator[tuple[str, ...]]:
+    """Name, class, and how the Fisher of each model was computed."""
+    measured = json.loads(
+        (Path(computing.__file__).with_name("fisher_paths.json")).read_text("utf-8")
+    )
+    for name, one in sorted(computing.ALL.items()):
+        row = measured[name]
+        yield name, f"`{one.model}`", f"{row['hooks']:.1%}", f"{row['coverage']:.1%}"
 
 
 _FRAME = """\
@@ -382,8 +394,8 @@ weightsurgery knows how transformers {version} loads the checkpoints of {classes
 names](../explanation/canonical-names.md) explains how it uses these facts, and [Which checkpoints
 work](../how-to/which-checkpoints.md) what you can do with other models.
 
-Below: [classes without facts](#classes-without-facts), [tested models](#tested), and [what cannot
-hold](#what-cannot-hold).
+Below: [classes without facts](#classes-without-facts), [tested models](#tested), [how their
+Fisher is computed](#fisher), and [what cannot hold](#what-cannot-hold).
 
 ## Model types
 
@@ -429,6 +441,18 @@ out for another reason.
 | model | class | BASE's class, if different | ways left out |
 |---|---|---|---|
 {models}
+
+## Fisher
+
+`tests/test_law_of_names_on_disk.py` computes the Fisher of these {computed} tiny models, and trains
+them: each tensor is within 1e-5 of what autograd gives one example at a time, under the name that
+transformers saves it with. *Batched* is the share of parameters computed in batches; the others are
+computed one example at a time. *Coverage* is the share of trainable parameters that have a Fisher.
+`python -m tests.computing` measures the table again.
+
+| model | class | batched | coverage |
+|---|---|---:|---:|
+{fisher}
 
 ## What cannot hold
 

@@ -26,7 +26,8 @@ def inputs_of(example: Any) -> dict[str, torch.Tensor]:
 
 def loss_of(module: Any, example: Any) -> torch.Tensor:
     """Minus the log-probability of the label, or the mean of that over the answer's tokens."""
-    logits = module(**inputs_of(example)).logits[0]
+    extra = {} if len(example.labels) == 1 else {"use_cache": False}
+    logits = module(**inputs_of(example), **extra).logits[0]
     if len(example.labels) == 1:
         return -logits.log_softmax(-1)[example.labels[0]]
     terms = [

@@ -146,6 +146,13 @@ def no_answer(place: Place) -> list[Any]:
     return arguments
 
 
+def half_frozen(place: Place) -> list[Any]:
+    """One of the experts that are one parameter in memory."""
+    tiny_models.mixtral(place.folder / "model")
+    (place.folder / "x.jsonl").write_text(json.dumps(ROW) + "\n")
+    return ["finetune", "model", *("--data", "x.jsonl", "--freeze", "*experts.0*", "-o", "out")]
+
+
 def causal(command: str, *options: str, row: Any = None) -> Case:
     """A causal language model, and questions."""
 
@@ -194,6 +201,7 @@ REFUSALS: dict[str, Case] = {
     "E-NO-MATCH": mix("--include", "nothing*"),
     "E-NAME-MAP": mapped,
     "E-EMBEDDING-NAME": counted("the\t1", "--embedding", "nothing"),
+    "E-FREEZE-PART": half_frozen,
     "E-NOTHING-TO-DO": mix("--exclude", "*"),
     "E-GATE-CONDITION": lambda place: ["diff", *place.mix()[1:3], "--fail-if", "nothing > 1"],
     "E-KEYWORDS": given(

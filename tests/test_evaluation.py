@@ -342,7 +342,9 @@ def test_a_causal_model_is_refused(causal: Model) -> None:
 def test_a_classifier_of_another_kind_is_refused(
     settings: dict[str, Any], reason: str, tmp_path: Path
 ) -> None:
-    other = load_model(tiny_models.bert(tmp_path / "other", **settings), device="cpu")
+    other = load_model(
+        tiny_models.bert(tmp_path / "other", **settings), task="classification", device="cpu"
+    )
     with pytest.raises(MismatchError, match=reason):
         evaluate(other, DATA)
 

@@ -335,14 +335,18 @@ def test_an_example_without_an_answer(folder: Path) -> None:
 
 
 def test_a_regression_head(tmp_path: Path) -> None:
-    model = load_model(tiny_models.bert(tmp_path / "m", num_labels=1), device="cpu")
+    model = load_model(
+        tiny_models.bert(tmp_path / "m", num_labels=1), task="classification", device="cpu"
+    )
     with pytest.raises(MismatchError, match=r"1 label\(s\) of type regression"):
         fisher(model, [Encoded((2, 5, 3), (0, 0, 0), (0,))])
 
 
 def test_a_head_of_many_labels(tmp_path: Path) -> None:
     kind = "multi_label_classification"
-    model = load_model(tiny_models.bert(tmp_path / "m", problem_type=kind), device="cpu")
+    model = load_model(
+        tiny_models.bert(tmp_path / "m", problem_type=kind), task="classification", device="cpu"
+    )
     with pytest.raises(MismatchError, match=f"of type {kind}"):
         fisher(model, [Encoded((2, 5, 3), (0, 0, 0), (0,))])
 

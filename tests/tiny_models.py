@@ -107,6 +107,25 @@ def llama(path: Path, *, seed: int = 0, **settings: Any) -> Path:
     return _save(path, LlamaForCausalLM, config, seed)
 
 
+def mixtral(path: Path, *, seed: int = 0, **settings: Any) -> Path:
+    """A MixtralForCausalLM: one stored matrix per expert, which transformers fuses."""
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    sizes = {
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "num_local_experts": 2,
+        "max_position_embeddings": 128,
+        "initializer_range": 0.2,
+    }
+    ends = {"bos_token_id": 4, "eos_token_id": 4, "pad_token_id": 0}
+    config = MixtralConfig(**{"vocab_size": len(VOCABULARY), **sizes, **ends, **settings})
+    return _save(path, MixtralForCausalLM, config, seed)
+
+
 def in_memory(module: Any, task: str) -> Any:
     """A `Model` of a module that was never saved; there is no tokenizer, token 0 is padding."""
     from types import SimpleNamespace

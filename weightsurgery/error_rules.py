@@ -21,7 +21,7 @@ Rows = Mapping[str, tuple[type[SurgeryError], str, str]]
 
 _LINE = "mend the line that the message names"
 _OTHER_MODEL = "give a model that was trained for this task"
-_MODEL_FILES = "save the model again with this version of transformers"
+_MODEL_FILES = "check config.json, and that your transformers knows the model type"
 _MORE = "give more, or other, data"
 
 SETTINGS: Rows = {
@@ -39,6 +39,11 @@ SETTINGS: Rows = {
         SettingError,
         "a value in wsurg.toml is of a wrong kind",
         "write what the message expects",
+    ),
+    "E-FREEZE-PART": (
+        SettingError,
+        "a freeze glob matches a part of what transformers loads as one parameter",
+        "match all of its stored tensors, or none",
     ),
     "E-NO-MATCH": (
         SettingError,
@@ -167,7 +172,7 @@ MODELS: Rows = {
     "E-TOKENIZER": (
         MismatchError,
         "no tokenizer beside the model that can be loaded",
-        "put tokenizer.json and tokenizer_config.json there",
+        "put tokenizer.json and tokenizer_config.json there, or install sentencepiece and protobuf",
     ),
     "E-TOKENIZER-FILE": (FormatError, "tokenizer.json is none", "fetch it again"),
     "E-TOKENIZER-PADDING": (

@@ -11,14 +11,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
+from weightsurgery.batching import SIDES, keep_attention_mode, padding_sides
 from weightsurgery.checkpoint import Checkpoint, TensorView
 from weightsurgery.errors import MismatchError, PolicyError, SettingError, shown
 from weightsurgery.formats import open_checkpoint
 from weightsurgery.formats.code_keys import names_kernel
-from weightsurgery.formats.layout import fits
 from weightsurgery.kernels import to_float
 from weightsurgery.quantised import KEY, require_unquantised
+from weightsurgery.storage import Storage, find_storage
 from weightsurgery.tasks import CAUSAL, CLASSIFICATION, task_of
+from weightsurgery.tokenizer import load_tokenizer
 
 if TYPE_CHECKING:
     import torch
@@ -26,7 +28,6 @@ if TYPE_CHECKING:
 _ATTENTION = ("eager", "sdpa")  # what torch has, on all devices
 _EXPERTS = ("eager", "batched_mm", "grouped_mm")
 _GENERATION = "generation_config.json"
-_VOCABULARIES = ("tokenizer.json", "vocab.*", "*.model", "spiece*", "sentencepiece*")
 
 
 @dataclass(frozen=True)
@@ -38,9 +39,13 @@ class Model:
         tokenizer: Its tokenizer.
         checkpoint: What it was loaded from.
         task: "classification" or "causal".
-        names: Every trainable parameter's name on disk, to the parameter. A tensor that several
-            names stand for (tied weights) is here once, under its first name on disk.
+        names: Every trainable parameter under its name on disk, or under its name in memory if
+            transformers makes it of several stored tensors or of a part of one. A tensor that
+            several names stand for (tied weights) is here once, under its first name on disk.
         path: The directory as the user gave it, for messages.
+        storage: Where the parameters lie in the stored tensors; None for a module that was never
+            loaded.
+        sides: Sides on which padding leaves answers unchanged; () if texts must be run alone.
         template_args: Variables for the tokenizer's chat template, such as enable_thinking.
     """
 
@@ -50,6 +55,8 @@ class Model:
     task: str
     names: Mapping[str, torch.nn.Parameter]
     path: str
+    storage: Storage | None = None
+    sides: tuple[str, ...] = SIDES
     template_args: Mapping[str, Any] = field(default_factory=dict)
 
     @property
@@ -57,6 +64,15 @@ class Model:
         """Where the model computes."""
         found: torch.device = next(iter(self.module.parameters())).device
         return found
+
+    def stored_in(self, name: str) -> tuple[str, ...]:
+        """The stored tensors that one of `names` is loaded from; of tied copies the first."""
+        return self.storage.stored_in(name) if self.storage is not None else (name,)
+
+    @property
+    def stored_names(self) -> list[str]:
+        """The stored tensors that hold the trainable parameters; tied weights once."""
+        return list(dict.fromkeys(one for name in self.names for one in self.stored_in(name)))
 
     @property
     def labels(self) -> dict[int, str]:
@@ -124,13 +140,17 @@ def load_model(
     task = task_of(checkpoint) if task == "auto" else task
     target = pick_device(device)
     with Quiet():
-        tokenizer = _load_tokenizer(checkpoint)
+        tokenizer = load_tokenizer(checkpoint)
         module = _load_module(checkpoint, task)
     if task == CLASSIFICATION:
         _settle_padding(module.config, tokenizer, checkpoint)
     module.to(target).eval()
-    names = _disk_names(module, checkpoint)
-    return Model(module, tokenizer, checkpoint, task, names, checkpoint.label)
+    storage = find_storage(module, checkpoint)
+    names = storage.parameters
+    keep_attention_mode(module)
+    with Quiet():
+        sides = padding_sides(module, tokenizer, task)
+    return Model(module, tokenizer, checkpoint, task, names, checkpoint.label, storage, sides)
 
 
 def require_directory(checkpoint: Checkpoint) -> None:
@@ -276,29 +296,6 @@ def _fill(tensor: torch.Tensor, view: TensorView) -> None:
         values[start:stop] = torch.from_numpy(block).to(values.device)
 
 
-def _load_tokenizer(checkpoint: Checkpoint) -> Any:
-    from transformers import AutoTokenizer
-
-    reason = "no vocabulary"
-    try:
-        # Without one, transformers makes a tokenizer that knows no word.
-        if any(fits(file.name, _VOCABULARIES) for file in checkpoint.side_files):
-            return AutoTokenizer.from_pretrained(
-                os.path.dirname(checkpoint.files[0].path),
-                trust_remote_code=False,
-                local_files_only=True,
-                use_fast=True,
-            )
-    except Exception as error:  # a malformed file gives errors of all kinds
-        reason = " ".join(str(error).split())
-    raise MismatchError(
-        f"no tokenizer that can be loaded: {shown(reason)}",
-        file=checkpoint.label,
-        hint="put tokenizer.json and tokenizer_config.json beside the weights",
-        code="E-TOKENIZER",
-    )
-
-
 def _settle_padding(config: Any, tokenizer: Any, checkpoint: Checkpoint) -> None:
     """Let the model's configuration name the token that batches are padded with.
 
@@ -317,41 +314,6 @@ def _settle_padding(config: Any, tokenizer: Any, checkpoint: Checkpoint) -> None
         hint="put the number of a token that no text has into config.json, as pad_token_id",
         code="E-TOKENIZER-PADDING",
     )
-
-
-def stored_name(name: str, module: Any, checkpoint: Checkpoint) -> str | None:
-    """A parameter's name on disk, with or without the model's prefix; None if there is none."""
-    prefix = f"{module.base_model_prefix}."
-    spellings = (name, name.removeprefix(prefix), f"{prefix}{name}")
-    return next((spelling for spelling in spellings if spelling in checkpoint), None)
-
-
-def _disk_names(module: Any, checkpoint: Checkpoint) -> dict[str, Any]:
-    """Name on disk to parameter; a tied parameter once."""
-    found: dict[str, Any] = {}
-    seen: dict[int, str] = {}
-    for name, parameter in module.named_parameters(remove_duplicate=False):
-        if not parameter.requires_grad:
-            continue
-        stored = stored_name(name, module, checkpoint)
-        if stored is None or id(parameter) in seen:
-            continue
-        view = checkpoint[stored]
-        if view.shape != tuple(parameter.shape) or not view.dtype.arithmetic:
-            continue
-        seen[id(parameter)] = stored
-        found[stored] = parameter
-    lost = [n for n, p in module.named_parameters() if p.requires_grad and id(p) not in seen]
-    if lost:
-        raise MismatchError(
-            "no stored tensor holds this parameter of the model as it is",
-            file=checkpoint.label,
-            tensor=lost[0],
-            hint="this command needs tensors that transformers loads without renaming, fusing or "
-            "splitting them",
-            code="E-MODEL-WEIGHTS",
-        )
-    return found
 
 
 class Quiet:
@@ -382,14 +344,21 @@ def with_weights(model: Model, checkpoint: Checkpoint) -> Model:
     Raises:
         MismatchError: A parameter has no tensor of its shape in the checkpoint.
     """
-    for name, parameter in model.names.items():
-        view = checkpoint.get(name)
-        if view is None or view.shape != tuple(parameter.shape):
-            raise MismatchError(
-                "the model has a parameter that these weights lack, or that has another shape",
-                file=checkpoint.label,
-                tensor=name,
-                code="E-MODEL-WEIGHTS",
-            )
-        _fill(parameter.data, view)
+    set_weights(model, checkpoint)
     return replace(model, checkpoint=checkpoint)
+
+
+def set_weights(model: Model, checkpoint: Checkpoint) -> None:
+    """Put a checkpoint's weights into a model's module, as transformers would load them.
+
+    Args:
+        model: From `load_model`.
+        checkpoint: Of the same names and shapes.
+
+    Raises:
+        MismatchError: A parameter has no tensor of its shape in the checkpoint.
+    """
+    if model.storage is None:
+        raise ValueError("the model was not loaded from a checkpoint")
+    for name, view in model.storage.as_loaded(checkpoint):
+        _fill(model.names[name].data, view)

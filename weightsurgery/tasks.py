@@ -18,7 +18,7 @@ def task_of(checkpoint: Checkpoint, *, expected: str = "") -> str:
         expected: The only task that will do, if only one will.
 
     Raises:
-        MismatchError: It is none that is expected.
+        MismatchError: It is none that is expected, or the head has no cross-entropy.
     """
     wanted = [_KINDS[expected]] if expected else list(_KINDS.values())
     if "peft_type" in checkpoint.config:
@@ -38,7 +38,27 @@ def task_of(checkpoint: Checkpoint, *, expected: str = "") -> str:
             code="E-MODEL-TASK",
         )
     require_task(checkpoint, expected or found, found)
+    if found == CLASSIFICATION:
+        _refuse_heads(checkpoint)
     return found
+
+
+def _refuse_heads(checkpoint: Checkpoint) -> None:
+    """Refuse a classifier that does not choose one of several labels."""
+    labels = checkpoint.config.get("id2label")
+    count = len(labels) if isinstance(labels, dict) else checkpoint.config.get("num_labels", 2)
+    kind = checkpoint.config.get("problem_type")
+    reason = ""
+    if kind == "multi_label_classification":
+        reason = "a multi-label classifier"
+    elif kind == "regression" or count == 1:
+        reason = "a regression model"
+    if reason:
+        raise MismatchError(
+            f"{reason}; expected a classifier that chooses one of two or more labels",
+            file=checkpoint.label,
+            code="E-MODEL-TASK",
+        )
 
 
 def require_task(checkpoint: Checkpoint, expected: str, task: str) -> None:

@@ -145,7 +145,11 @@ class Matcher:
     @cached_property
     def made(self) -> tuple[Made, Made]:
         """What converters make of BASE's tensors, and of TUNED's."""
-        return Made(self.base), Made(self.tuned)
+        shapes = [_shapes_in(side) for side in (self.base, self.tuned)]
+        return (
+            Made(self.base, {**shapes[1], **shapes[0]}),
+            Made(self.tuned, {**shapes[0], **shapes[1]}),
+        )
 
     def find(self, name: str, *, alone: bool = False) -> Counterpart | None:
         """What BASE has for a stored tensor of TUNED's.
@@ -264,14 +268,25 @@ def _linked(ours: Assembly | None, theirs: Assembly | None) -> dict[str, list[Li
     return found
 
 
+def _shapes_in(side: Side) -> dict[str, tuple[int, ...]]:
+    """Shapes of the model's tensors that a side stores as they are loaded."""
+    return {
+        place.canonical: side.checkpoint[name].shape
+        for name, place in side.names.places.items()
+        if place.converter is None
+    }
+
+
 class Made:
     """The model's tensors that converters make of a side's stored ones.
 
     Args:
         side: The checkpoint.
+        shapes: Shapes of the model's tensors, on which some conversions depend; None for those
+            that the side has itself.
     """
 
-    def __init__(self, side: Side) -> None:
+    def __init__(self, side: Side, shapes: dict[str, tuple[int, ...]] | None = None) -> None:
         self._side = side
         self._groups: dict[tuple[int, str], dict[str, list[str]]] = {}
         for name, place in side.names.places.items():
@@ -285,11 +300,7 @@ class Made:
             for pattern in rule.targets if rule else ():
                 target = key[1].replace(rule.targets[0], pattern, 1) if rule else ""
                 self._by_target.setdefault(target, key)
-        self._shapes = {
-            place.canonical: side.checkpoint[name].shape
-            for name, place in side.names.places.items()
-            if place.converter is None
-        }
+        self._shapes = _shapes_in(side) if shapes is None else shapes
         self._outputs: dict[tuple[int, str], dict[str, Assembly]] = {}
 
     def targets_of(self, name: str) -> list[str]:

@@ -17,7 +17,7 @@ from weightsurgery.models import Model
 from weightsurgery.report.training import planned_tables, training_tables
 from weightsurgery.stream import Engine
 from weightsurgery.training.finetune import finetune, split, warnings_of
-from weightsurgery.training.result import stored_parameters
+from weightsurgery.training.result import trained_names
 from weightsurgery.training.settings import CLASS_WEIGHTS, Hyperparameters
 
 _DEFAULTS = {n: p.default for n, p in inspect.signature(finetune).parameters.items()}
@@ -86,7 +86,7 @@ def _show_plan(
     options.warn(warnings_of(model, parts))
     counts = {part: len(given) for part, given in parts.items()}
     steps = chosen.steps(counts["train"])
-    trained = {name for name, _ in stored_parameters(model, chosen.freeze)}
+    trained = set(trained_names(model, chosen.freeze))
     views = {
         name: replace(view, status="edited") if name in trained else view
         for name, view in model.checkpoint.items()

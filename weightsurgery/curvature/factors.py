@@ -293,7 +293,8 @@ def fits(module: Any, name: str, call: Call, output: Any, count: int) -> bool:
     if not isinstance(inputs, torch.Tensor) or inputs.dim() < 1 or output.dim() < 2:
         return False
     if kind == "embedding":
-        return len(output) == len(inputs) and len(inputs) in (1, count)
+        is_lookup = not inputs.is_floating_point() and output.shape[:-1] == inputs.shape
+        return is_lookup and len(inputs) in (1, count)
     return len(inputs) == len(output) == count and getattr(module, name).shape[-1:] == (
         output.shape[-1:] if name == "bias" or kind in ("norm", "transposed") else inputs.shape[-1:]
     )

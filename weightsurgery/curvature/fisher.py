@@ -17,16 +17,20 @@ from weightsurgery.checkpoint import Checkpoint, Step
 from weightsurgery.curvature.factors import Sums
 from weightsurgery.curvature.losses import Objective
 from weightsurgery.curvature.per_example import (
-    HOOKS,
-    LOOP,
     add_squares,
     find_paths,
     frozen,
     zeros,
 )
 from weightsurgery.curvature.points import between
-from weightsurgery.curvature.result import lengths_of, make_result
-from weightsurgery.datasets.batches import Encoded, check_examples, cut_warning, digest_of
+from weightsurgery.curvature.result import HOOKS, LOOP, lengths_of, make_result
+from weightsurgery.datasets.batches import (
+    Encoded,
+    bounded_batch_size,
+    check_examples,
+    cut_warning,
+    digest_of,
+)
 from weightsurgery.datasets.prompts import template_record
 from weightsurgery.errors import SettingError, conflict, shown
 from weightsurgery.models import Model
@@ -128,9 +132,10 @@ def fisher_with_error(
         one.fourths = None
     second = make_result(
         error,
+        model=run.model,
+        paths=paths,
         step=Step("fisher-standard-error", run.settings, run.inputs),
         content="standard error of the diagonal Fisher information",
-        notes={"paths": paths},
         warnings=run.warnings,
     )
     return _mean(run, sums, paths), second
@@ -182,6 +187,11 @@ class _Run:
         return len(self.examples) * self.points
 
     @property
+    def batch(self) -> int:
+        """Examples computed at a time: 1 where a batch would change the answers."""
+        return bounded_batch_size(self.model, self.examples, self.batch_size)
+
+    @property
     def shares(self) -> list[float]:
         """How far from BASE to TUNED each point is."""
         n = self.points
@@ -222,7 +232,7 @@ def _sums(run: _Run, *, fourths: bool) -> tuple[dict[str, Sums], dict[str, str]]
         move = None
         if run.points > 1 and run.base is not None:
             move = stack.enter_context(between(model, run.base))
-        paths = find_paths(objective, run.examples, batch_size=run.batch_size)
+        paths = find_paths(objective, run.examples, batch_size=run.batch)
         sums = zeros(model.names, list(model.names), fourths=fourths)
         while unfit := _add_points(run, objective, move, sums, paths):
             # A layer was called otherwise than on the first examples. Begin again.
@@ -249,7 +259,7 @@ def _add_points(
                 run.progress(what, number * len(run.examples) + done, run.count)
 
         unfit = add_squares(
-            objective, run.examples, sums, paths, batch_size=run.batch_size, report=report
+            objective, run.examples, sums, paths, batch_size=run.batch, report=report
         )
         if unfit:
             return unfit
@@ -260,9 +270,10 @@ def _mean(run: _Run, sums: Mapping[str, Sums], paths: Mapping[str, str]) -> Chec
     which = "the examples' labels" if run.labels == "true" else "labels drawn from the model"
     return make_result(
         {name: one.squares.div_(run.count) for name, one in sums.items()},
+        model=run.model,
+        paths=paths,
         step=Step("fisher", run.settings, run.inputs),
         content="diagonal Fisher information: mean over examples of the squared gradient of each "
         f"one's loss, under {which}",
-        notes={"paths": paths},
         warnings=run.warnings,
     )

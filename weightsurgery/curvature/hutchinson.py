@@ -18,6 +18,7 @@ from weightsurgery.curvature.per_example import asking, frozen
 from weightsurgery.curvature.result import lengths_of, make_result
 from weightsurgery.datasets.batches import (
     Encoded,
+    batch_size_for,
     check_examples,
     cut_warning,
     digest_of,
@@ -92,9 +93,10 @@ def hutchinson(
     }
     return make_result(
         sums,
+        model=model,
+        paths=dict.fromkeys(sums, "hutchinson"),
         step=Step("hutchinson", settings, {"model": model.checkpoint}),
         content=f"{kind} estimated diagonal of the Hessian of the mean loss",
-        notes={"paths": dict.fromkeys(sums, "hutchinson")},
         warnings=cut_warning(examples, causal=model.task != CLASSIFICATION),
     )
 
@@ -112,6 +114,7 @@ def _sums(
 
     objective, names = Objective(model), model.names
     order, done = longest_first(examples), 0
+    batch_size = batch_size_for(model, examples, batch_size)
     sums = {name: torch.zeros_like(p, requires_grad=False) for name, p in names.items()}
     # The fused attention kernels have no second derivative.
     with frozen(model.module), asking(list(names.values())), sdpa_kernel(SDPBackend.MATH):

@@ -24,12 +24,12 @@ from weightsurgery.curvature.factors import (
     kind_of_module,
 )
 from weightsurgery.curvature.losses import Batch, Objective
+from weightsurgery.curvature.result import HOOKS, LOOP
 from weightsurgery.datasets.batches import Encoded, longest_first
 
 if TYPE_CHECKING:
     import torch
 
-HOOKS, LOOP = "hooks", "loop"
 _TOLERANCE = 1e-4  # of a tensor's norm, between hooks and autograd
 _ROUNDING = 1e-5  # a gradient this small beside the numbers it is a sum of is nothing but rounding
 _GROUP = 1 << 24  # elements of the gradients that are compared at a time, or more: an eighth of all

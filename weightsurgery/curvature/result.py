@@ -3,35 +3,41 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from weightsurgery.checkpoint import Checkpoint, Step, from_arrays
+from weightsurgery.checkpoint import Checkpoint, Step, TensorView, from_arrays
 from weightsurgery.datasets.batches import Encoded, count_cut, limit_of
 from weightsurgery.errors import NonFiniteError, shown
+from weightsurgery.models import Model
 
 if TYPE_CHECKING:
     import torch
+
+HOOKS, LOOP = "hooks", "loop"
 
 
 def make_result(
     tensors: Mapping[str, torch.Tensor],
     *,
+    model: Model,
+    paths: Mapping[str, str],
     step: Step,
     content: str,
-    notes: Mapping[str, Any],
     warnings: Sequence[str] = (),
 ) -> Checkpoint:
-    """A checkpoint of one float32 tensor for each parameter.
+    """A checkpoint of float32 tensors under the names on disk, tied weights once.
 
     Args:
-        tensors: Name on disk to values; they are not copied if they lie in main memory.
+        tensors: Values of each of the model's `names`; they are not copied if they lie in main
+            memory.
+        model: Whose parameters these are.
+        paths: How each was computed; `notes["paths"]` has it by name on disk.
         step: What made them.
         content: What the numbers are, in words, for the file's metadata.
-        notes: What else there is to say.
         warnings: What was odd about the examples.
 
     Raises:
@@ -46,18 +52,33 @@ def make_result(
                 tensor=name,
                 hint="look for NaN in the model with `wsurg inspect --values`",
             )
-    made = from_arrays({name: values.cpu().numpy() for name, values in tensors.items()})
-    views = {name: replace(view, status="added") for name, view in made.items()}
+    views, by_name = {}, {}
+    for name, view, keys in _placed(tensors, model):
+        views[name] = replace(view, status="added")
+        by_name[name] = LOOP if LOOP in [paths[key] for key in keys] else paths[keys[0]]
     settings = {name: _text(value) for name, value in step.settings.items()}
     return replace(
-        made,
+        from_arrays({}),
         tensors=views,
         label=step.operator,
         metadata={"estimator": step.operator, "content": content, **settings},
         step=replace(step, repeatable=False),
-        notes=notes,
+        notes={"paths": by_name},
         warnings=tuple(warnings),
     )
+
+
+def _placed(
+    tensors: Mapping[str, torch.Tensor], model: Model
+) -> Iterator[tuple[str, TensorView, tuple[str, ...]]]:
+    """Name on disk, values, and the parameters they are of."""
+    if model.storage is not None:
+        for one in model.storage.as_stored(model.checkpoint, tensors):
+            yield one.name, one.view, one.keys
+        return
+    made = from_arrays({name: values.cpu().numpy() for name, values in tensors.items()})
+    for name, view in made.items():
+        yield name, view, (name,)
 
 
 def lengths_of(examples: Sequence[Encoded]) -> dict[str, int | None]:

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 IGNORED = -100  # the label of a token that the loss leaves out
 LOSSES = ("answer", "all")
+_LOGITS = 1 << 26  # of a batch; four times in float32 they take 1 GiB
 
 
 @dataclass(frozen=True)
@@ -231,6 +232,8 @@ def check_length(model: Model, max_length: int) -> None:
 def positions_of(model: Model) -> int | None:
     """The most tokens that the model takes at a time; None if it sets no limit."""
     most: int | None = getattr(model.module.config, "max_position_embeddings", None) or None
+    if most is not None and most < 0:  # XLNet's positions are relative
+        most = None
     for name, module in model.module.named_modules():
         # RoBERTa and its kin count a text's positions from the one after padding's.
         if (
@@ -256,13 +259,17 @@ def batches(
     """
     import torch
 
-    pad = padding_of(model)
+    pad, side = padding_of(model), padding_side(model)
     for start in range(0, len(examples), size):
         part = examples[start : start + size]
         longest = max(len(one.ids) for one in part)
 
         def grid(rows: list[tuple[int, ...]], fill: int, longest: int = longest) -> torch.Tensor:
-            padded = [[*row, *[fill] * (longest - len(row))] for row in rows]
+            fills = [[fill] * (longest - len(row)) for row in rows]
+            padded = [
+                [*row, *more] if side == "right" else [*more, *row]
+                for row, more in zip(rows, fills, strict=True)
+            ]
             return torch.tensor(padded, device=model.device)
 
         inputs = {
@@ -275,6 +282,53 @@ def batches(
             yield inputs, torch.tensor([one.labels[0] for one in part], device=model.device)
         else:
             yield inputs, grid([one.labels for one in part], IGNORED)
+
+
+def padding_side(model: Model) -> str:
+    """The side on which batches are padded: a classifier's is the tokenizer's, if that works."""
+    wanted = "right"
+    if model.task == CLASSIFICATION:
+        wanted = getattr(model.tokenizer, "padding_side", wanted)
+    return wanted if wanted in model.sides else next(iter(model.sides), "right")
+
+
+def batch_size_for(model: Model, examples: Sequence[Encoded], size: int) -> int:
+    """The batch size that changes no answer: `size`, or 1 for what must be run alone.
+
+    Classifiers of encoder-decoder models (BART, T5) judge by the last end-of-text token and take
+    no batch whose texts have different numbers of them.
+
+    Args:
+        model: From `load_model`.
+        examples: What is to be run.
+        size: The batch size that is wanted.
+    """
+    if padding_side(model) not in model.sides:
+        return 1
+    config = model.module.config
+    if model.task == CLASSIFICATION and getattr(config, "is_encoder_decoder", False):
+        end = getattr(config, "eos_token_id", None)
+        if len({one.ids.count(end) for one in examples}) > 1:
+            return 1
+    return size
+
+
+def bounded_batch_size(model: Model, examples: Sequence[Encoded], size: int) -> int:
+    """`batch_size_for`, and fewer where a causal model's logits would take more than 1 GiB.
+
+    The loss and its gradient hold the logits of a batch about four times, in float32.
+
+    Args:
+        model: From `load_model`.
+        examples: What is to be run.
+        size: The batch size that is wanted.
+    """
+    size = batch_size_for(model, examples, size)
+    if model.task == CLASSIFICATION or not examples:
+        return size
+    words: int = model.module.get_input_embeddings().weight.shape[0]
+    longest = max(len(one.ids) for one in examples)
+    return max(1, min(size, _LOGITS // (longest * words)))
 
 
 def padding_of(model: Model) -> int:

@@ -178,6 +178,9 @@ def greedy(
     import torch
     from transformers import GenerationConfig
 
+    if "left" not in model.sides and len({len(one) for one in prompts}) > 1:
+        alone = (greedy(model, [one], max_new_tokens=max_new_tokens) for one in prompts)
+        return [found for (found,) in alone]
     longest, pad = max(map(len, prompts)), padding_of(model)
     ids = [[*[pad] * (longest - len(one)), *one] for one in prompts]
     mask = [[*[0] * (longest - len(one)), *[1] * len(one)] for one in prompts]

@@ -10,7 +10,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from weightsurgery.datasets.batches import IGNORED, Encoded, batches, longest_first
+from weightsurgery.datasets.batches import (
+    IGNORED,
+    Encoded,
+    batches,
+    bounded_batch_size,
+    longest_first,
+)
 from weightsurgery.errors import NonFiniteError, SettingError
 from weightsurgery.models import Model
 from weightsurgery.stream import Progress
@@ -77,6 +83,7 @@ def predict(
         raise SettingError(f"batch_size is {batch_size}; expected at least 1")
     if not examples:
         raise SettingError("no examples", code="E-NOTHING-TO-DO")
+    batch_size = bounded_batch_size(model, examples, batch_size)
     order = longest_first(examples)
     table: NDArray[Any] = np.empty((0, 3))
     was_training = model.module.training

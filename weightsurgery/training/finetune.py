@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
-from weightsurgery.alignment import check_glob, matches
+from weightsurgery.alignment import check_glob
 from weightsurgery.checkpoint import Checkpoint, Step
 from weightsurgery.datasets.batches import (
     Encoded,
@@ -32,7 +32,7 @@ from weightsurgery.models import Model
 from weightsurgery.rng import random_bits
 from weightsurgery.stream import Progress
 from weightsurgery.tasks import CLASSIFICATION
-from weightsurgery.training.result import trained_checkpoint
+from weightsurgery.training.result import frozen_names, trained_checkpoint
 from weightsurgery.training.run import Watch, train
 from weightsurgery.training.settings import Hyperparameters
 
@@ -222,8 +222,8 @@ def split(
     if chosen.patience is not None and held_out is None:
         raise conflict("patience needs a held-out loss", "give held_out")
     for glob in chosen.freeze:
-        check_glob(glob, list(model.names))
-    if all(matches(name, chosen.freeze) for name in model.names):
+        check_glob(glob, model.stored_names)
+    if len(frozen_names(model, chosen.freeze)) == len(model.names):
         raise SettingError("freeze leaves nothing to train", code="E-NOTHING-TO-DO")
     check_examples(model, examples)
     if held_out is None:
@@ -263,7 +263,7 @@ def _describe(
 @contextmanager
 def _thawed(model: Model, globs: Sequence[str]) -> Iterator[None]:
     """What a glob matches does not ask for gradients meanwhile."""
-    held = [parameter for name, parameter in model.names.items() if matches(name, globs)]
+    held = [model.names[name] for name in frozen_names(model, globs)]
     try:
         for parameter in held:
             parameter.requires_grad_(False)

@@ -256,7 +256,11 @@ def _check(
         raise SettingError(f"scales are {list(scales)}; expected finite numbers, at least one")
     if len(scales) > 1 and measure is None:
         raise conflict("several scales, and nothing to choose by", "give fingerprints")
-    named = {} if foundation is None else {n: foundation.checkpoint[n] for n in foundation.names}
+    named = (
+        {}
+        if foundation is None
+        else {name: foundation.checkpoint[name] for name in foundation.stored_names}
+    )
     for name, theirs in named.items():
         ours = model.checkpoint.get(name)
         if ours is None or ours.shape != theirs.shape:

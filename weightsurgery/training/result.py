@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from weightsurgery.alignment import matches
 from weightsurgery.checkpoint import Checkpoint, ReadBoth, Step, TensorView
-from weightsurgery.errors import NonFiniteError
-from weightsurgery.kernels import Block, all_finite, to_dtype
-from weightsurgery.models import Model, stored_name
-
-if TYPE_CHECKING:
-    import torch
+from weightsurgery.errors import NonFiniteError, SettingError, shown
+from weightsurgery.kernels import Block, all_finite, to_dtype, to_float
+from weightsurgery.models import Model, set_weights
+from weightsurgery.storage import Placed
 
 
 def trained_checkpoint(model: Model, *, step: Step) -> Checkpoint:
@@ -32,42 +29,76 @@ def trained_checkpoint(model: Model, *, step: Step) -> Checkpoint:
     Raises:
         NonFiniteError: A trained value is NaN, infinite, or too large for its dtype.
     """
+    if model.storage is None:
+        raise ValueError("the model was not loaded from a checkpoint")
     views = dict(model.checkpoint.tensors)
-    blocks: dict[int, Block] = {}  # tied copies share one
-    for name, parameter in stored_parameters(model):
-        view = views[name]
-        values = parameter.detach().cpu().numpy().reshape(-1)
-        block = blocks.get(id(parameter))
-        if block is None or block.dtype != view.dtype.numpy:
-            # A copy: the module may be trained further.
-            block = to_dtype(values, view.dtype.numpy) if view.dtype.bits != 32 else values.copy()
-            if not all_finite(block):
-                raise NonFiniteError(
-                    f"after training it holds NaN, or infinity as {view.dtype.name}",
-                    file=model.path,
-                    tensor=name,
-                    hint="lower the learning rate",
-                )
-            blocks[id(parameter)] = block
-        views[name] = replace(view, read_both=_reader(view, block), status="edited")
-    for parameter in model.names.values():
-        if parameter.requires_grad:
-            _fill(parameter, blocks[id(parameter)])
-    return replace(model.checkpoint, tensors=views).made_by(replace(step, repeatable=False))
+    trained = {key: one for key, one in model.names.items() if one.requires_grad}
+    for one in model.storage.as_stored(model.checkpoint, trained, copies=True):
+        view = views[one.name]
+        block = _rounded(view, one)
+        if not all_finite(block):
+            raise NonFiniteError(
+                f"after training it holds NaN, or infinity as {view.dtype.name}",
+                file=model.path,
+                tensor=one.name,
+                hint="lower the learning rate",
+            )
+        views[one.name] = replace(view, read_both=_reader(view, block), status="edited")
+    result = replace(model.checkpoint, tensors=views)
+    set_weights(model, result)
+    return result.made_by(replace(step, repeatable=False))
 
 
-def stored_parameters(
-    model: Model, freeze: Sequence[str] = ()
-) -> Iterator[tuple[str, torch.nn.Parameter]]:
-    """Every tensor on disk that stands for a parameter to train; tied ones each time."""
-    module, checkpoint = model.module, model.checkpoint
-    trained = {id(p) for n, p in model.names.items() if p.requires_grad and not matches(n, freeze)}
-    for name, parameter in module.named_parameters(remove_duplicate=False):
-        stored = stored_name(name, module, checkpoint)
-        if stored is None or id(parameter) not in trained:
-            continue
-        if checkpoint[stored].shape == tuple(parameter.shape):
-            yield stored, parameter
+def trained_names(model: Model, freeze: Sequence[str] = ()) -> list[str]:
+    """Every tensor on disk that holds a parameter to train; tied ones each time.
+
+    Args:
+        model: From `load_model`.
+        freeze: Globs over names on disk: what is not trained.
+    """
+    if model.storage is None:
+        raise ValueError("the model was not loaded from a checkpoint")
+    frozen = set(frozen_names(model, freeze))
+    copies = {name: key for name, key in model.storage.whole.items() if key in model.names}
+    found = [name for name, key in copies.items() if key not in frozen]
+    parts = [key for key in model.storage.parts if key not in frozen]
+    return [*found, *dict.fromkeys(name for key in parts for name in model.stored_in(key))]
+
+
+def frozen_names(model: Model, freeze: Sequence[str]) -> list[str]:
+    """Those of the model's `names` whose stored tensors the globs match.
+
+    Args:
+        model: From `load_model`.
+        freeze: Globs over names on disk.
+
+    Raises:
+        SettingError: They match some of the stored tensors that one parameter is made of.
+    """
+    found = []
+    for name in model.names:
+        stored = model.stored_in(name)
+        matched = [one for one in stored if matches(one, freeze)]
+        if matched and len(matched) < len(stored):
+            rest = next(one for one in stored if one not in matched)
+            raise SettingError(
+                f"freeze matches '{shown(matched[0])}' but not '{shown(rest)}'; transformers loads "
+                "both as one parameter, which is trained or frozen as a whole",
+                code="E-FREEZE-PART",
+            )
+        found += [name] if matched else []
+    return found
+
+
+def _rounded(view: TensorView, placed: Placed) -> Block:
+    """A parameter's values in a stored tensor's dtype; elements it does not hold as stored."""
+    if placed.runs == ((0, view.size),):
+        values = placed.view.read(0, view.size)
+    else:
+        values = to_float(view.read(0, view.size)).astype(np.float32)
+        for start, stop in placed.runs:
+            values[start:stop] = placed.view.read(start, stop)
+    return to_dtype(values, view.dtype.numpy) if view.dtype.bits != 32 else values
 
 
 def _reader(view: TensorView, block: Block) -> ReadBoth:
@@ -80,11 +111,3 @@ def _reader(view: TensorView, block: Block) -> ReadBoth:
         return stored, after
 
     return read_both
-
-
-def _fill(parameter: torch.nn.Parameter, block: Block) -> None:
-    import torch
-
-    with torch.no_grad():
-        values = torch.from_numpy(block.astype(np.float32)).view(parameter.shape)
-        parameter.copy_(values)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from weightsurgery.datasets.batches import IGNORED, Encoded, batches
+from weightsurgery.datasets.batches import IGNORED, Encoded, batch_size_for, batches
 from weightsurgery.errors import NonFiniteError, not_installed
 from weightsurgery.models import Model, Quiet
 from weightsurgery.stream import Progress
@@ -155,7 +155,9 @@ def train(
     require_trainer()
     from transformers import PrinterCallback, Trainer
 
-    device, use_cache = model.device, model.module.config.use_cache
+    device = model.device
+    use_cache = getattr(model.module.config, "use_cache", None)
+    settings = _alone_if_needed(model, examples, settings)
     with _folder(resumable) as (folder, saving), Quiet(), _own_randomness(device):
         trainer = Trainer(
             model=model.module,
@@ -169,9 +171,21 @@ def train(
         try:
             trainer.train(resume_from_checkpoint=None if resumable is None else resumable.last())
         finally:
-            model.module.config.use_cache = use_cache
+            if use_cache is not None:
+                model.module.config.use_cache = use_cache
             model.module.to(device).eval()
     watch.restore_best()
+
+
+def _alone_if_needed(
+    model: Model, examples: Sequence[Encoded], settings: dict[str, Any]
+) -> dict[str, Any]:
+    """The same steps with batches of one, where larger ones would change the answers."""
+    size, steps = "per_device_train_batch_size", "gradient_accumulation_steps"
+    wanted = settings.get(size, 1)
+    if batch_size_for(model, examples, wanted) == wanted:
+        return settings
+    return {**settings, size: 1, steps: wanted * settings.get(steps, 1)}
 
 
 def require_trainer() -> None:
