@@ -150,3 +150,31 @@ def test_stored_experts_must_be_all_there_and_alike() -> None:
         with_experts(downs((4, 6), (4, 6), (4, 5)))
     with pytest.raises(MismatchError, match=r"no 'mlp.experts.down_proj'.*'mlp.experts.w2'"):
         with_experts({"mlp.experts.w2": np.ones((3, 4, 6), "f4")})
+
+
+EXPERTS = "model.layers.0.mlp.experts."
+PROJECTIONS = {"gate_proj": (8, 6), "up_proj": (8, 6), "down_proj": (6, 8)}
+
+
+@pytest.mark.parametrize("kinds", [[*PROJECTIONS], ["up_proj"], ["down_proj"]], ids="-".join)
+@pytest.mark.parametrize("experts", [[0, 1, 2, 3], [1, 3]], ids=["all", "some"])
+def test_factors_of_single_experts_on_fused_ones(experts: list[int], kinds: list[str]) -> None:
+    rng = np.random.default_rng(0)
+    shapes = {"gate_up_proj": (4, 16, 6), "down_proj": (4, 6, 8)}
+    base = {EXPERTS + n: rng.normal(size=s).astype("f4") for n, s in shapes.items()}
+    expected = {name: array.copy() for name, array in base.items()}
+    adapter = {}
+    for expert in experts:
+        for kind in kinds:
+            rows, columns = PROJECTIONS[kind]
+            a, b = rng.normal(size=(2, columns)), rng.normal(size=(rows, 2))
+            front = f"base_model.model.{EXPERTS}{expert}.{kind}.lora_"
+            adapter |= {f"{front}{n}.weight": f.astype("f4") for n, f in (("A", a), ("B", b))}
+            fused = expected[EXPERTS + ("down_proj" if kind == "down_proj" else "gate_up_proj")]
+            first = 8 if kind == "up_proj" else 0
+            fused[expert, first : first + rows] += (2 * b @ a).astype("f4")
+    config = {"model_type": "qwen2_moe", "architectures": ["Qwen2MoeForCausalLM"]}
+    settings = cases.adapter_config(r=2, lora_alpha=4)
+    merged = apply_adapter(from_arrays(base, config=config), from_arrays(adapter, config=settings))
+    for name, array in cases.read(merged).items():
+        np.testing.assert_allclose(array, expected[name], atol=1e-5)

@@ -13,8 +13,10 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 from weightsurgery.adapters.split import find_slice
-from weightsurgery.architecture.canonical import read_names, template
+from weightsurgery.anatomy import kind_of
+from weightsurgery.architecture.canonical import Place, read_names, template
 from weightsurgery.architecture.conversion import UnsupportedError
+from weightsurgery.architecture.facts import class_of
 from weightsurgery.architecture.matching import Counterpart, Made, Matcher, endings, read_sides
 from weightsurgery.architecture.pieces import Link
 from weightsurgery.checkpoint import Checkpoint, TensorView
@@ -24,6 +26,12 @@ from weightsurgery.formats.layout import ADAPTER
 from weightsurgery.kernels import Block
 
 Shape = tuple[int, ...]
+# What PEFT calls a task, to the ending of transformers' class with the head that is trained.
+_HEADS = {
+    "SEQ_CLS": "ForSequenceClassification",
+    "TOKEN_CLS": "ForTokenClassification",
+    "QUESTION_ANS": "ForQuestionAnswering",
+}
 
 
 @dataclass(frozen=True)
@@ -61,6 +69,12 @@ class Parameters:
         for name, shape in shapes.items():
             if shape is None:
                 wanted[name] = _view(name, _shape(made, places[name].target))
+        seen = set()  # one of the parts tells all of them
+        for name in shapes:
+            if places[name].target not in seen:
+                seen.add(places[name].target)
+                for sibling in _siblings(wanted[name], places[name], made):
+                    wanted.setdefault(sibling.name, sibling)
         self._matcher = Matcher(*read_sides(base, Checkpoint(wanted)))
         self._found: dict[str, Parameter | UnsupportedError | None] = {}
         self._refuse_rivals()
@@ -77,7 +91,7 @@ class Parameters:
             raise MismatchError(
                 f"its names match BASE's by the prefixes {prefixes} alike; expected one",
                 file=self.adapter.label,
-                hint="--map FILE tells which of BASE's tensors each name means",
+                hint="give its tensors the names of BASE's",
                 code="E-ADAPTER-PREFIX",
             )
 
@@ -159,9 +173,7 @@ class Parameters:
             f"BASE has no '{shown(name)}' that it could adapt{self._nearest(name)}",
             file=self.adapter.label if place == ADAPTER else f"{self.adapter.label}/{place}",
             tensor=view.name,
-            hint=""
-            if self._fits_elsewhere
-            else "is this the model that the adapter was trained on?",
+            hint=self._advice(name),
             code="E-ADAPTER-TARGET",
         )
 
@@ -173,11 +185,27 @@ class Parameters:
 
     def _nearest(self, name: str) -> str:
         """The tensor of BASE whose name is nearest, and its shape."""
+        if kind_of(name) == "head":
+            return ""
         near = difflib.get_close_matches(name, list(self.base), 1, 0.6)
         if not near:
             return ""
         shape = list(self.base[near[0]].shape)
         return f"; the nearest name is '{shown(near[0])}' {shape}"
+
+    def _advice(self, name: str) -> str:
+        """What to do about a parameter that BASE lacks."""
+        if not self._fits_elsewhere:
+            return "is this the model that the adapter was trained on?"
+        task = self.adapter.config.get("task_type")
+        ending = _HEADS.get(task) if isinstance(task, str) else None
+        if ending is None or kind_of(name) != "head":
+            return ""
+        ours = class_of(self.base.config) or "a model without it"
+        return (
+            f"it is the head of a {ending} model, and BASE is {shown(ours)}; save BASE as that "
+            "class first, its new head is then replaced by the adapter's"
+        )
 
     @cached_property
     def _fits_elsewhere(self) -> bool:
@@ -189,6 +217,29 @@ class Parameters:
             except UnsupportedError:
                 continue
         return False
+
+
+def _siblings(view: TensorView, place: Place, made: Made) -> list[TensorView]:
+    """The other parts of a tensor that loading makes of several, which an adapter may lack.
+
+    Adapters may be of some experts alone, or of one of two projections that are one in the model.
+    """
+    before, star, after = place.source.partition("*")
+    at = view.name.rfind(before) if star and place.converter is not None else -1
+    experts = _shape(made, place.target)[:1]
+    if at < 0 or not experts:
+        return []
+    number, _, rest = view.name[at + len(before) :].partition(after)
+    if not number.isdecimal():
+        return []
+    found = []
+    for source in place.converter.sources if place.converter is not None else ():
+        front, _, back = source.partition("*")
+        found += [
+            _view(f"{view.name[:at]}{front}{expert}{back}{rest}", view.shape)
+            for expert in range(experts[0])
+        ]
+    return found
 
 
 def _shape(made: Made, target: str) -> Shape:

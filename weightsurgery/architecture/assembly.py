@@ -97,6 +97,8 @@ def _merge(task: _Task, state: _State, settings: Mapping[str, Any]) -> _State:
 
 def _concatenate(task: _Task, state: _State, settings: Mapping[str, Any]) -> _State:
     parts = [part for pattern in task.rule.sources for part in state.get(pattern, ())]
+    if not parts:
+        raise UnsupportedError("parts of it are missing")
     return {task.rule.targets[0]: [join(parts, settings.get("dim", 0))]}
 
 
