@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from weightsurgery.error_rules import DATA, MODELS, SETTINGS, Rows
+from weightsurgery.error_rules import ADAPTERS, DATA, MODELS, SETTINGS, Rows
 from weightsurgery.errors import (
     BusyError,
     ChangedError,
@@ -28,9 +28,6 @@ from weightsurgery.errors import (
 
 _AGAIN = "download the file again"
 _MADE_ANEW = "write the file anew with the safetensors library"
-_MERGE = "merge the adapter with the library that made it"
-_CONFIG = "fetch the adapter again; its configuration may be another's"
-_OWN_BASE = "give the model that it was trained on"
 _RECORD = "give the record that `wsurg` wrote beside the output"
 _ELSEWHERE = "choose another output"
 
@@ -239,74 +236,6 @@ _PAIR: Rows = {
         "dequantize the model first",
     ),
 }
-_ADAPTER: Rows = {
-    "E-ADAPTER-KIND": (PolicyError, "an adapter of another type than LORA", _MERGE),
-    "E-ADAPTER-CONFIG": (FormatError, "a value in its configuration is of a wrong kind", _CONFIG),
-    "E-ADAPTER-FIELD": (PolicyError, "a setting that is not supported here is set", _MERGE),
-    "E-ADAPTER-PATTERN": (PolicyError, "a regular expression", "write out the modules' names"),
-    "E-ADAPTER-RANK": (FormatError, "a rank below 1, or not that of the tensors", _CONFIG),
-    "E-ADAPTER-ALPHA": (FormatError, "alpha is missing, or no finite number", _CONFIG),
-    "E-ADAPTER-CONTRADICTION": (FormatError, "tensors deny what the configuration says", _CONFIG),
-    "E-ADAPTER-FACTOR": (FormatError, "lora_A without lora_B, or lora_B without lora_A", _AGAIN),
-    "E-ADAPTER-TENSOR": (FormatError, "a tensor that stands for nothing, or twice", _MERGE),
-    "E-ADAPTER-DTYPE": (PolicyError, "a tensor that is not floating", _MERGE),
-    "E-ADAPTER-EMPTY": (FormatError, "an adapter without tensors", _AGAIN),
-    "E-ADAPTER-TARGET": (MismatchError, "BASE has nothing that it adapts, or not all", _OWN_BASE),
-    "E-ADAPTER-SHAPE": (MismatchError, "BASE has what it adapts in another shape", _OWN_BASE),
-    "E-ADAPTER-VOCABULARY": (
-        MismatchError,
-        "its vocabulary is larger than BASE's, and not all tensors of it are in the adapter",
-        "give the resized base model as BASE",
-    ),
-    "E-ADAPTER-UNCLEAR": (PolicyError, "which tensor it adapts, nobody can tell", _MERGE),
-    "E-ADAPTER-BASE": (
-        PolicyError,
-        "it names another base than BASE",
-        "`--force-base`, if you know that they are one model",
-    ),
-    "E-ADAPTER-MODEL": (
-        MismatchError,
-        "a model where an adapter belongs",
-        "give a folder with adapter_config.json and adapter_model.safetensors",
-    ),
-    "E-ADAPTER-PREFIX": (
-        MismatchError,
-        "its names fit BASE's by two prefixes alike",
-        "give its tensors the names of BASE's",
-    ),
-    "E-ADAPTER-WEIGHT": (
-        PolicyError,
-        "it replaces or rescales a tensor, which cannot be weighed or taken back",
-        "apply it with weight 1",
-    ),
-    "E-ADAPTER-DORA": (MismatchError, "a line of the matrix is zero: it has no direction", _MERGE),
-    "E-EXTRACT-NOTHING": (
-        MismatchError,
-        "nothing moved from BASE to TUNED that an adapter could hold",
-        "are BASE and TUNED the right way round, and two?",
-    ),
-    "E-TIED-HEAD": (
-        PolicyError,
-        "the word embedding or the output head would change alone, and BASE ties the two",
-        "`--untie` stores the head on its own",
-    ),
-    "E-TIED-UNCLEAR": (
-        PolicyError,
-        "which tensors BASE ties, or where its head would be stored, nobody can tell",
-        "say in config.json if they are not tied: `tie_word_embeddings` false",
-    ),
-    "E-TIED-TOKENS": (
-        PolicyError,
-        "trained tokens of a tied embedding, beside another change of it or of the head",
-        _MERGE,
-    ),
-    "E-TIED-SHARED": (
-        PolicyError,
-        "the adapter changes one of several modules that use one tensor",
-        "keep using it unmerged, or leave the module out of the adapter",
-    ),
-    "E-TIED-NONE": (MismatchError, "there is nothing to untie", "leave out `--untie`"),
-}
 _OUTPUT: Rows = {
     "E-OUTPUT-EXISTS": (PolicyError, "the output exists", "`--overwrite` replaces it"),
     "E-OUTPUT-FOREIGN": (PolicyError, "what is there is no model, and stays", _ELSEWHERE),
@@ -380,7 +309,7 @@ _GROUPS: Mapping[str, Rows] = {
     "Sharded models": _INDEX,
     "Model directories": _DIRECTORY,
     "Models that do not fit each other, or hold codes": _PAIR,
-    "Adapters": _ADAPTER,
+    "Adapters": ADAPTERS,
     "Data: sentences, questions, texts and counts": DATA,
     "Models to run, and what operators go by": MODELS,
     "Settings": SETTINGS,

@@ -53,7 +53,7 @@ OWN = {
     "extract-adapter": Command("extract-adapter mix/base mix/tuned --rank 2 -o place/out"),
     "finetune": Command(
         "finetune bert --data data.tsv --epochs 1 -o place/out",
-        (f"{_CLI}.finetune_command.load_model", f"{_CLI}.finetune_command.finetune"),
+        ("weightsurgery.models.load_model", f"{_CLI}.finetune_command.finetune"),
     ),
     "fisher": Command(
         "fisher bert --data data.tsv --standard-error place/error.safetensors "
@@ -62,7 +62,7 @@ OWN = {
     ),
     "meraser": Command(
         "meraser llama --erase qa.jsonl --erase-setting epochs=1 -o place/out",
-        (f"{_CLI}.meraser_command.load_model", f"{_CLI}.meraser_command.meraser"),
+        ("weightsurgery.models.load_model", f"{_CLI}.meraser_command.meraser"),
     ),
     "mismatch": Command("mismatch qa.jsonl --size 3 -o place/out.jsonl"),
     "replay": Command(
@@ -75,7 +75,7 @@ OWN = {
     ),
     "train-adapter": Command(
         "train-adapter llama --data qa.jsonl --epochs 1 -o place/out",
-        (f"{_CLI}.train_adapter_command.load_model", f"{_CLI}.train_adapter_command.train_adapter"),
+        ("weightsurgery.models.load_model", f"{_CLI}.train_adapter_command.train_adapter"),
     ),
 }
 
