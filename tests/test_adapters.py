@@ -941,3 +941,28 @@ def test_dora_of_a_line_of_zeros_has_no_direction() -> None:
         cases.read(apply_adapter(*given))
     found = cases.read(apply_adapter(*given, allow_nonfinite=True))[f"{name}.weight"]
     assert (np.isnan(found).all(axis=1) == (np.arange(6) == 2)).all()
+
+
+def test_a_snapshot_in_the_hubs_cache_is_known_by_its_repository(tmp_path: Path) -> None:
+    arrays = cases.model("bert")
+    path = tmp_path / "models--org--tiny" / "snapshots" / "0123456789abcdef"
+    cases.write_directory(path, arrays)
+    base = open_checkpoint(path)
+    factors = cases.adapter(arrays, "bert")
+    for named, is_same in (("org/tiny", True), ("org/other", False)):
+        config = cases.adapter_config("bert", base_model_name_or_path=named)
+        adapter = from_arrays(factors, config=config)
+        if is_same:
+            apply_adapter(base, adapter)
+        else:
+            with pytest.raises(PolicyError, match="trained on 'org/other'"):
+                apply_adapter(base, adapter)
+
+
+def test_the_folder_that_has_the_adapter_is_named(tmp_path: Path) -> None:
+    arrays = cases.model("bert")
+    for step in (500, 1000):
+        path = tmp_path / "run" / f"checkpoint-{step}"
+        cases.write_adapter(path, cases.adapter(arrays, "bert"), cases.adapter_config("bert"))
+    with pytest.raises(FormatError, match="an adapter is in its folder checkpoint-"):
+        open_checkpoint(tmp_path / "run")

@@ -38,6 +38,7 @@ from weightsurgery.formats.sharded import (
 )
 from weightsurgery.formats.strict_json import parse_config
 
+_MOST_LOOKED_AT = 1000
 MAX_SIDE_FILE = 100_000_000  # bytes; a side file is held in memory whole
 
 
@@ -167,9 +168,20 @@ def _no_weights(folder: Folder, adapters: list[str], pickles: list[str]) -> Exce
         f"no {SINGLE} and no {INDEX} in this directory"
         + (f"; it holds {', '.join(map(shown, seen[:5]))}" if seen else ""),
         file=folder.path,
-        hint=f"choose one with --weights {shown(choice)}" if seen else "is this a model directory?",
+        hint=f"choose one with --weights {shown(choice)}" if seen else _below(folder),
         code="E-NO-WEIGHTS",
     )
+
+
+def _below(folder: Folder) -> str:
+    """Where in a directory without weights they are: trainers save each state in a folder."""
+    known = {ADAPTER_CONFIG: "an adapter", SINGLE: "a model", INDEX: "a model"}
+    for name in folder.entries[-_MOST_LOOKED_AT:][::-1]:
+        path = os.path.join(folder.path, name)
+        kind = next((k for file, k in known.items() if os.path.isfile(f"{path}/{file}")), "")
+        if kind:
+            return f"{kind} is in its folder {shown(name)}"
+    return "is this a model directory?"
 
 
 def _side_files(

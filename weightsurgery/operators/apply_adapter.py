@@ -8,6 +8,7 @@ References:
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Annotated, Any, Literal
@@ -236,7 +237,7 @@ def _check_base(base: Checkpoint, adapter: Checkpoint, force: bool) -> list[str]
     named = read_config(adapter).base
     if not named:
         return [f"{public_name(adapter)} does not say which base it was trained on"]
-    ours = (base.hub_id, str(base.config.get("_name_or_path") or ""))
+    ours = (base.hub_id, _cached(base.label), str(base.config.get("_name_or_path") or ""))
     if force or any(_is_same(named, one) for one in ours if one):
         return []
     # A folder may be called like a hub id and is none, and may be given as ".".
@@ -255,6 +256,12 @@ def _is_same(named: str, ours: str) -> bool:
     if is_hub_id(named) and is_hub_id(ours):
         return named.partition("@")[0].casefold() == ours.partition("@")[0].casefold()
     return _last(named) == _last(ours)
+
+
+def _cached(path: str) -> str:
+    """The hub id of a snapshot in the hub's cache, "" for any other path."""
+    found = re.search(r"models--([^/\\]+)[/\\]snapshots[/\\]", os.path.abspath(path) + "/")
+    return found[1].replace("--", "/") if found else ""
 
 
 def _last(name: str) -> str:
