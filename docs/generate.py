@@ -370,6 +370,7 @@ def architectures_page() -> str:
         ways=_rows((way, _WAYS[way]) for way in stored.WAYS),
         models="\n".join(itertools.starmap(_model_row, architectures.ARCHITECTURES.items())),
         limits=_rows((one.case, one.result, one.reason) for one in limits.LIMITS),
+        adapters=_rows((*key, why) for key, why in limits.ADAPTER_LIMITS.items()),
         computed=len(computing.ALL),
         fisher=_rows(_fisher_rows()),
     )
@@ -459,6 +460,18 @@ computed one example at a time. *Coverage* is the share of trainable parameters 
 | case | what happens | why |
 |---|---|---|
 {limits}
+
+## Adapters
+
+`apply-adapter` is tested on the same architectures with the adapters that PEFT saves of them
+(all linear layers, DoRA, a grown vocabulary, embeddings, fused experts, biases): what transformers
+loads from the merge computes what PEFT computes with the adapter. `extract-adapter` is tested the
+other way round, at full rank. Where several modules use one tensor, an adapter of one of them is
+refused. These are the other exceptions:
+
+| architecture | adapter | why |
+|---|---|---|
+{adapters}
 
 """
 

@@ -1,4 +1,4 @@
-"""Where the law of ratio 1 cannot hold, and why: docs/reference/architectures.md lists it."""
+"""Where the laws cannot hold, and why: docs/reference/architectures.md lists it."""
 
 from __future__ import annotations
 
@@ -50,6 +50,23 @@ NO_EMBEDDING = Limit(
     checks=("epur",),
 )
 LIMITS = (UNTIED_BASE, POSITIONS, NO_EMBEDDING)
+
+# Of the law for adapters: architecture and kind of adapter, or "extract".
+_HIDDEN = "the model reads attributes that PEFT hides"
+_LAYERS = "PEFT adapts one of the layers that share weights"
+ADAPTER_LIMITS = {
+    ("mobilebert", "grown"): "its embedding has a column for each token in another matrix; refused",
+    ("mllama", "grown"): "its embedding has more rows than its head; refused",
+    ("zamba", "grown"): _LAYERS,
+    ("zamba2", "grown"): _LAYERS,
+    ("zamba", "embeddings"): _LAYERS,
+    ("zamba2", "embeddings"): _LAYERS,
+    ("mobilebert", "extract"): _HIDDEN,
+    ("jetmoe", "extract"): "its experts are taken for a convolution if they are as small as here",
+    ("whisper", "extract"): _HIDDEN,
+    ("speech-to-text", "extract"): "PEFT cannot wrap the model's tied decoder",
+    ("blip", "extract"): "PEFT cannot run the model's encoder",
+}
 
 
 def failing(model: str, way: str, checks: Iterable[str]) -> set[str]:

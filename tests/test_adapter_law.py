@@ -17,6 +17,7 @@ import torch
 from tests import peft_models as models
 from tests.adapter_law import VARIANTS, Unadaptable, judge_extraction, judge_merge
 from tests.architectures import ARCHITECTURES
+from tests.limits import ADAPTER_LIMITS
 from weightsurgery import apply_adapter, extract_adapter, open_checkpoint, save
 
 pytestmark = [
@@ -36,18 +37,6 @@ FAST = {
     "qwen2-5-vl": ("dora", "extract"),
 }
 _SHORT = (*FAST, "qwen2-moe", "gpt-oss", "mamba", "gemma3", "wav2vec2")
-# Where the merge or the adapter is not what it should be, and why.
-LIMITS = {
-    ("mobilebert", "grown"): "its embedding has a column for each token in another matrix",
-    ("mllama", "grown"): "its embedding has more rows than its head",
-    ("zamba", "grown"): "PEFT adapts one of the layers that share weights",
-    ("zamba2", "grown"): "PEFT adapts one of the layers that share weights",
-    ("mobilebert", "extract"): "the model reads attributes that PEFT hides",
-    ("jetmoe", "extract"): "its experts are as small as a convolution's kernel here",
-    ("whisper", "extract"): "the model reads attributes that PEFT hides",
-    ("speech-to-text", "extract"): "PEFT cannot print the model's tied decoder",
-    ("blip", "extract"): "PEFT cannot run the model's encoder",
-}
 
 
 def _cases() -> Iterator[Any]:
@@ -69,7 +58,7 @@ def test_the_law_for_adapters(name: str, variant: str, tmp_path: Path) -> None:
     except Unadaptable as error:
         (pytest.fail if variant in FAST.get(name, ()) else pytest.skip)(str(error))
     wrong = [f"{one.check}: {one.detail}" for one in verdicts if not one.holds]
-    assert bool(wrong) == ((name, variant) in LIMITS), wrong
+    assert bool(wrong) == ((name, variant) in ADAPTER_LIMITS), wrong
 
 
 def test_every_variant_is_in_the_fast_selection() -> None:
