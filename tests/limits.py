@@ -53,14 +53,15 @@ LIMITS = (UNTIED_BASE, POSITIONS, NO_EMBEDDING)
 
 # Of the law for adapters: architecture and kind of adapter, or "extract".
 _HIDDEN = "the model reads attributes that PEFT hides"
-_LAYERS = "PEFT adapts one of the layers that share weights"
+_SQUARE = "some of its layers are stored transposed, and a square one does not tell; refused"
 ADAPTER_LIMITS = {
     ("mobilebert", "grown"): "its embedding has a column for each token in another matrix; refused",
     ("mllama", "grown"): "its embedding has more rows than its head; refused",
-    ("zamba", "grown"): _LAYERS,
-    ("zamba2", "grown"): _LAYERS,
-    ("zamba", "embeddings"): _LAYERS,
-    ("zamba2", "embeddings"): _LAYERS,
+    ("fsmt", "grown"): "encoder and decoder have vocabularies of their own; refused",
+    ("bark", "grown"): "its word embedding is not known by name; refused",
+    ("vision-encoder-decoder", "all-linear"): _SQUARE,
+    ("vision-encoder-decoder", "dora"): _SQUARE,
+    ("vision-encoder-decoder", "biases"): _SQUARE,
     ("mobilebert", "extract"): _HIDDEN,
     ("jetmoe", "extract"): "its experts are taken for a convolution if they are as small as here",
     ("whisper", "extract"): _HIDDEN,

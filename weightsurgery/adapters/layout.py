@@ -90,15 +90,21 @@ def _refuse_shared(
     Raises:
         PolicyError: There is one.
     """
-    embedding = find_embedding(base) if find_shared(base) else None
+    shared: dict[str, tuple[str, ...]] = {}
     for parameter, update in changes:
-        stored = [link.theirs for link in parameter.links] or [parameter.view.name]
-        layer = next((name for name in stored if names.is_shared(name)), None)
-        if layer is None and (embedding not in stored or isinstance(update, ReplaceRows)):
+        if isinstance(update, ReplaceRows):
             continue
-        users = "other layers" if layer else ", ".join(map(repr, find_shared(base)))
+        stored = [link.theirs for link in parameter.links] or [parameter.view.name]
+        for name in stored:
+            if name not in shared:
+                shared[name] = find_shared(base, name)
+        layer = next((name for name in stored if names.is_shared(name)), None)
+        users = next(filter(None, (shared[name] for name in stored)), ())
+        if layer is None and not users:
+            continue
+        told = "several layers" if layer else ", ".join(f"'{shown(user)}'" for user in users)
         raise PolicyError(
-            f"'{shown(stored[0])}' is one tensor for several modules ({users}): merged, the change "
+            f"'{shown(stored[0])}' is one tensor for several modules ({told}): merged, the change "
             "would reach all of them, unlike in PEFT",
             file=adapter.label,
             tensor=update.sources[0],

@@ -117,7 +117,10 @@ class Parameters:
             try:
                 self._found[name] = self._look(name)
             except UnsupportedError as error:
-                self._found[name] = error
+                # Of a parameter whose shape the adapter does not tell, as it is stored will do.
+                as_stored = self._matcher.stored_in_base(name)
+                known = self._matcher.tuned.checkpoint[name].shape or as_stored is None
+                self._found[name] = error if known else Parameter(self.base[as_stored or ""])
         found = self._found[name]
         if isinstance(found, UnsupportedError):
             raise MismatchError(
@@ -143,8 +146,9 @@ class Parameters:
         base, wanted = self._matcher.base, self._matcher.tuned.canonical(name)
         if template(wanted) not in base.ties.numbered:
             return None
-        alike = (n for n in base.names.stored if template(n) == template(wanted))
-        stored = base.stored(next(alike, ""))
+        shape = self._matcher.tuned.checkpoint[name].shape
+        alike = (s for n, s in base.names.stored.items() if template(n) == template(wanted))
+        stored = next((one for one in alike if self.base[one].shape == shape), None)
         return None if stored is None else Counterpart(self.base[stored], (stored,))
 
     def need(self, name: str, view: TensorView) -> Parameter:

@@ -15,6 +15,14 @@ from weightsurgery.checkpoint import Checkpoint
 from weightsurgery.formats.config import with_config
 
 _FLAG = "tie_word_embeddings"
+# Types whose forward pass asks whether the head is tied, or that ignore the setting: untied they
+# compute something else.
+_TIED_FOR_GOOD = frozenset(
+    (
+        *("t5", "mt5", "umt5", "longt5", "switch_transformers", "udop", "pop2piano"),
+        *("t5gemma", "marian"),
+    )
+)
 
 
 @dataclass(frozen=True)
@@ -59,7 +67,10 @@ def find_tie(checkpoint: Checkpoint) -> Tie | None:
     return Tie(
         embedding=names[first],
         head=names.get(head, known.head) if first != head else known.head,
-        can_untie=head not in after.group(embedding) and first != head and after.numbered == layers,
+        can_untie=known.model_type not in _TIED_FOR_GOOD
+        and head not in after.group(embedding)
+        and first != head
+        and after.numbered == layers,
     )
 
 
@@ -99,24 +110,23 @@ def is_tied(checkpoint: Checkpoint) -> bool:
     return guessed.says_tied(checkpoint) or not any(map(guessed.is_output_head, checkpoint))
 
 
-def find_shared(checkpoint: Checkpoint) -> tuple[str, ...]:
-    """The modules that use the word embedding's tensor, but for an output head that can be untied.
+def find_shared(checkpoint: Checkpoint, name: str) -> tuple[str, ...]:
+    """The modules that use a stored tensor, where there are several.
 
     Args:
         checkpoint: A model with its config.
+        name: Of one of its tensors.
 
     Returns:
-        Canonical names, such as those of an encoder's and a decoder's embedding; () where there is
-        one such module, or the architecture is not known.
+        Canonical names, such as those of an encoder's and a decoder's embedding; () where one
+        module uses it, where it is a vector, or where the architecture is not known.
     """
     known = find_architecture(checkpoint.config)
-    if known is None or not known.embedding or is_bare(checkpoint, known):
+    if known is None or is_bare(checkpoint, known) or len(checkpoint[name].shape) < 2:
         return ()
-    tie = find_tie(checkpoint)
-    head = relative(known, known.head) if tie is not None and tie.can_untie else None
-    group = find_ties(known, checkpoint.config).group(relative(known, known.embedding))
-    found = tuple(name for name in group if name != head)
-    return found if len(found) > 1 else ()
+    canonical = read_names([name], known).places[name].canonical
+    group = find_ties(known, checkpoint.config).group(canonical)
+    return tuple(group) if len(group) > 1 else ()
 
 
 def untied(checkpoint: Checkpoint, tie: Tie) -> Checkpoint:
