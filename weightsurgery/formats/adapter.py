@@ -10,13 +10,21 @@ from typing import Any
 from weightsurgery.checkpoint import Checkpoint, FileRef, TensorView
 from weightsurgery.errors import FormatError, PolicyError, shown
 from weightsurgery.formats.folder import Folder
-from weightsurgery.formats.layout import ADAPTER, ADAPTER_CONFIG, INDEX, PICKLES, SINGLE, fits
+from weightsurgery.formats.layout import (
+    ADAPTER,
+    ADAPTER_CONFIG,
+    DIFFUSERS_STEM,
+    INDEX,
+    PICKLES,
+    SINGLE,
+    fits,
+)
 from weightsurgery.formats.record import public_name
 from weightsurgery.formats.safetensors import refuse_pickle
 from weightsurgery.formats.strict_json import dump, parse_object
 
 _MAX_CONFIG = 100_000_000  # bytes
-_SHARDS = ("model-*.safetensors", "model.*.safetensors")
+_SHARDS = ("model-*.safetensors", "model.*.safetensors", f"{DIFFUSERS_STEM}*.safetensors")
 _PICKLED = "adapter_model.bin"
 _OTHERS = ("adapter_model*.bin", "adapter_model*.safetensors", *PICKLES)
 
