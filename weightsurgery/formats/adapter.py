@@ -13,6 +13,7 @@ from weightsurgery.formats.folder import Folder
 from weightsurgery.formats.layout import (
     ADAPTER,
     ADAPTER_CONFIG,
+    DIFFUSERS_STEM,
     INDEX,
     PICKLE_ENDINGS,
     PICKLES,
@@ -26,7 +27,7 @@ from weightsurgery.formats.safetensors import refuse_pickle
 from weightsurgery.formats.strict_json import dump, parse_object
 
 _MAX_CONFIG = 100_000_000  # bytes
-_SHARDS = ("model-*.safetensors", "model.*.safetensors")
+_SHARDS = ("model-*.safetensors", "model.*.safetensors", f"{DIFFUSERS_STEM}*.safetensors")
 _PICKLED = "adapter_model.bin"
 _OTHERS = ("adapter_model*.bin", "adapter_model*.safetensors", *PICKLES)
 

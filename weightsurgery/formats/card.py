@@ -8,7 +8,7 @@ from typing import Any
 
 from weightsurgery.checkpoint import Checkpoint
 from weightsurgery.errors import counted
-from weightsurgery.formats.layout import is_adapter_layout
+from weightsurgery.formats.layout import DIFFUSERS_STEM, is_adapter_layout, stem_of
 from weightsurgery.formats.record import public_name
 from weightsurgery.version import __version__
 
@@ -48,7 +48,7 @@ def make_card(checkpoint: Checkpoint, record: Mapping[str, Any]) -> bytes:
     sources = checkpoint.sources()
     operator = checkpoint.step.operator if checkpoint.step else "copy"
     data = ModelCardData(
-        library_name="peft" if is_adapter_layout(checkpoint.layout) else "transformers",
+        library_name=_library(checkpoint),
         base_model=[s.hub_id.partition("@")[0] for s in sources if s.hub_id] or None,
         tags=["weightsurgery", operator],
     )
@@ -67,6 +67,15 @@ def make_card(checkpoint: Checkpoint, record: Mapping[str, Any]) -> bytes:
         ),
     )
     return f"---\n{data.to_yaml()}\n---\n{body}\n".encode()
+
+
+def _library(checkpoint: Checkpoint) -> str:
+    """The library that loads the output."""
+    if is_adapter_layout(checkpoint.layout):
+        return "peft"
+    if stem_of(checkpoint.layout.values()) == DIFFUSERS_STEM:
+        return "diffusers"
+    return "transformers"
 
 
 def _steps(checkpoint: Checkpoint) -> str:

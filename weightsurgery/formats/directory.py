@@ -15,9 +15,10 @@ from weightsurgery.formats.folder import Folder, list_folder
 from weightsurgery.formats.layout import (
     ADAPTER_CONFIG,
     CARD,
+    DIFFUSERS_INDEX,
+    DIFFUSERS_SINGLE,
     INDEX,
-    PICKLED,
-    PICKLED_INDEX,
+    PICKLED_WEIGHTS,
     PICKLES,
     RECORD,
     SIDE_FILES,
@@ -119,13 +120,19 @@ def _open_weights(folder: Folder, config: dict[str, Any], weights: str | None) -
 def _choose(folder: Folder, config: dict[str, Any]) -> str | list[str]:
     """The weights file or the index; the names of all shards where there is no index."""
     entries, pickled = folder.entries, folder.allow_pickle
-    known = (SINGLE, INDEX, PICKLED, PICKLED_INDEX) if pickled else (SINGLE, INDEX)
+    known = (
+        SINGLE,
+        INDEX,
+        DIFFUSERS_SINGLE,
+        DIFFUSERS_INDEX,
+        *(PICKLED_WEIGHTS if pickled else ()),
+    )
     answers: list[str | list[str]] = [name for name in known if name in entries]
     if not answers:
         shards = find_set(folder, ".safetensors") or (pickled and find_set(folder, ".bin"))
         answers += [shards] if shards else []
     pickles = [name for name in entries if fits(name, PICKLES)]
-    if any(a in (PICKLED, PICKLED_INDEX) or a[0] in pickles for a in answers):
+    if any(a in PICKLED_WEIGHTS or a[0] in pickles for a in answers):
         pickles = []  # that is their answer
     # An adapter_config.json is enough: transformers then loads the base model that it names.
     adapters = [n for n in entries if n.startswith("adapter_model.") or n == ADAPTER_CONFIG]

@@ -6,6 +6,9 @@ import fnmatch
 from collections.abc import Iterable, Mapping
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+STEM, DIFFUSERS_STEM = "model", "diffusion_pytorch_model"
+DIFFUSERS_SINGLE, DIFFUSERS_INDEX = f"diffusion_pytorch_{SINGLE}", f"diffusion_pytorch_{INDEX}"
+INDEXES = (INDEX, DIFFUSERS_INDEX)
 ADAPTER, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 RECORD = "wsurg-record.json"
 CARD = "README.md"
@@ -36,9 +39,10 @@ NOT_OF_THE_MODEL = (
     *(f"*.{variant}{end}" for variant in ("fp16", "bf16", "fp32", "fp8") for end in (".*", "-*")),
     *("optimizer*", "scheduler*", "training_args*"),
 )
-BESIDE = (INDEX, *SIDE_FILES, ADAPTER_CONFIG, CARD)  # what an output's folder has beside weights
+BESIDE = (*INDEXES, *SIDE_FILES, ADAPTER_CONFIG, CARD)  # what an output's folder has beside weights
 PICKLED, PICKLED_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
-PICKLES = (PICKLED, PICKLED_INDEX, "pytorch_model-*.bin")
+PICKLED_WEIGHTS = (PICKLED, PICKLED_INDEX, *(f"diffusion_{n}" for n in (PICKLED, PICKLED_INDEX)))
+PICKLES = (*PICKLED_WEIGHTS, "pytorch_model-*.bin", f"{DIFFUSERS_STEM}-*.bin")
 PICKLE_ENDINGS = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 FILE_ENDINGS = (".safetensors", *PICKLE_ENDINGS, ".gguf")  # of a name that means one file
 
@@ -54,9 +58,33 @@ def unpickled(shard: str) -> str:
     Example:
         >>> unpickled("pytorch_model-00001-of-00002.bin")
         'model-00001-of-00002.safetensors'
+        >>> unpickled("diffusion_pytorch_model.bin")
+        'diffusion_pytorch_model.safetensors'
     """
     stem = shard.removeprefix("pytorch_").rpartition(".")[0]
     return f"{stem}.safetensors" if shard.endswith(PICKLE_ENDINGS) else shard
+
+
+def stem_of(names: Iterable[str]) -> str:
+    """What the library that loads these weights files calls them: diffusers, or any other.
+
+    Example:
+        >>> stem_of(["diffusion_pytorch_model.fp16.safetensors"])
+        'diffusion_pytorch_model'
+        >>> stem_of(["ema.safetensors"])
+        'model'
+    """
+    return DIFFUSERS_STEM if any(n.startswith(DIFFUSERS_STEM) for n in names) else STEM
+
+
+def index_name(names: Iterable[str]) -> str:
+    """The name of the index of these shards.
+
+    Example:
+        >>> index_name(["model-00001-of-00002.safetensors"])
+        'model.safetensors.index.json'
+    """
+    return f"{stem_of(names)}.safetensors.index.json"
 
 
 def is_adapter_layout(layout: Mapping[str, str]) -> bool:

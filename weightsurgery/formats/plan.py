@@ -13,7 +13,13 @@ from weightsurgery.errors import PolicyError, SettingError, StorageError, confli
 from weightsurgery.formats.apart import is_within
 from weightsurgery.formats.code_keys import travelling
 from weightsurgery.formats.json_cost import MEMORY, parsing_cost
-from weightsurgery.formats.layout import ADAPTER, CARD, INDEX, SINGLE, is_adapter_layout
+from weightsurgery.formats.layout import (
+    ADAPTER,
+    CARD,
+    index_name,
+    is_adapter_layout,
+    stem_of,
+)
 from weightsurgery.formats.output import check_destination
 from weightsurgery.formats.place import left_over, record_name
 from weightsurgery.formats.safetensors import file_order, header_bytes
@@ -179,7 +185,7 @@ def _beside(checkpoint: Checkpoint, shards: tuple[Shard, ...], out: str) -> dict
         for side in checkpoint.side_files
     }
     if len(shards) > 1:
-        found[INDEX] = len(dump(index_of(checkpoint, shards)))
+        found[index_name(shard.name for shard in shards)] = len(dump(index_of(checkpoint, shards)))
     return {**found, CARD: None, record_name(out, is_directory=True): None}
 
 
@@ -286,15 +292,17 @@ def _groups(
         return [(os.path.basename(os.path.abspath(out)), file_order(checkpoint))]
     if is_adapter_layout(checkpoint.layout):
         return [(ADAPTER, file_order(checkpoint))]
+    stem = stem_of(checkpoint.layout.values())
+    single = f"{stem}.safetensors"
     if max_shard_size is not None:
-        return _named(_split(list(checkpoint.values()), max_shard_size))
+        return _named(_split(list(checkpoint.values()), max_shard_size), stem)
     shards: dict[str, dict[str, TensorView]] = {}
     # A new tensor joins the last shard: model.safetensors beside an index would be two answers.
-    last = max(checkpoint.layout.values(), default=SINGLE)
+    last = max(checkpoint.layout.values(), default=single)
     for name, view in checkpoint.items():
         shards.setdefault(checkpoint.layout.get(name, last), {})[name] = view
-    if len(shards) < 2 or SINGLE in shards:  # beside an index that name would mean all weights
-        return _named([shards[name] for name in sorted(shards)])
+    if len(shards) < 2 or single in shards:  # beside an index that name would mean all weights
+        return _named([shards[name] for name in sorted(shards)], stem)
     return [(name, file_order(shards[name])) for name in sorted(shards)]
 
 
@@ -313,11 +321,11 @@ def _split(views: Sequence[TensorView], limit: int) -> list[dict[str, TensorView
     return groups
 
 
-def _named(groups: list[dict[str, TensorView]]) -> list[tuple[str, list[TensorView]]]:
+def _named(groups: list[dict[str, TensorView]], stem: str) -> list[tuple[str, list[TensorView]]]:
     if len(groups) == 1:
-        return [(SINGLE, file_order(groups[0]))]
+        return [(f"{stem}.safetensors", file_order(groups[0]))]
     return [
-        (f"model-{i:05d}-of-{len(groups):05d}.safetensors", file_order(group))
+        (f"{stem}-{i:05d}-of-{len(groups):05d}.safetensors", file_order(group))
         for i, group in enumerate(groups, 1)
     ]
 

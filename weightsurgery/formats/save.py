@@ -16,7 +16,7 @@ from weightsurgery.formats.card import make_card
 from weightsurgery.formats.code_keys import travelling
 from weightsurgery.formats.digest import Digest, NoDigest
 from weightsurgery.formats.journal import Journal, check_resumable, resolved
-from weightsurgery.formats.layout import CARD, INDEX
+from weightsurgery.formats.layout import CARD, index_name
 from weightsurgery.formats.output import Output
 from weightsurgery.formats.place import record_name
 from weightsurgery.formats.plan import Plan, Shard, index_of, input_paths, make_plan
@@ -206,7 +206,9 @@ def _write_rest(
             if removed:
                 warnings.append(f"{side.name}: removed {', '.join(removed)}")
         if len(plan.shards) > 1:
-            small[INDEX] = dump(index_of(checkpoint, plan.shards))
+            small[index_name(shard.name for shard in plan.shards)] = dump(
+                index_of(checkpoint, plan.shards)
+            )
 
     def write(name: str, content: bytes) -> None:
         output.write(name, content)

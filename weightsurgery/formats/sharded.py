@@ -23,12 +23,23 @@ from weightsurgery.errors import (
     shown,
 )
 from weightsurgery.formats.folder import Folder, Weights
-from weightsurgery.formats.layout import INDEX, NOT_OF_THE_MODEL, SINGLE, fits, unpickled
+from weightsurgery.formats.layout import (
+    DIFFUSERS_STEM,
+    INDEX,
+    NOT_OF_THE_MODEL,
+    SINGLE,
+    STEM,
+    fits,
+    unpickled,
+)
 from weightsurgery.formats.strict_json import parse_object
 
 MAX_JSON = 100_000_000
 _OF_A_SET = re.compile(r"(.+)-(\d{5})-of-(\d{5})(\.safetensors|\.bin)")
-_STEMS = {".safetensors": "model", ".bin": "pytorch_model"}
+_STEMS = {
+    ".safetensors": (STEM, DIFFUSERS_STEM),
+    ".bin": ("pytorch_model", DIFFUSERS_STEM),
+}
 
 
 @dataclass(frozen=True)
@@ -96,16 +107,16 @@ def find_set(folder: Folder, ending: str) -> list[str]:
         FormatError: There are shards, but no complete set.
         PolicyError: There are several complete sets.
     """
-    present: dict[int, set[str]] = {}
+    present: dict[tuple[int, str], set[str]] = {}
     for name in folder.entries:
         shard = parse_shard_name(name)
-        if shard and (shard.stem, shard.ending) == (_STEMS[ending], ending):
-            present.setdefault(shard.count, set()).add(name)
-    wanted = {count: _set_of(_STEMS[ending], count, ending) for count in sorted(present) if count}
-    missing = {n: [name for name in wanted[n] if name not in present[n]] for n in wanted}
-    complete = [count for count in wanted if not missing[count]]
+        if shard and shard.stem in _STEMS[ending] and shard.ending == ending and shard.count:
+            present.setdefault((shard.count, shard.stem), set()).add(name)
+    wanted = {key: _set_of(key[1], key[0], ending) for key in sorted(present)}
+    missing = {key: [name for name in wanted[key] if name not in present[key]] for key in wanted}
+    complete = [key for key in wanted if not missing[key]]
     if len(complete) > 1:
-        both = " and ".join(f"of {count}" for count in complete[:2])
+        both = " and ".join(f"of {count}" for count, _ in complete[:2])
         raise PolicyError(
             f"ambiguous weights: complete sets of shards, {both}",
             file=folder.path,
@@ -114,11 +125,11 @@ def find_set(folder: Folder, ending: str) -> list[str]:
         )
     if complete or not wanted:
         return wanted[complete[0]] if complete else []
-    count = min(missing, key=lambda count: (len(missing[count]), count))
-    are = "is" if len(missing[count]) == 1 else "are"
+    nearest = min(missing, key=lambda key: (len(missing[key]), key))
+    gone = missing[nearest]
+    are = "is" if len(gone) == 1 else "are"
     raise FormatError(
-        f"{len(missing[count]):,} of {counted(count, 'shard')} {are} missing: "
-        f"{first_few(missing[count])}",
+        f"{len(gone):,} of {counted(nearest[0], 'shard')} {are} missing: {first_few(gone)}",
         file=folder.path,
         hint="the download may be incomplete",
         code="E-SHARD-MISSING",

@@ -24,7 +24,7 @@ from weightsurgery.formats import open_checkpoint
 from weightsurgery.formats.digest import Digest
 from weightsurgery.formats.files import InputFile, open_member
 from weightsurgery.formats.folder import list_folder
-from weightsurgery.formats.layout import BESIDE, CARD, INDEX, RECORD, fits
+from weightsurgery.formats.layout import BESIDE, CARD, INDEXES, RECORD, fits
 from weightsurgery.formats.place import record_name
 from weightsurgery.formats.recorded import find_output, read_record
 from weightsurgery.formats.safetensors import file_order, open_safetensors
@@ -289,10 +289,10 @@ def _check_whole(found: Found) -> None:
     """Open the directory as any other command would: index, configuration, one answer."""
     try:
         opened = open_checkpoint(found.out)
-        if INDEX in (file.name for file in opened.files):
-            _, listed, _ = read_index(list_folder(found.out, label=found.out), INDEX)
+        for index in {file.name for file in opened.files}.intersection(INDEXES):
+            _, listed, _ = read_index(list_folder(found.out, label=found.out), index)
             if listed != opened.layout:
-                found.wrong(INDEX, None, "malformed", "not what the shards hold")
+                found.wrong(index, None, "malformed", "not what the shards hold")
     except SurgeryError as error:
         file = os.path.basename(error.file or found.out)
         found.wrong(file, error.tensor, "malformed", error.reason)
