@@ -18,11 +18,12 @@ from weightsurgery.formats.directory import MAX_SIDE_FILE
 ONE = {"model.safetensors": weights("a"), "config.json": {"model_type": "bert"}}
 
 TRAVEL = [
-    *("LICENSE", "LICENSE.txt", "NOTICE", "added_tokens.json", "chat_template.jinja"),
-    *("config.json", "generation_config.json", "merges.txt", "preprocessor_config.json"),
-    *("processor_config.json", "sentencepiece.bpe.model", "special_tokens_map.json"),
-    *("spiece.model", "tokenizer.json", "tokenizer.model", "tokenizer_config.json"),
-    *("vocab.json", "vocab.txt"),
+    *("LICENSE", "LICENSE.txt", "NOTICE", "added_tokens.json", "bpe.codes", "chat_template.jinja"),
+    *("config.json", "entity_vocab.json", "generation_config.json", "merges.txt"),
+    *("normalizer.json", "preprocessor_config.json", "processor_config.json", "qwen.tiktoken"),
+    *("sentencepiece.bpe.model", "source.spm", "special_tokens_map.json", "spiece.model"),
+    *("tekken.json", "tokenizer.json", "tokenizer.model", "tokenizer_config.json"),
+    *("video_preprocessor_config.json", "vocab.json", "vocab.txt"),
 ]
 LEFT = [
     *(".gitattributes", "Config.json", "__init__.py", "config.json.bak", "ema.safetensors"),

@@ -16,7 +16,8 @@ CARD = "README.md"
 # What an adapter's folder may have of a tokenizer; it travels into the merged model.
 TOKENIZER = (
     *("tokenizer*.json", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt"),
-    *("*.model", "spiece*", "sentencepiece*", "chat_template.*"),
+    *("*.model", "spiece*", "sentencepiece*", "chat_template.*", "*.tiktoken", "*.spm"),
+    *("tekken.json", "bpe.codes", "normalizer.json", "entity_vocab.json"),
 )
 # What a training leaves beside weights: its own state.
 TRAINING = (
@@ -29,6 +30,8 @@ SIDE_FILES = (
     *("config.json", "generation_config.json", "tokenizer*.json", "special_tokens_map.json"),
     *("vocab.*", "merges.txt", "*.model", "spiece*", "sentencepiece*", "chat_template.*"),
     *("added_tokens.json", "preprocessor_config.json", "processor_config.json"),
+    *("video_preprocessor_config.json", "*.tiktoken", "*.spm", "tekken.json", "bpe.codes"),
+    *("normalizer.json", "entity_vocab.json"),
     *TEXTS,
 )
 WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
