@@ -240,7 +240,7 @@ ADAPTERS: Rows = {
         "its vocabulary is larger than BASE's, and not all tensors of it are in the adapter",
         "give the resized base model as BASE",
     ),
-    "E-ADAPTER-UNCLEAR": (PolicyError, "which tensor it adapts, nobody can tell", _MERGE),
+    "E-ADAPTER-UNCLEAR": (PolicyError, "it is not clear which tensor it adapts", _MERGE),
     "E-ADAPTER-BASE": (
         PolicyError,
         "it names another base than BASE",
@@ -274,7 +274,7 @@ ADAPTERS: Rows = {
     ),
     "E-TIED-UNCLEAR": (
         PolicyError,
-        "which tensors BASE ties, or where its head would be stored, nobody can tell",
+        "it is not clear which tensors BASE ties, or where its head would be stored",
         "say in config.json if they are not tied: `tie_word_embeddings` false",
     ),
     "E-TIED-TOKENS": (

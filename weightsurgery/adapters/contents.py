@@ -83,7 +83,7 @@ def sort_out(adapter: Checkpoint) -> Contents:
         adapter: From `open_checkpoint`.
 
     Raises:
-        FormatError: A name is none of an adapter's, or two mean the same and differ.
+        FormatError: A name is not an adapter's, or two names mean the same and differ.
         PolicyError: A factor is not floating.
     """
     sorter = _Sorter(adapter)
@@ -123,7 +123,7 @@ class _Sorter:
         """A tensor's name in the model, wrappers and the adapter's own name removed.
 
         Raises:
-            FormatError: It is none of an adapter's.
+            FormatError: It is not an adapter's name.
         """
         parts = name.split(".")
         kept = [part for part in parts if part not in _WRAPPERS]

@@ -141,7 +141,7 @@ def stored_as_in_base(reading: Reading) -> Reading:
             code="E-TIED-HEAD",
         )
     targets = tuple(tuple(t for t in one if t.name in base) for one in reading.targets)
-    return Reading(base, base, None, targets)  # the two stay one tensor: nothing tells them apart
+    return Reading(base, base, None, targets)  # the two stay one tensor
 
 
 def stored_apart(reading: Reading) -> Reading:

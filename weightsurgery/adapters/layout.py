@@ -175,7 +175,7 @@ def _replaced(names: Parameters, config: AdapterConfig, name: str, view: TensorV
     tied = config.ensure_weight_tying and bool(config.modules_to_save) and is_output_head(name)
     bias = config.bias != "none" and name.endswith(".bias")
     adapted = ".base_layer." in view.name
-    # PEFT saves the word embedding and the output head on its own accord where they may have grown.
+    # PEFT also saves the word embedding and the output head where they may have grown.
     words = is_output_head(name) or _is_word_embedding(names, name)
     beside = is_beside(names.adapter, view.name)
     if not (saved or tied or bias or adapted or words or beside):

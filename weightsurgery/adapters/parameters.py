@@ -69,7 +69,7 @@ class Parameters:
         for name, shape in shapes.items():
             if shape is None:
                 wanted[name] = _view(name, _shape(made, places[name].target))
-        seen = set()  # one of the parts tells all of them
+        seen = set()  # one part is enough to derive the others
         for name in shapes:
             if places[name].target not in seen:
                 seen.add(places[name].target)
@@ -249,7 +249,7 @@ def _siblings(view: TensorView, place: Place, made: Made) -> list[TensorView]:
 def _shape(made: Made, target: str) -> Shape:
     try:
         known = made.assembly(target)
-    except UnsupportedError:  # it is told when the parameter is asked for
+    except UnsupportedError:  # reported when the parameter is looked up
         return ()
     return known.shape if known is not None else ()
 

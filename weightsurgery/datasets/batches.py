@@ -80,7 +80,7 @@ def read_examples(
 
     Raises:
         FormatError: The file or a row of it is bad.
-        MismatchError: A label is none of the model's, or may be an id as well as a name.
+        MismatchError: A label is not the model's, or may be an id as well as a name.
         SettingError: `max_length` leaves no room, or there is no such label kind.
     """
     if model.task == CLASSIFICATION:

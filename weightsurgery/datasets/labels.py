@@ -70,7 +70,7 @@ def settle_labels(
 
     Usually both may be used. Where the names are numbers themselves and are not their own ids, as
     "1" to "5" for the ids 0 to 4, the whole file decides: if its labels can only be ids, or only
-    be names, they are; if they can be both, nobody can tell.
+    be names, they are; if they can be both, they are ambiguous.
 
     Args:
         sentences: Of the file, from `read_sentences`.

@@ -305,7 +305,7 @@ def _text(name: str, line: int, row: Mapping[str, Any], column: str) -> str:
 
 
 def _texts(name: str, line: int, row: Mapping[str, Any], column: str) -> tuple[str, ...]:
-    """A text or a list of some, none of them empty; () where the field is absent or null."""
+    """A text or a list of texts that are not empty; () where the field is absent or null."""
     given = row.get(column)
     if given is None:
         return ()

@@ -137,7 +137,7 @@ def _delimiter(text: str) -> str:
 
 
 def _header(name: str, header: list[str]) -> list[str]:
-    """The names of columns; of two with one name nobody knows which is meant."""
+    """The names of columns; two of one name are ambiguous."""
     twice = next((one for i, one in enumerate(header) if one in header[:i]), None)
     if twice is not None:
         raise bad_row(
