@@ -14,6 +14,7 @@ from weightsurgery.dtypes import FLOATING
 from weightsurgery.errors import MismatchError, SettingError, counted, shown
 from weightsurgery.pairing import TIED, Pairing
 from weightsurgery.pairs import Pair, Status
+from weightsurgery.parts import coverage_of, pair_parts, unused_of
 
 __all__ = ["Alignment", "Pair", "Status", "align", "align_to_edit", "check_glob", "matches"]
 
@@ -194,9 +195,15 @@ def align(
         MismatchError: The models are of unrelated types, a pair's shapes differ, or its dtypes
             where one of them is not floating, too little pairs, or nothing at all.
     """
-    warnings = [_compare_types(base, tuned, called, refuse=partial == "refuse")]
-    found = Pairing(base, tuned, called)
-    pairs, coverage = found.pairs, found.coverage
+    parts = pair_parts(base, tuned, called)
+    warnings = [
+        part.told(text)
+        for part in parts
+        if (text := _compare_types(part.pairing, called, refuse=partial == "refuse"))
+    ]
+    pairs = tuple(pair for part in parts for pair in part.pairs)
+    pairs = pairs if len(parts) == 1 else tuple(sorted(pairs, key=lambda pair: pair.name))
+    coverage = coverage_of(parts)
     _check_pairs(pairs, mismatched, tuned, called)
     # To be looked at ("keep"), integers will do; to be edited there must be something to edit.
     if not any(p.eligible or (mismatched == "keep" and p.base is not None) for p in pairs):
@@ -212,15 +219,18 @@ def align(
             "--allow-partial to keep unpaired tensors from TUNED",
             code="E-PAIR-COVERAGE",
         )
-    warnings += [*found.warnings, coverage.summary if called == "TUNED" else ""]
+    warnings += [part.told(text) for part in parts for text in part.pairing.warnings]
+    warnings += [coverage.summary] if called == "TUNED" and coverage.summary else []
+    matchers = [part.pairing.matcher for part in parts]
+    prefixed = next((one for one in matchers if one.prefix), matchers[0])
     return Alignment(
         base=base,
         tuned=tuned,
         pairs=pairs,
-        unused=found.unused,
-        prefix=found.matcher.prefix,
-        prefix_on=found.matcher.prefix_on,
-        warnings=tuple(filter(None, warnings)),
+        unused=unused_of(base, parts),
+        prefix=prefixed.prefix,
+        prefix_on=prefixed.prefix_on,
+        warnings=tuple(warnings),
         coverage=coverage,
     )
 
@@ -268,12 +278,13 @@ def _check_pairs(pairs: Sequence[Pair], mismatched: str, tuned: Checkpoint, call
         )
 
 
-def _compare_types(base: Checkpoint, tuned: Checkpoint, called: str, *, refuse: bool) -> str:
+def _compare_types(models: Pairing, called: str, *, refuse: bool) -> str:
     """What to warn of where the models are of unrelated types, "" where they are not.
 
     Raises:
         MismatchError: They are, and that is to be refused.
     """
+    base, tuned = models.base, models.tuned
     types = [checkpoint.config.get("model_type") for checkpoint in (base, tuned)]
     if not all(types) or _are_related(base.config, tuned.config):
         return ""

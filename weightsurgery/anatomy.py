@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 
-_LAYER = re.compile(r"(?:^|\.)(layers?|h|blocks?)\.(\d{1,9})(?:\.|$)")
+_LAYER = re.compile(r"(?:^|[./])(layers?|h|blocks?)\.(\d{1,9})(?:\.|$)")
 
 # How families call the word embedding: BERT's and BLOOM's, XLNet's, Llama's and OPT's, GPT-2's,
 # GPT-NeoX's, T5's and BART's, ModernBERT's, GPT-1's, CLIP's, CPM-Ant's.
@@ -15,12 +15,12 @@ _WORDS = (
 )
 # Names that mean it only at a path's end, and only beside none of the above: XLM's, Mamba's,
 # RWKV's and xLSTM's `embeddings`, and what CTRL and the first Mamba files have.
-_BARE = re.compile(r"(?:^|\.)(?:embeddings|transformer\.w|backbone\.embedding)\.weight$")
+_BARE = re.compile(r"(?:^|[./])(?:embeddings|transformer\.w|backbone\.embedding)\.weight$")
 
 # The first rule that matches decides. Rules look at the module path without the final
 # .weight/.bias; they cover the BERT, RoBERTa, GPT-2, GPT-NeoX, Llama, Mixtral and T5 families.
 _KINDS: tuple[tuple[str, re.Pattern[str]], ...] = tuple(
-    (kind, re.compile(rf"(?:^|\.)(?:{pattern})(?:\.|$)", re.IGNORECASE))
+    (kind, re.compile(rf"(?:^|[./])(?:{pattern})(?:\.|$)", re.IGNORECASE))
     for kind, pattern in (
         # At the end: all of RoBERTa-PreLayerNorm is below `roberta_prelayernorm`.
         ("norm", r"(?:\w*norm\w*|ln_\w+)(?:\.\w+)?$"),

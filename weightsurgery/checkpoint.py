@@ -96,7 +96,7 @@ class FileRef:
     """One input file: weights, or a file that travels with them (config, tokenizer, licence).
 
     Attributes:
-        name: File name without its folder.
+        name: Its path in the model's folder, with slashes; most often a plain name.
         path: Where it lies.
         size: Bytes.
         content: Reads the whole file, for the small ones.
@@ -149,6 +149,9 @@ class Checkpoint(Mapping[str, TensorView]):
         left_out: Directory entries that do not travel, each with the reason.
         warnings: What was odd about it, but not wrong.
         config: The parsed config.json, {} if there is none.
+        parts: Of a model of several parts, the folder of each to its config.json; {} for any
+            other. A part's tensors are called `folder/name`; those of the part called "", which
+            is the model's folder itself, have their own names.
         step: The operator that made it; None for what was opened.
         notes: What the record should tell besides: how BASE and TUNED were aligned.
     """
@@ -164,6 +167,7 @@ class Checkpoint(Mapping[str, TensorView]):
     left_out: tuple[tuple[str, str], ...] = ()
     warnings: tuple[str, ...] = ()
     config: Mapping[str, Any] = field(default_factory=dict)
+    parts: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     step: Step | None = None
     notes: Mapping[str, Any] = field(default_factory=dict)
 
@@ -209,6 +213,47 @@ class Checkpoint(Mapping[str, TensorView]):
         """Every file that this checkpoint and those it is made from were opened from."""
         return tuple(f for given in self.sources() for f in (*given.files, *given.side_files))
 
+    def split(self) -> dict[str, Checkpoint]:
+        """Each part as a model with names of its own, by its folder; any other model as the one "".
+
+        Example:
+            >>> import numpy as np
+            >>> one, other = (from_arrays({"w": np.zeros(2)}) for _ in range(2))
+            >>> whole = united({"": one, "2_Dense": other}, label="model")
+            >>> list(whole), list(whole.split()["2_Dense"])
+            (['2_Dense/w', 'w'], ['w'])
+        """
+        if not self.parts:
+            return {"": self}
+        names: dict[str, list[str]] = {folder: [] for folder in self.parts}
+        deepest = sorted(filter(None, self.parts), key=len, reverse=True)
+        for name in self:
+            folder = next((f for f in deepest if name.startswith(f"{f}/")), "")
+            names.setdefault(folder, []).append(name)
+        return {folder: self._part(folder, names[folder]) for folder in names}
+
+    def _part(self, folder: str, names: list[str]) -> Checkpoint:
+        front = f"{folder}/" if folder else ""
+        return replace(
+            self,
+            tensors={
+                n.removeprefix(front): replace(self[n], name=n.removeprefix(front)) for n in names
+            },
+            label=f"{self.label}/{folder}" if folder else self.label,
+            layout={
+                n.removeprefix(front): self.layout[n].removeprefix(front)
+                for n in names
+                if n in self.layout
+            },
+            side_files=tuple(
+                replace(file, name=file.name.removeprefix(front))
+                for file in self.side_files
+                if file.name.startswith(front)
+            ),
+            config=self.parts.get(folder, {}),
+            parts={},
+        )
+
     def check_unchanged(self) -> None:
         """Compare the input files with what they were when they were opened.
 
@@ -251,6 +296,46 @@ class Checkpoint(Mapping[str, TensorView]):
         )
         told = {name: new for name, new in names.items() if name in self}
         return renamed.made_by(Step("rename", {"names": told}, {"checkpoint": self}))
+
+
+def united(parts: Mapping[str, Checkpoint], *, label: str) -> Checkpoint:
+    """A model of several parts as one checkpoint.
+
+    Args:
+        parts: Folder to what was opened there; "" is the model's folder itself. Where only this
+            one has weights, it is a model as any other, and the rest are files that travel.
+        label: What to call it in messages.
+    """
+    tensors: dict[str, TensorView] = {}
+    layout: dict[str, str] = {}
+    metadata: dict[str, str] = {}
+    files: list[FileRef] = []
+    side_files: list[FileRef] = []
+    left_out: list[tuple[str, str]] = []
+    warnings: list[str] = []
+    for folder, part in parts.items():
+        front = f"{folder}/" if folder else ""
+        tensors |= {front + n: replace(view, name=front + n) for n, view in part.items()}
+        layout |= {front + n: front + file for n, file in part.layout.items()}
+        metadata |= part.metadata
+        files += [replace(file, name=front + file.name) for file in part.files]
+        side_files += [replace(file, name=front + file.name) for file in part.side_files]
+        left_out += [(front + name, reason) for name, reason in part.left_out]
+        warnings += [f"{folder}: {text}" if folder else text for text in part.warnings]
+    weighty = {folder: part.config for folder, part in parts.items() if part}
+    return Checkpoint(
+        tensors,
+        label=label,
+        metadata=metadata,
+        layout=layout,
+        is_directory=True,
+        files=tuple(files),
+        side_files=tuple(side_files),
+        left_out=tuple(left_out),
+        warnings=tuple(warnings),
+        config=parts[""].config if "" in parts else {},
+        parts={} if weighty.keys() == {""} else weighty,
+    )
 
 
 def require_checkpoints(*given: object) -> None:

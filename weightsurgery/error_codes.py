@@ -190,6 +190,11 @@ _INDEX: Rows = {
     ),
 }
 _DIRECTORY: Rows = {
+    "E-PARTS": (
+        FormatError,
+        "`modules.json` or `model_index.json` does not list the parts of a model",
+        "download it again",
+    ),
     "E-TWO-ANSWERS": (
         PolicyError,
         "two things in a directory claim to be its weights",

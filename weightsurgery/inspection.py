@@ -56,6 +56,7 @@ def inspect(
         "kinds": _grouped(checkpoint, {n: kind_of(n) for n in checkpoint}),
         "dtypes": _grouped(checkpoint, {n: v.dtype.name for n, v in checkpoint.items()}),
         "metadata": dict(sorted(checkpoint.metadata.items())),
+        "parts": [*checkpoint.parts],
         "model_type": kind if isinstance(kind, str) else None,
         "files": [{"file": f.name, "bytes": f.size} for f in checkpoint.files],
         "side_files": [{"file": f.name, "bytes": f.size} for f in checkpoint.side_files],

@@ -20,8 +20,9 @@ from weightsurgery.dtypes import DTYPES
 from weightsurgery.errors import MismatchError, counted
 from weightsurgery.formats.strict_json import parse
 from weightsurgery.kernels import Block, bits_of, choose
-from weightsurgery.pairing import DUPLICATE, TIED, Pairing
+from weightsurgery.pairing import DUPLICATE, TIED
 from weightsurgery.pairs import Pair
+from weightsurgery.parts import pair_parts, unused_of
 from weightsurgery.stream import Edit
 
 KIND = {"wsurg": "mask/1"}  # metadata of a mask's file
@@ -38,7 +39,7 @@ def changed_mask(checkpoint: Checkpoint) -> Checkpoint:
         A lazy checkpoint of U8 tensors, one for each edited tensor.
     """
     views = {n: _packed(view) for n, view in checkpoint.items() if view.status == "edited"}
-    plain = replace(checkpoint, layout={}, side_files=(), left_out=(), is_directory=False)
+    plain = replace(checkpoint, layout={}, parts={}, side_files=(), left_out=(), is_directory=False)
     shapes = {name: list(checkpoint[name].shape) for name in views}
     metadata = {**KIND, "shapes": json.dumps(shapes, separators=(",", ":"))}
     made = replace(plain, tensors=views, metadata=metadata, notes={})
@@ -81,8 +82,11 @@ def read_mask(mask: Checkpoint, tuned: Checkpoint) -> Checkpoint:
     shapes = _shapes(mask)
     flags = {name: _unpacked(view, shapes.get(name)) for name, view in mask.items()}
     # With TUNED's configuration: that a mask lacks the head does not say that the head is tied.
-    found = Pairing(replace(mask, tensors=flags, config=tuned.config, side_files=()), tuned)
-    for name, reason in found.unused:
+    alike = replace(
+        mask, tensors=flags, config=tuned.config, parts=tuned.parts, layout={}, side_files=()
+    )
+    parts = pair_parts(alike, tuned)
+    for name, reason in unused_of(alike, parts):
         if reason not in (TIED, DUPLICATE):
             raise MismatchError(
                 "this tensor of the mask has no counterpart in TUNED",
@@ -92,12 +96,14 @@ def read_mask(mask: Checkpoint, tuned: Checkpoint) -> Checkpoint:
                 code="E-MASK",
             )
     tensors = {}
-    for pair in found.pairs:
-        if pair.base is not None:
-            # A copy's own flags come before those of the tensor that it is tied to.
-            own = found.matcher.find(pair.name, alone=True)
-            one = pair if own is None else replace(pair, base=own.view, names=own.names)
-            tensors[pair.name] = _fitting(one, mask, shapes)
+    for part in parts:
+        for pair in part.pairing.pairs:
+            if pair.base is not None:
+                # A copy's own flags come before those of the tensor that it is tied to.
+                own = part.pairing.matcher.find(pair.name, alone=True)
+                one = pair if own is None else replace(pair, base=own.view, names=own.names)
+                one = part.whole(one)
+                tensors[one.name] = _fitting(one, mask, shapes)
     return replace(mask, tensors=tensors)
 
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from weightsurgery.batching import SIDES, keep_attention_mode, padding_sides
 from weightsurgery.checkpoint import Checkpoint, TensorView
-from weightsurgery.errors import MismatchError, PolicyError, SettingError, shown
+from weightsurgery.errors import MismatchError, PolicyError, SettingError, first_few, shown
 from weightsurgery.formats import open_checkpoint
 from weightsurgery.formats.code_keys import names_kernel
 from weightsurgery.kernels import to_float
@@ -135,17 +135,18 @@ def load_model(
         raise SettingError(f"task is '{shown(task)}'; expected auto, {CLASSIFICATION} or {CAUSAL}")
     checkpoint = source if isinstance(source, Checkpoint) else open_checkpoint(source)
     require_directory(checkpoint)
-    _refuse_kernels(checkpoint.config, checkpoint)
-    require_unquantised(checkpoint)
-    task = task_of(checkpoint) if task == "auto" else task
+    own = _own_part(checkpoint)
+    _refuse_kernels(own.config, own)
+    require_unquantised(own)
+    task = task_of(own) if task == "auto" else task
     target = pick_device(device)
     with Quiet():
-        tokenizer = load_tokenizer(checkpoint)
-        module = _load_module(checkpoint, task)
+        tokenizer = load_tokenizer(own)
+        module = _load_module(own, task)
     if task == CLASSIFICATION:
-        _settle_padding(module.config, tokenizer, checkpoint)
+        _settle_padding(module.config, tokenizer, own)
     module.to(target).eval()
-    storage = find_storage(module, checkpoint)
+    storage = find_storage(module, own)
     names = storage.parameters
     keep_attention_mode(module)
     with Quiet():
@@ -174,6 +175,23 @@ def require_directory(checkpoint: Checkpoint) -> None:
             else "put them beside it and give the folder",
             code="E-MODEL-FOLDER",
         )
+
+
+def _own_part(checkpoint: Checkpoint) -> Checkpoint:
+    """Of a model of several parts the one in its own folder; any other model as it is.
+
+    Raises:
+        MismatchError: It has no such part.
+    """
+    parts = checkpoint.split()
+    if not parts.get("") and checkpoint.parts:
+        raise MismatchError(
+            f"a model of several parts: {first_few([shown(folder) for folder in parts])}",
+            file=checkpoint.label,
+            hint="give the folder of the one to load",
+            code="E-MODEL-FOLDER",
+        )
+    return parts[""]
 
 
 def _refuse_kernels(value: Any, checkpoint: Checkpoint) -> None:
@@ -220,7 +238,8 @@ def _load_module(checkpoint: Checkpoint, task: str) -> Any:
         CLASSIFICATION: transformers.AutoModelForSequenceClassification,
         CAUSAL: transformers.AutoModelForCausalLM,
     }
-    folder = os.path.dirname(checkpoint.files[0].path)
+    own = next(file for file in checkpoint.files if "/" not in file.name)  # none of a part's
+    folder = os.path.dirname(own.path)
     try:
         config = transformers.AutoConfig.from_pretrained(
             folder, trust_remote_code=False, local_files_only=True

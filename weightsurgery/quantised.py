@@ -56,16 +56,17 @@ def require_unquantised(*checkpoints: Checkpoint) -> None:
                     hint=_HINT,
                     code="E-QUANTISED-TENSOR",
                 )
-        method, unclear = configured_method(checkpoint.config), _unclear(checkpoint)
-        if method and unclear is not None:
-            raise PolicyError(
-                f"config.json has a {KEY} ({shown(method)}), and this tensor is "
-                f"{unclear.dtype.name}: it may hold quantized values",
-                file=checkpoint.label,
-                tensor=unclear.name,
-                hint=_HINT,
-                code="E-QUANTISED-CONFIG",
-            )
+        for part in checkpoint.split().values():
+            method, unclear = configured_method(part.config), _unclear(part)
+            if method and unclear is not None:
+                raise PolicyError(
+                    f"config.json has a {KEY} ({shown(method)}), and this tensor is "
+                    f"{unclear.dtype.name}: it may hold quantized values",
+                    file=part.label,
+                    tensor=unclear.name,
+                    hint=_HINT,
+                    code="E-QUANTISED-CONFIG",
+                )
 
 
 def what_is_stored(view: TensorView) -> str:

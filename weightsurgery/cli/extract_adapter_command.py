@@ -13,7 +13,7 @@ from weightsurgery.adapters.memory import fit_works, works_of
 from weightsurgery.checkpoint import Checkpoint
 from weightsurgery.cli import options
 from weightsurgery.formats import save
-from weightsurgery.formats.output import check_destination, check_folder_name
+from weightsurgery.formats.destination import check_destination, check_folder_name
 from weightsurgery.formats.plan import input_paths, make_plan
 from weightsurgery.report.extraction import extraction_tables, matrix_tables
 from weightsurgery.report.outcome import plan_tables

@@ -16,7 +16,7 @@ from weightsurgery.datasets.mismatch import (
 from weightsurgery.datasets.mismatch_check import check_mismatch, require_mismatched
 from weightsurgery.datasets.question_types import KEYWORDS, read_keywords
 from weightsurgery.datasets.read import read_instructions
-from weightsurgery.formats.output import check_destination
+from weightsurgery.formats.destination import check_destination
 from weightsurgery.report.mismatch import mismatch_check_tables, mismatch_tables
 
 

@@ -13,7 +13,7 @@ from weightsurgery.checkpoint import Checkpoint
 from weightsurgery.cli import options
 from weightsurgery.cli.companion import companion_of
 from weightsurgery.formats import save
-from weightsurgery.formats.output import check_destination
+from weightsurgery.formats.destination import check_destination
 from weightsurgery.formats.plan import (
     check_file_name,
     check_outputs_apart,

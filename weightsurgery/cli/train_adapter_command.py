@@ -10,7 +10,7 @@ from weightsurgery.cli import causal_options, lora_options, model_options, optio
 from weightsurgery.cli.writing import show_plan, write
 from weightsurgery.datasets.read import read_instructions
 from weightsurgery.formats.apart import check_apart
-from weightsurgery.formats.output import check_destination, check_folder_name
+from weightsurgery.formats.destination import check_destination, check_folder_name
 from weightsurgery.formats.plan import input_paths
 from weightsurgery.models import require_directory
 from weightsurgery.report.training import adapter_tables, planned_adapter_tables

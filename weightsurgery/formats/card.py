@@ -8,7 +8,13 @@ from typing import Any
 
 from weightsurgery.checkpoint import Checkpoint
 from weightsurgery.errors import counted
-from weightsurgery.formats.layout import DIFFUSERS_STEM, is_adapter_layout, stem_of
+from weightsurgery.formats.layout import (
+    DIFFUSERS_STEM,
+    MODULES,
+    PIPELINE,
+    is_adapter_layout,
+    stem_of,
+)
 from weightsurgery.formats.record import public_name
 from weightsurgery.version import __version__
 
@@ -73,9 +79,10 @@ def _library(checkpoint: Checkpoint) -> str:
     """The library that loads the output."""
     if is_adapter_layout(checkpoint.layout):
         return "peft"
-    if stem_of(checkpoint.layout.values()) == DIFFUSERS_STEM:
+    beside = {file.name for file in checkpoint.side_files}
+    if PIPELINE in beside or stem_of(checkpoint.layout.values()) == DIFFUSERS_STEM:
         return "diffusers"
-    return "transformers"
+    return "sentence-transformers" if MODULES in beside else "transformers"
 
 
 def _steps(checkpoint: Checkpoint) -> str:

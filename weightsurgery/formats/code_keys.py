@@ -6,6 +6,7 @@ from typing import Any
 
 from weightsurgery.checkpoint import FileRef
 from weightsurgery.errors import shown
+from weightsurgery.formats.layout import fits
 from weightsurgery.formats.strict_json import dump, parse_config
 
 CODE_KEYS = ("auto_map", "custom_pipelines", "trust_remote_code", "transformers_weights")
@@ -47,11 +48,17 @@ def travelling(side: FileRef) -> tuple[bytes, list[str]]:
         ChangedError: It changed since it was opened.
     """
     content = side.content()
-    if not side.name.endswith("config.json"):
+    if not is_config(side.name):
         return content, []
     removed: set[str] = set()
     clean = _strip(parse_config(content, file=side.path, what="config"), removed)
     return (dump(clean) if removed else content), sorted(removed)
+
+
+def is_config(path: str) -> bool:
+    """True for a configuration, in which keys may load code or weights."""
+    name = path.rpartition("/")[2]
+    return name.endswith("config.json") or fits(name, ("config_*.json",))
 
 
 def _strip(value: Any, removed: set[str]) -> Any:

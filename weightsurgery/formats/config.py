@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from weightsurgery.checkpoint import Checkpoint, FileRef
+from weightsurgery.formats.layout import joined
 from weightsurgery.formats.strict_json import dump, parse_config
 from weightsurgery.quantised import KEY, leftover_warnings
 
@@ -43,9 +44,10 @@ def with_dtype(checkpoint: Checkpoint, dtype: str) -> Checkpoint:
         checkpoint: A model.
         dtype: In torch's words, such as "bfloat16".
     """
-    if _with_dtype(checkpoint.config, dtype) == checkpoint.config:
-        return checkpoint
-    return _changed(checkpoint, lambda config: _with_dtype(config, dtype))
+    for folder, config in {"": checkpoint.config, **checkpoint.parts}.items():
+        if _with_dtype(config, dtype) != config:
+            checkpoint = _changed(checkpoint, lambda config: _with_dtype(config, dtype), folder)
+    return checkpoint
 
 
 def without_leftovers(checkpoint: Checkpoint) -> Checkpoint:
@@ -72,17 +74,25 @@ def _without_quantization(value: Any) -> Any:
 
 
 def _changed(
-    checkpoint: Checkpoint, change: Callable[[dict[str, Any]], dict[str, Any]]
+    checkpoint: Checkpoint, change: Callable[[dict[str, Any]], dict[str, Any]], folder: str = ""
 ) -> Checkpoint:
+    """The same checkpoint with another config.json, in its folder or in that of a part."""
+
     def changed(file: FileRef) -> FileRef:
         def content() -> bytes:
             return dump(change(parse_config(file.content(), file=file.path, what="config")))
 
         return replace(file, content=content)
 
-    files = (changed(f) if f.name == "config.json" else f for f in checkpoint.side_files)
-    config = change(dict(checkpoint.config)) if checkpoint.config else {}
-    return replace(checkpoint, side_files=tuple(files), config=config)
+    path = joined(folder, "config.json")
+    files = (changed(file) if file.name == path else file for file in checkpoint.side_files)
+    parts = dict(checkpoint.parts)
+    if folder in parts:
+        parts[folder] = change(dict(parts[folder]))
+    config = checkpoint.config
+    if not folder and config:
+        config = change(dict(config))
+    return replace(checkpoint, side_files=tuple(files), config=config, parts=parts)
 
 
 def _with_dtype(value: Any, dtype: str) -> Any:

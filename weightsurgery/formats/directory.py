@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import os
-import stat
+from collections.abc import Collection, Iterable
+from dataclasses import replace
 from typing import Any
 
-from weightsurgery.checkpoint import Checkpoint, FileRef
+from weightsurgery.checkpoint import Checkpoint, united
 from weightsurgery.errors import FormatError, PolicyError, SettingError, shown
 from weightsurgery.formats.adapter import is_adapter, open_adapter
 from weightsurgery.formats.config import without_leftovers
-from weightsurgery.formats.files import InputFile
 from weightsurgery.formats.folder import Folder, list_folder
 from weightsurgery.formats.layout import (
     ADAPTER_CONFIG,
@@ -20,13 +20,13 @@ from weightsurgery.formats.layout import (
     INDEX,
     PICKLED_WEIGHTS,
     PICKLES,
+    PIPELINE,
     RECORD,
-    SIDE_FILES,
     SINGLE,
-    TEXTS,
+    WEIGHTS,
     fits,
 )
-from weightsurgery.formats.placeholders import LONGEST_LOOK, refuse_placeholder
+from weightsurgery.formats.manifest import Manifest, read_manifest
 from weightsurgery.formats.safetensors import refuse_pickle
 from weightsurgery.formats.sharded import (
     MAX_JSON,
@@ -37,10 +37,10 @@ from weightsurgery.formats.sharded import (
     open_set,
     refuse_part,
 )
+from weightsurgery.formats.side_files import find_side_files
 from weightsurgery.formats.strict_json import parse_config
 
 _MOST_LOOKED_AT = 1000
-MAX_SIDE_FILE = 100_000_000  # bytes; a side file is held in memory whole
 
 
 def open_directory(
@@ -53,6 +53,9 @@ def open_directory(
 ) -> Checkpoint:
     """Open a model directory: headers, index and config are read and checked, weights are not.
 
+    A model of several parts is one checkpoint, whose tensors have their part's folder in front of
+    their names.
+
     Args:
         directory: The directory.
         label: What to call it in messages.
@@ -61,7 +64,7 @@ def open_directory(
         follow_links: Follow symbolic links that lead out of the directory.
 
     Raises:
-        FormatError: A file of it breaks its format's rules, or shards are missing.
+        FormatError: A file of it breaks its format's rules, or shards or parts are missing.
         PolicyError: Two files claim to be the weights, only a pickle is there and that is not
             allowed, `weights` is one shard of several, or a link leads out of the directory.
         SettingError: There is no file called `weights`.
@@ -72,13 +75,26 @@ def open_directory(
     )
     if weights is None and is_adapter(folder.entries):
         return open_adapter(folder)
+    manifest = read_manifest(folder)
+    if manifest is None:
+        return _open_model(folder, weights)
+    return _open_parts(folder, manifest, weights)
+
+
+def _open_model(
+    folder: Folder,
+    weights: str | None = None,
+    parts: Collection[str] = (),
+    anew: Collection[str] = (CARD, RECORD),
+) -> Checkpoint:
+    """Open the weights of one folder, and what lies beside them."""
     config = _read_config(folder)
     found = _open_weights(folder, config, weights)
     read = {file.name for file in found.files}
-    side_files, left_out = _side_files(folder, read, found.left_out)
+    side_files, left_out = find_side_files(folder, read, found.left_out, parts=parts, anew=anew)
     opened = Checkpoint(
         found.tensors,
-        label=label,
+        label=folder.label,
         metadata=found.metadata,
         layout=found.written_layout,
         is_directory=True,
@@ -89,6 +105,67 @@ def open_directory(
         config=config,
     )
     return without_leftovers(opened)
+
+
+def _open_parts(folder: Folder, manifest: Manifest, weights: str | None) -> Checkpoint:
+    """Open a model of several parts as one.
+
+    Raises:
+        FormatError: No part has weights, or a component's folder is missing.
+        SettingError: `weights` is named, and the folder itself is no part.
+    """
+    tops = _first_names(manifest.folders)
+    parts: dict[str, Checkpoint] = {}
+    if manifest.is_root_part and (weights is not None or _holds_weights(folder)):
+        parts[""] = _open_model(folder, weights, parts=tops)
+    elif weights is not None:
+        reason = f"`weights` names a file of the folder itself, but {manifest.file} lists parts"
+        hint = "give the folder of the part"
+        raise SettingError(reason, file=folder.path, hint=hint, code="E-WEIGHTS-NAME")
+    else:
+        parts[""] = _without_weights(folder, parts=tops)
+    for path in manifest.folders:
+        inner, below = folder.enter(path), _first_names(manifest.folders, f"{path}/")
+        if inner is not None and _holds_weights(inner):
+            parts[path] = _open_model(inner, parts=below, anew=())
+        elif inner is not None:
+            parts[path] = _without_weights(inner, parts=below, anew=())
+        elif manifest.file == PIPELINE:
+            raise FormatError(
+                f"the folder '{shown(path)}' is missing; {PIPELINE} lists it",
+                file=folder.path,
+                hint="the download may be incomplete",
+                code="E-PARTS",
+            )
+    if not any(parts.values()):
+        raise FormatError(
+            f"none of the parts that {manifest.file} lists has weights",
+            file=folder.path,
+            hint="the download may be incomplete",
+            code="E-NO-WEIGHTS",
+        )
+    whole = united(parts, label=folder.label)
+    return replace(whole, warnings=(*whole.warnings, *manifest.warnings))
+
+
+def _first_names(paths: Iterable[str], front: str = "") -> set[str]:
+    """The first name of each path below a folder."""
+    below = (path.removeprefix(front) for path in paths if path.startswith(front))
+    return {path.partition("/")[0] for path in below}
+
+
+def _holds_weights(folder: Folder) -> bool:
+    return any(fits(name, (*WEIGHTS, *PICKLES)) for name in folder.entries)
+
+
+def _without_weights(
+    folder: Folder, parts: Collection[str], anew: Collection[str] = (CARD, RECORD)
+) -> Checkpoint:
+    """A folder of configurations alone, such as a tokenizer's."""
+    side_files, left_out = find_side_files(folder, (), {}, parts=parts, anew=anew)
+    return Checkpoint(
+        {}, label=folder.label, is_directory=True, side_files=side_files, left_out=left_out
+    )
 
 
 def _read_config(folder: Folder) -> dict[str, Any]:
@@ -189,47 +266,3 @@ def _below(folder: Folder) -> str:
         if kind:
             return f"{kind} is in its folder {shown(name)}"
     return "is this a model directory?"
-
-
-def _side_files(
-    folder: Folder, weights: set[str], others: dict[str, str]
-) -> tuple[tuple[FileRef, ...], tuple[tuple[str, str], ...]]:
-    """The files that travel with the weights, and those that do not, each with the reason."""
-    kept, left_out = [], []
-    for name in folder.entries:
-        if name in weights or name in (CARD, RECORD):  # these two are written anew
-            continue
-        if name in others:
-            left_out.append((shown(name), others[name]))
-        elif not fits(name, SIDE_FILES):
-            left_out.append((shown(name), "not on the list of files that travel"))
-        elif not name.isprintable():
-            left_out.append((shown(name), "a name that cannot be printed"))
-        elif not _leads_to_regular(os.path.join(folder.path, name)):
-            left_out.append((name, "not a regular file"))
-        else:
-            file = folder.open(name)
-            if file.size > MAX_SIDE_FILE:
-                left_out.append((name, f"{file.size:,} bytes; the limit is {MAX_SIDE_FILE:,}"))
-            else:
-                _refuse_placeholder(file, name)
-                kept.append(file.ref())
-    return tuple(kept), tuple(left_out)
-
-
-def _refuse_placeholder(file: InputFile, name: str) -> None:
-    """Refuse a side file without which the output would be no model.
-
-    Raises:
-        FormatError: It is a Git LFS pointer, or a web page.
-    """
-    if not fits(name, TEXTS):  # which may well be pages, and serve as they are
-        start = file.read_bytes(0, min(file.size, LONGEST_LOOK))
-        refuse_placeholder(start, file=file.path, expected="a file that travels with the weights")
-
-
-def _leads_to_regular(path: str) -> bool:
-    try:
-        return stat.S_ISREG(os.stat(path).st_mode)
-    except OSError:
-        return False  # a dangling link; the caller lists it

@@ -112,15 +112,20 @@ def clear(directory: str, keep: tuple[str, ...] = ()) -> None:
 
     Args:
         directory: Which; one of ours, whose lock is held.
-        keep: Names in it that stay.
+        keep: Files in it that stay, by their paths in it.
     """
     with os.scandir(directory) as entries:
-        found = sorted((e.path, e.is_dir(follow_symlinks=False)) for e in entries)
-    for path, is_directory in found:
-        if os.path.basename(path) in keep:
+        found = sorted((e.name, e.is_dir(follow_symlinks=False)) for e in entries)
+    for name, is_directory in found:
+        path, below = os.path.join(directory, name), f"{name}/"
+        kept = tuple(k.removeprefix(below) for k in keep if k.startswith(below))
+        if name in keep:
             continue
         with contextlib.suppress(FileNotFoundError):
-            _patiently(shutil.rmtree if is_directory else os.unlink, path)
+            if is_directory and kept:
+                clear(path, kept)
+            else:
+                _patiently(shutil.rmtree if is_directory else os.unlink, path)
 
 
 def remove_directory(directory: str) -> None:

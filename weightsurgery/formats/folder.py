@@ -6,7 +6,7 @@ import os
 from dataclasses import dataclass
 
 from weightsurgery.checkpoint import TensorView
-from weightsurgery.errors import StorageError
+from weightsurgery.errors import PolicyError, StorageError
 from weightsurgery.formats.files import InputFile, open_member
 from weightsurgery.formats.layout import PICKLE_ENDINGS
 from weightsurgery.formats.pickled import open_pickled
@@ -73,6 +73,36 @@ class Folder:
             raise refuse_pickle(file.path)
         tensors, warnings = open_pickled(file)
         return Weights(file, tensors, {}, warnings)
+
+    def enter(self, path: str) -> Folder | None:
+        """A folder below this one, None if there is none.
+
+        Args:
+            path: Plain names with slashes between them.
+
+        Raises:
+            PolicyError: It is a symbolic link, and links may not be followed.
+            StorageError: It cannot be listed.
+        """
+        place = self.path
+        for name in path.split("/"):
+            place = os.path.join(place, name)
+            if os.path.islink(place) and not self.follow_links:
+                raise PolicyError(
+                    "a symbolic link in place of a folder of the model",
+                    file=place,
+                    hint="put the folder itself there, or pass --follow-links "
+                    "(follow_links=True) if you trust every link in it",
+                    code="E-LINK-OUT",
+                )
+        if not os.path.isdir(place):
+            return None
+        return list_folder(
+            place,
+            label=f"{self.label}/{path}",
+            allow_pickle=self.allow_pickle,
+            follow_links=self.follow_links,
+        )
 
     def holds(self, name: str) -> bool:
         """Whether the directory has an entry of this name now, also a dangling link."""

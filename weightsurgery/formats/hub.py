@@ -8,7 +8,15 @@ from collections.abc import Iterator
 from functools import partial
 
 from weightsurgery.errors import StorageError, shown
-from weightsurgery.formats.layout import ADAPTER_CONFIG, CARD, PICKLES, SIDE_FILES, WEIGHTS
+from weightsurgery.formats.layout import (
+    ADAPTER_CONFIG,
+    CARD,
+    CHAT_TEMPLATES,
+    PICKLES,
+    SIDE_FILES,
+    TEXTS,
+    WEIGHTS,
+)
 
 _ID = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(?:@(?P<revision>[\w./-]+))?")
 
@@ -45,7 +53,8 @@ def snapshots(text: str, *, pickles: bool = False) -> Iterator[str]:
 
     found = _ID.fullmatch(text)
     repo, revision = (found["repo"], found["revision"]) if found else (text, None)
-    wanted = [*WEIGHTS, *SIDE_FILES, CARD, ADAPTER_CONFIG]
+    below = (f"*/{pattern}" for pattern in SIDE_FILES if pattern not in TEXTS)  # of parts
+    wanted = [*WEIGHTS, *SIDE_FILES, *below, f"{CHAT_TEMPLATES}/*", CARD, ADAPTER_CONFIG]
     fetch = partial(snapshot_download, repo, revision=revision, allow_patterns=wanted)
     try:
         # Not an error: the next call may use the network, or says why it may not.

@@ -12,6 +12,9 @@ INDEXES = (INDEX, DIFFUSERS_INDEX)
 ADAPTER, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 RECORD = "wsurg-record.json"
 CARD = "README.md"
+# What lists the parts of a model: sentence-transformers', diffusers', and a Router's inside a part.
+MODULES, PIPELINE, ROUTER = "modules.json", "model_index.json", "router_config.json"
+CHAT_TEMPLATES = "additional_chat_templates"  # a folder of *.jinja
 
 # What an adapter's folder may have of a tokenizer; it travels into the merged model.
 TOKENIZER = (
@@ -32,6 +35,10 @@ SIDE_FILES = (
     *("added_tokens.json", "preprocessor_config.json", "processor_config.json"),
     *("video_preprocessor_config.json", "*.tiktoken", "*.spm", "tekken.json", "bpe.codes"),
     *("normalizer.json", "entity_vocab.json"),
+    # Of sentence-transformers' modules, and of pipelines.
+    *(MODULES, PIPELINE, ROUTER, "config_sentence_transformers.json", "sentence_*_config.json"),
+    *("lstm_config.json", "cnn_config.json", "wordembedding_config.json", "idf.json"),
+    *("whitespacetokenizer_config.json", "phrasetokenizer_config.json", "scheduler_config.json"),
     *TEXTS,
 )
 WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
@@ -53,6 +60,49 @@ FILE_ENDINGS = (".safetensors", *PICKLE_ENDINGS, ".gguf")  # of a name that mean
 def fits(name: str, patterns: Iterable[str]) -> bool:
     """True if a file name fits one of the patterns; case matters."""
     return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def travels(path: str) -> bool:
+    """True for what an output may have beside its weights, in its folder or in that of a part.
+
+    Args:
+        path: Relative to the model's folder, with slashes.
+
+    Example:
+        >>> travels("1_Pooling/config.json"), travels("additional_chat_templates/tools.jinja")
+        (True, True)
+        >>> travels("1_Pooling/pooling.py")
+        False
+    """
+    folder, _, name = path.rpartition("/")
+    if folder.rpartition("/")[2] == CHAT_TEMPLATES:
+        return name.endswith(".jinja")
+    return fits(name, BESIDE if not folder else (*INDEXES, *SIDE_FILES))
+
+
+def joined(folder: str, name: str) -> str:
+    """The name of a part's file or tensor in the whole model.
+
+    Example:
+        >>> joined("unet", "conv_in.weight"), joined("", "conv_in.weight")
+        ('unet/conv_in.weight', 'conv_in.weight')
+    """
+    return f"{folder}/{name}" if folder else name
+
+
+def is_plain_path(path: str, depth: int = 4) -> bool:
+    """True for the path of a file in a folder or in one below it, which cannot lead out of it.
+
+    Args:
+        path: From a stranger.
+        depth: How many names it may have.
+
+    Example:
+        >>> is_plain_path("unet/config.json"), is_plain_path("../config.json"), is_plain_path("")
+        (True, False, False)
+    """
+    names = path.split("/")
+    return len(names) <= depth and all(n not in ("", ".", "..") and "\0" not in n for n in names)
 
 
 def unpickled(shard: str) -> str:
@@ -77,7 +127,8 @@ def stem_of(names: Iterable[str]) -> str:
         >>> stem_of(["ema.safetensors"])
         'model'
     """
-    return DIFFUSERS_STEM if any(n.startswith(DIFFUSERS_STEM) for n in names) else STEM
+    bare = (name.rpartition("/")[2] for name in names)
+    return DIFFUSERS_STEM if any(n.startswith(DIFFUSERS_STEM) for n in bare) else STEM
 
 
 def index_name(names: Iterable[str]) -> str:

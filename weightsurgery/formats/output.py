@@ -10,30 +10,18 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import stat
 from collections.abc import Sequence
 from typing import Any
 
 from weightsurgery.errors import (
     ChangedError,
-    PolicyError,
-    SettingError,
     StorageError,
     SurgeryError,
     counted,
-    shown,
 )
 from weightsurgery.formats import disk
-from weightsurgery.formats.apart import check_apart
-from weightsurgery.formats.layout import (
-    ADAPTER_CONFIG,
-    CARD,
-    FILE_ENDINGS,
-    RECORD,
-    SIDE_FILES,
-    WEIGHTS,
-    fits,
-)
+from weightsurgery.formats.destination import check_destination
+from weightsurgery.formats.layout import RECORD
 from weightsurgery.formats.place import (
     MARKER,
     clean,
@@ -42,8 +30,6 @@ from weightsurgery.formats.place import (
     lock,
     lock_directory,
     move,
-    record_name,
-    recover,
     temporary_of,
     told,
     undo,
@@ -147,6 +133,7 @@ class Output:
         self._stuck = False  # half is in place and could not be taken back: the next run does
         self._locks: list[int] = []
         self._files: list[OutputFile] = []
+        self._folders: list[str] = []  # of the files in it, those above them first
         self._notes: list[OutputFile] = []
 
     def __enter__(self) -> Output:
@@ -181,7 +168,13 @@ class Output:
                     disk.close(self._locks.pop())
 
     def create(self, name: str) -> OutputFile:
-        """A new file of the output; `commit` makes it durable."""
+        """A new file of the output, by its path in it; `commit` makes it durable."""
+        folder = os.path.dirname(name)
+        if folder and folder not in self._folders:
+            place = os.path.join(self.temporary, folder)
+            with told("cannot create", place):
+                disk.make_directories(place)
+            self._folders.append(folder)
         self._files.append(OutputFile(os.path.join(self.temporary, name)))
         return self._files[-1]
 
@@ -218,6 +211,8 @@ class Output:
                 disk.remove(os.path.join(self.temporary, self.journal))
                 self.kept.clear()
             moves = self._prepare_directory() if self.is_directory else self._prepare_files()
+            for folder in _with_parents(self._folders):
+                disk.sync_directory(os.path.join(self.temporary, folder))
             disk.sync_directory(self.temporary)
             self._put_in_place(moves)
 
@@ -286,91 +281,6 @@ def write_file(path: str, data: bytes) -> None:
                     disk.remove(partial)
 
 
-def check_destination(
-    out: str, *, is_directory: bool, overwrite: bool, inputs: Sequence[str]
-) -> None:
-    """Everything that can be said against a destination before work begins.
-
-    Raises:
-        SettingError: It is to be a directory, and its name is a file's.
-        PolicyError: It exists and may not be replaced, or touches an input.
-        StorageError: Its folder is not there or not writable.
-    """
-    if is_directory:
-        reason = "the input is a model directory: outputs mirror the input"
-        check_folder_name(out, reason, "; only single files make a single .safetensors file")
-    target = os.path.abspath(out)
-    parent = os.path.dirname(target)
-    given = out.rstrip(os.sep) or out  # messages say it as the user does
-    folder = os.path.dirname(given) or os.curdir
-    if not os.path.isdir(parent):
-        reason = "the folder to write to does not exist"
-        raise StorageError(reason, file=folder, code="E-OUTPUT-FOLDER")
-    if not os.access(parent, os.W_OK | os.X_OK):
-        reason = "the folder to write to is not writable"
-        raise StorageError(reason, file=folder, code="E-OUTPUT-FOLDER")
-    recover(target)
-    places = [given]
-    if not is_directory:
-        beside = record_name(target, is_directory=False)
-        places.append(os.path.join(os.path.dirname(given), beside))
-    for place in places:
-        check_apart(place, inputs)
-    for place in places:
-        if not os.path.lexists(place):
-            continue
-        _check_replaceable(place, is_directory=is_directory)
-        if not overwrite:
-            raise PolicyError(
-                "exists already",
-                file=place,
-                hint="--overwrite (overwrite=True) replaces it",
-                code="E-OUTPUT-EXISTS",
-            )
-
-
-def check_folder_name(out: str, reason: str, hint: str = "") -> None:
-    """Refuse a weights file's name for what will be a folder; ending it with a slash insists.
-
-    Args:
-        out: The name.
-        reason: Why it will be a folder.
-        hint: What to say besides that another name is needed.
-
-    Raises:
-        SettingError: It is one.
-    """
-    ending = os.path.splitext(out)[1]
-    if ending.lower() in FILE_ENDINGS:
-        raise SettingError(
-            f"'{shown(out)}' names a file, but {reason}",
-            hint=f"give a name without {ending}{hint}",
-            code="E-OUTPUT-NAME",
-        )
-
-
-def _check_replaceable(place: str, *, is_directory: bool) -> None:
-    """--overwrite replaces a model directory or a file, never a folder of other things."""
-    mode = os.lstat(place).st_mode
-    if not (stat.S_ISDIR(mode) if is_directory else stat.S_ISREG(mode)):
-        wanted = "a directory" if is_directory else "a regular file"
-        raise PolicyError(
-            f"exists already, and is not {wanted}; only such is ever replaced here",
-            file=place,
-            hint="choose another output",
-            code="E-OUTPUT-FOREIGN",
-        )
-    for name in os.listdir(place) if is_directory else []:
-        known = fits(name, (*WEIGHTS, *SIDE_FILES, ADAPTER_CONFIG, CARD, RECORD, ".gitattributes"))
-        if not known or not os.path.isfile(os.path.join(place, name)):
-            raise PolicyError(
-                f"exists already, and holds '{shown(name)}', which is not part of a model",
-                file=place,
-                hint="choose another output, or remove the directory yourself",
-                code="E-OUTPUT-FOREIGN",
-            )
-
-
 def _is_removed(path: str, *, unless: str) -> bool:
     """Remove a new file that could not be moved back; not where that would lose an old one."""
     if os.path.lexists(unless) or os.path.isdir(path):
@@ -386,6 +296,17 @@ def _is_cut_off(error: object) -> bool:
     if isinstance(error, Exception):
         return isinstance(error, StorageError | MemoryError) and not isinstance(error, ChangedError)
     return error is not None
+
+
+def _with_parents(folders: Sequence[str]) -> list[str]:
+    """Folders and those above them, the deepest first."""
+    found = {folder for path in folders for folder in _prefixes(path)}
+    return sorted(found, key=lambda folder: (-folder.count("/"), folder))
+
+
+def _prefixes(path: str) -> list[str]:
+    names = path.split("/")
+    return ["/".join(names[: i + 1]) for i in range(len(names))]
 
 
 def _umask() -> int:

@@ -32,9 +32,10 @@ def temporary_of(out: str) -> str:
 def left_over(out: str) -> int:
     """Bytes that a killed run on this output left, which the next run clears or goes on with."""
     found = 0
-    with contextlib.suppress(OSError), os.scandir(temporary_of(out)) as entries:
-        for entry in entries:
-            found += entry.stat(follow_symlinks=False).st_size
+    for folder, _, names in os.walk(temporary_of(out)):
+        for name in names:
+            with contextlib.suppress(OSError):
+                found += os.lstat(os.path.join(folder, name)).st_size
     return found
 
 

@@ -11,16 +11,17 @@ from typing import Any
 from weightsurgery.checkpoint import BLOCK, Checkpoint, TensorView
 from weightsurgery.errors import PolicyError, SettingError, StorageError, conflict, shown
 from weightsurgery.formats.apart import is_within
-from weightsurgery.formats.code_keys import travelling
+from weightsurgery.formats.code_keys import is_config, travelling
+from weightsurgery.formats.destination import check_destination
 from weightsurgery.formats.json_cost import MEMORY, parsing_cost
 from weightsurgery.formats.layout import (
     ADAPTER,
     CARD,
     index_name,
     is_adapter_layout,
+    joined,
     stem_of,
 )
-from weightsurgery.formats.output import check_destination
 from weightsurgery.formats.place import left_over, record_name
 from weightsurgery.formats.safetensors import file_order, header_bytes
 from weightsurgery.formats.strict_json import dump
@@ -169,10 +170,37 @@ def shards_of(checkpoint: Checkpoint, out: str, limit: int | None = None) -> tup
         limit: Bytes of tensors in a file at most; None keeps the checkpoint's own layout.
     """
     metadata = {**checkpoint.metadata, "format": checkpoint.metadata.get("format", "pt")}
+    parts = checkpoint.split() if checkpoint.is_directory else {"": checkpoint}
     return tuple(
-        Shard(name, tuple(views), header_bytes(views, metadata))
-        for name, views in _groups(checkpoint, out, limit)
+        Shard(
+            joined(folder, name),
+            tuple(checkpoint[joined(folder, view.name)] for view in views),
+            header_bytes(views, metadata),
+        )
+        for folder, part in parts.items()
+        for name, views in _groups(part, out, limit)
     )
+
+
+def small_files(
+    checkpoint: Checkpoint, shards: Sequence[Shard]
+) -> tuple[dict[str, bytes], list[str]]:
+    """The side files and indexes of a directory, and what was removed from configurations.
+
+    Args:
+        checkpoint: What is to be written.
+        shards: Its weight files.
+
+    Raises:
+        FormatError: A config is malformed.
+        ChangedError: A side file changed since it was opened.
+    """
+    found: dict[str, bytes] = {}
+    warnings = []
+    for side in checkpoint.side_files:
+        found[side.name], removed = travelling(side)
+        warnings += [f"{side.name}: removed {', '.join(removed)}"] if removed else []
+    return found | _indexes(shards), warnings
 
 
 def _beside(checkpoint: Checkpoint, shards: tuple[Shard, ...], out: str) -> dict[str, int | None]:
@@ -181,20 +209,35 @@ def _beside(checkpoint: Checkpoint, shards: tuple[Shard, ...], out: str) -> dict
         return {record_name(out, is_directory=False): None}
     found: dict[str, int | None] = {
         # Configs are small, and may lose keys or tell another dtype; nothing else is read for it.
-        side.name: len(travelling(side)[0]) if side.name.endswith("config.json") else side.size
+        side.name: len(travelling(side)[0]) if is_config(side.name) else side.size
         for side in checkpoint.side_files
     }
-    if len(shards) > 1:
-        found[index_name(shard.name for shard in shards)] = len(dump(index_of(checkpoint, shards)))
+    found |= {name: len(content) for name, content in _indexes(shards).items()}
     return {**found, CARD: None, record_name(out, is_directory=True): None}
 
 
-def index_of(checkpoint: Checkpoint, shards: Sequence[Shard]) -> dict[str, Any]:
-    """The index of a checkpoint in several files, as the hub has it."""
-    return {
-        "metadata": {"total_parameters": checkpoint.size, "total_size": checkpoint.nbytes},
-        "weight_map": {view.name: shard.name for shard in shards for view in shard.views},
-    }
+def _indexes(shards: Sequence[Shard]) -> dict[str, bytes]:
+    """The index of each folder that has several weight files, as the hub has it."""
+    folders: dict[str, list[Shard]] = {}
+    for shard in shards:
+        folders.setdefault(os.path.dirname(shard.name), []).append(shard)
+    found = {}
+    for folder, files in folders.items():
+        views = [view for shard in files for view in shard.views]
+        content = {
+            "metadata": {
+                "total_parameters": sum(view.size for view in views),
+                "total_size": sum(view.nbytes for view in views),
+            },
+            "weight_map": {
+                view.name.removeprefix(joined(folder, "")): os.path.basename(shard.name)
+                for shard in files
+                for view in shard.views
+            },
+        }
+        if len(files) > 1:
+            found[joined(folder, index_name(shard.name for shard in files))] = dump(content)
+    return found
 
 
 def _check_headers(shards: tuple[Shard, ...], out: str) -> None:

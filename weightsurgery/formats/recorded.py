@@ -13,7 +13,7 @@ from weightsurgery.dtypes import DTYPES
 from weightsurgery.errors import FormatError, StorageError, shown
 from weightsurgery.formats.files import InputFile, did_you_mean, open_member
 from weightsurgery.formats.json_cost import MEMORY_OF_MANY
-from weightsurgery.formats.layout import CARD, RECORD
+from weightsurgery.formats.layout import CARD, RECORD, is_plain_path, joined
 from weightsurgery.formats.place import record_name
 from weightsurgery.formats.record import SCHEMA, SEAL, sealed
 from weightsurgery.formats.safetensors import MAX_RANK
@@ -155,8 +155,8 @@ def _output_faults(outputs: Any) -> Iterator[str]:
         yield "no outputs"
         return
     for name, entry in outputs.items():
-        if not is_plain_name(name) or name == RECORD:
-            yield f"outputs names '{shown(name)}'; expected a plain file name"
+        if not is_plain_path(name) or name == RECORD:
+            yield f"outputs names '{shown(name)}'; expected a file's path in the output"
         elif not _is_file(entry):
             yield f"outputs['{shown(name)}'] is no size and SHA-256"
 
@@ -186,6 +186,7 @@ def _tensor_faults(tensors: Any, outputs: Any) -> Iterator[str]:
             isinstance(entry.get("file"), str)
             and entry["file"] in outputs
             and entry["file"].endswith(".safetensors")
+            and name.startswith(joined(os.path.dirname(entry["file"]), ""))
             and isinstance(entry.get("dtype"), str)
             and entry["dtype"] in DTYPES
             and isinstance(shape, list)
@@ -256,12 +257,3 @@ def _is_file(entry: Any) -> bool:
         and "sha256" in entry
         and (entry["sha256"] is None or _is_hash(entry["sha256"]))
     )
-
-
-def is_plain_name(name: str) -> bool:
-    """True for the name of a file in a folder, which cannot lead out of it.
-
-    Args:
-        name: From a stranger.
-    """
-    return name not in ("", ".", "..") and not any(c in name for c in "/\0")

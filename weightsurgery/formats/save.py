@@ -13,13 +13,12 @@ from typing import Any
 
 from weightsurgery.checkpoint import Checkpoint, TensorView, require_checkpoints
 from weightsurgery.formats.card import make_card
-from weightsurgery.formats.code_keys import travelling
 from weightsurgery.formats.digest import Digest, NoDigest
 from weightsurgery.formats.journal import Journal, check_resumable, resolved
-from weightsurgery.formats.layout import CARD, index_name
+from weightsurgery.formats.layout import CARD
 from weightsurgery.formats.output import Output
 from weightsurgery.formats.place import record_name
-from weightsurgery.formats.plan import Plan, Shard, index_of, input_paths, make_plan
+from weightsurgery.formats.plan import Plan, Shard, input_paths, make_plan, small_files
 from weightsurgery.formats.record import describe_input, make_record, sealed
 from weightsurgery.formats.strict_json import dump
 from weightsurgery.kernels import count_different
@@ -199,16 +198,8 @@ def _write_rest(
     """Side files, index, card and record: small, and last."""
     read = [w for source in checkpoint.sources() for w in source.warnings]
     warnings = list(dict.fromkeys([*read, *checkpoint.warnings]))  # the operators' own come last
-    small: dict[str, bytes] = {}
-    if plan.is_directory:
-        for side in checkpoint.side_files:
-            small[side.name], removed = travelling(side)
-            if removed:
-                warnings.append(f"{side.name}: removed {', '.join(removed)}")
-        if len(plan.shards) > 1:
-            small[index_name(shard.name for shard in plan.shards)] = dump(
-                index_of(checkpoint, plan.shards)
-            )
+    small, removed = small_files(checkpoint, plan.shards) if plan.is_directory else ({}, [])
+    warnings += removed
 
     def write(name: str, content: bytes) -> None:
         output.write(name, content)

@@ -20,6 +20,7 @@ from weightsurgery.checkpoint import Checkpoint, TensorView
 from weightsurgery.dtypes import DTYPES, DType
 from weightsurgery.errors import NonFiniteError, counted, first_few, shown
 from weightsurgery.formats.config import with_dtype
+from weightsurgery.formats.layout import joined
 from weightsurgery.kernels import Block, to_dtype, to_float
 from weightsurgery.quantised import require_unquantised
 from weightsurgery.registry import Setting, operator
@@ -116,13 +117,16 @@ def _in_float32(checkpoint: Checkpoint, dtype: str) -> Collection[str]:
     """
     if dtype == "f32":
         return ()
-    facts = find_architecture(checkpoint.config)
-    modules = [_ROUTER_BIAS]
-    if facts is not None:
-        modules += [*facts.float32_strict, *(facts.float32 if dtype == "f16" else ())]
-    pattern = re.compile("|".join(module.replace("*", ".*") for module in modules))
-    places = read_names(checkpoint, facts).places
-    return {n for n, place in places.items() if pattern.search(place.model_name)}
+    found = set()
+    for folder, part in checkpoint.split().items():
+        facts = find_architecture(part.config)
+        modules = [_ROUTER_BIAS]
+        if facts is not None:
+            modules += [*facts.float32_strict, *(facts.float32 if dtype == "f16" else ())]
+        pattern = re.compile("|".join(module.replace("*", ".*") for module in modules))
+        places = read_names(part, facts).places.items()
+        found |= {joined(folder, n) for n, place in places if pattern.search(place.model_name)}
+    return found
 
 
 def _kept(

@@ -12,9 +12,8 @@ from typing import Any
 
 from weightsurgery.checkpoint import Checkpoint
 from weightsurgery.formats.card import make_card
-from weightsurgery.formats.code_keys import travelling
-from weightsurgery.formats.layout import CARD, INDEXES, index_name
-from weightsurgery.formats.plan import Shard, index_of, shards_of
+from weightsurgery.formats.layout import CARD, INDEXES
+from weightsurgery.formats.plan import Shard, shards_of, small_files
 from weightsurgery.formats.record import SEAL, make_record
 from weightsurgery.formats.strict_json import dump
 from weightsurgery.proof.findings import Found
@@ -58,9 +57,7 @@ def _small_files(
     made: Checkpoint, shards: tuple[Shard, ...], record: Mapping[str, Any]
 ) -> dict[str, bytes]:
     """Side files, index and, if there is a record to make it of, the card."""
-    found = {side.name: travelling(side)[0] for side in made.side_files}
-    if len(shards) > 1:
-        found[index_name(shard.name for shard in shards)] = dump(index_of(made, shards))
+    found, _ = small_files(made, shards)
     if record:
         names = [*(shard.name for shard in shards), *found]  # in the order of writing
         outputs = {n: record["outputs"][n] for n in names if n in record["outputs"]}
@@ -80,7 +77,11 @@ def _check_files(found: Found, shards: tuple[Shard, ...], small: Mapping[str, by
         elif name in small and name in found.files:
             file, content = found.files[name], small[name]
             if file.size != len(content) or file.read_all(len(content)) != content:
-                whose = "the steps give other bytes" if name in (CARD, *INDEXES) else _OTHER
+                whose = (
+                    "the steps give other bytes"
+                    if name == CARD or os.path.basename(name) in INDEXES
+                    else _OTHER
+                )
                 found.wrong(name, None, "not TUNED's", whose)
 
 

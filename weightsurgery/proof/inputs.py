@@ -11,8 +11,9 @@ from typing import Any
 from weightsurgery.checkpoint import Checkpoint, FileRef
 from weightsurgery.errors import FormatError, MismatchError, SettingError, first_few, shown
 from weightsurgery.formats import open_checkpoint
+from weightsurgery.formats.layout import is_plain_path
 from weightsurgery.formats.record import describe_input
-from weightsurgery.formats.recorded import Recorded, is_plain_name
+from weightsurgery.formats.recorded import Recorded
 from weightsurgery.formats.sharded import parse_shard_name
 from weightsurgery.formats.vocabulary import read_vocabulary
 from weightsurgery.stream import Engine
@@ -119,7 +120,7 @@ def _beside(recorded: Recorded, name: str) -> str:
     folders = [folder]
     if recorded.is_directory:  # inputs lie beside a model's folder
         folders = [os.path.dirname(folder), folder]
-    places = [os.path.join(place, name) for place in folders if is_plain_name(name)]
+    places = [os.path.join(place, name) for place in folders if is_plain_path(name, 1)]
     return next((place for place in places if os.path.lexists(place)), "")
 
 
@@ -208,7 +209,7 @@ def _open(path: str, entry: Mapping[str, Any], follow_links: bool) -> Checkpoint
     whole = shard is not None and shard.count > 1  # of a model without an index: all are opened
     endings = (".safetensors", ".index.json")
     if first.endswith(endings) and not first.startswith("adapter_model.") and not whole:
-        chosen = is_plain_name(first) and os.path.isdir(path)
+        chosen = is_plain_path(first, 1) and os.path.isdir(path)
         weights = first if chosen and os.path.lexists(os.path.join(path, first)) else None
     return open_checkpoint(path, weights=weights, follow_links=follow_links)
 

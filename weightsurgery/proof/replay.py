@@ -18,7 +18,7 @@ from weightsurgery.errors import (
     first_few,
     shown,
 )
-from weightsurgery.formats.output import check_destination
+from weightsurgery.formats.destination import check_destination
 from weightsurgery.formats.record import SEAL
 from weightsurgery.formats.recorded import find_record, read_record
 from weightsurgery.formats.save import save

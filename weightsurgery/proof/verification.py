@@ -7,6 +7,7 @@ import resource
 from collections.abc import Mapping
 from concurrent.futures import Future
 from contextlib import ExitStack, closing
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -24,7 +25,7 @@ from weightsurgery.formats import open_checkpoint
 from weightsurgery.formats.digest import Digest
 from weightsurgery.formats.files import InputFile, open_member
 from weightsurgery.formats.folder import list_folder
-from weightsurgery.formats.layout import BESIDE, CARD, INDEXES, RECORD, fits
+from weightsurgery.formats.layout import CARD, INDEXES, RECORD, joined, travels
 from weightsurgery.formats.place import record_name
 from weightsurgery.formats.recorded import find_output, read_record
 from weightsurgery.formats.safetensors import file_order, open_safetensors
@@ -104,11 +105,18 @@ def _present(out: str, *, is_directory: bool) -> list[str]:
     """The names that an output has, without its record."""
     if not is_directory:
         return [os.path.basename(os.path.abspath(out))]
-    try:
-        return sorted(name for name in os.listdir(out) if name != RECORD)
-    except OSError as error:
+
+    def refuse(error: OSError) -> None:
         reason = f"cannot list: {error.strerror}"
-        raise StorageError(reason, file=out, code="E-FILE-OPEN") from error
+        raise StorageError(reason, file=error.filename, code="E-FILE-OPEN") from error
+
+    found = []
+    for folder, folders, names in os.walk(out, onerror=refuse):
+        links = [name for name in folders if os.path.islink(os.path.join(folder, name))]
+        within = os.path.relpath(folder, out)
+        places = names + links + ([] if names or folders or within == "." else [""])
+        found += [os.path.normpath(os.path.join(within, name)) for name in places]
+    return sorted(name for name in found if name != RECORD)
 
 
 def _open_files(found: Found, folder: str, present: list[str]) -> None:
@@ -122,7 +130,7 @@ def _open_files(found: Found, folder: str, present: list[str]) -> None:
     for name in present:
         if name not in recorded.files:
             found.wrong(name, None, "extra", "the record does not name it")
-        elif found.is_directory and not (name in holding or fits(name, BESIDE)):
+        elif found.is_directory and not (name in holding or travels(name)):
             found.wrong(name, None, "extra", "the record names it, but wsurg writes no such file")
     if found.is_directory and CARD not in recorded.files:
         found.wrong(CARD, None, "missing", "every folder that wsurg writes has one")
@@ -170,6 +178,8 @@ def _open_tensors(
     except SurgeryError as error:
         found.wrong(name, error.tensor, "malformed", error.reason)
         return
+    front = joined(os.path.dirname(name) if found.is_directory else "", "")
+    views = {front + tensor: replace(view, name=front + tensor) for tensor, view in views.items()}
     for tensor in sorted(views.keys() - expected.keys()):
         found.wrong(name, tensor, "extra", "the record does not name it")
     for tensor, entry in expected.items():
@@ -289,12 +299,15 @@ def _check_whole(found: Found) -> None:
     """Open the directory as any other command would: index, configuration, one answer."""
     try:
         opened = open_checkpoint(found.out)
-        for index in {file.name for file in opened.files}.intersection(INDEXES):
-            _, listed, _ = read_index(list_folder(found.out, label=found.out), index)
-            if listed != opened.layout:
-                found.wrong(index, None, "malformed", "not what the shards hold")
+        folder = list_folder(found.out, label=found.out)
+        for path in {file.name for file in opened.files}:
+            part, index = os.path.split(path)
+            if index in INDEXES:
+                _, listed, _ = read_index(folder, path)
+                if listed != opened.split()[part].layout:
+                    found.wrong(path, None, "malformed", "not what the shards hold")
     except SurgeryError as error:
-        file = os.path.basename(error.file or found.out)
+        file = os.path.relpath(error.file or found.out, found.out)
         found.wrong(file, error.tensor, "malformed", error.reason)
 
 

@@ -13,6 +13,7 @@ def description_tables(description: Mapping[str, Any]) -> list[Table]:
     """A description from `inspect` as tables, the summary last, where a terminal shows it."""
     tensors = description["tensors"]
     measured = [k for k in ("l2", "nan", "infinite") if any(k in e for e in tensors)]
+    parts = [folder or "." for folder in description["parts"]]
     files = [*description["files"], *description["side_files"]]
     return [
         Table(
@@ -49,6 +50,7 @@ def description_tables(description: Mapping[str, Any]) -> list[Table]:
             ("", ""),
             [
                 ["model type", shown(description["model_type"] or "-")],
+                *([["parts", ", ".join(map(shown, parts))]] if parts else []),
                 ["tensors", number(len(tensors))],
                 ["parameters", number(description["parameters"])],
                 ["bytes", size(description["bytes"])],

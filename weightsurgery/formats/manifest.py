@@ -1,0 +1,131 @@
+"""Models of several parts, each in a folder of its own: what lists the parts.
+
+sentence-transformers' `modules.json` lists the modules that texts go through, of which one may be
+the model's folder itself; diffusers' `model_index.json` lists the components of a pipeline.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from weightsurgery.errors import FormatError, PolicyError, first_few, shown
+from weightsurgery.formats.folder import Folder
+from weightsurgery.formats.layout import MODULES, PIPELINE, ROUTER, is_plain_path, joined
+from weightsurgery.formats.strict_json import parse
+
+_MAX_BYTES = 10_000_000
+_MOST_PARTS = 200
+_DEPTH = 3  # names in a part's path
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The parts of a model.
+
+    Attributes:
+        file: The name of the file that lists them.
+        folders: Paths of the parts that lie in folders of their own.
+        is_root_part: Whether the model's folder is itself a part.
+        warnings: What will not load without code, which does not travel.
+    """
+
+    file: str
+    folders: tuple[str, ...]
+    is_root_part: bool
+    warnings: tuple[str, ...] = ()
+
+
+def read_manifest(folder: Folder) -> Manifest | None:
+    """What a folder says of the model's parts, None if it says nothing.
+
+    Args:
+        folder: The model's.
+
+    Raises:
+        FormatError: The list is malformed, or leads out of the folder.
+        PolicyError: There are two such lists.
+        StorageError: One cannot be read.
+    """
+    named = [name for name in (PIPELINE, MODULES) if name in folder.entries]
+    if not named:
+        return None
+    if len(named) > 1:
+        raise PolicyError(
+            f"ambiguous parts: {PIPELINE} and {MODULES} both list some",
+            file=folder.path,
+            hint="keep one of the two in the folder",
+            code="E-TWO-ANSWERS",
+        )
+    read = _components if named[0] == PIPELINE else _modules
+    parts = dict(read(folder))
+    if len(parts) > _MOST_PARTS:
+        raise _malformed(folder, named[0], f"lists more than {_MOST_PARTS} parts")
+    for path in parts:
+        if path and not (is_plain_path(path, _DEPTH) and path.isprintable() and "\\" not in path):
+            reason = f"lists a part at '{shown(path)}'; expected a folder in the model's own"
+            raise _malformed(folder, named[0], reason)
+    custom = [f"'{shown(kind)}'" for path, kind in parts.items() if _is_code(folder, path, kind)]
+    warning = f"{named[0]}: {first_few(custom)} needs code, which does not travel"
+    folders = tuple(path for path in parts if path)
+    return Manifest(named[0], folders, "" in parts, (warning,) if custom else ())
+
+
+def _components(folder: Folder) -> Iterator[tuple[str, str]]:
+    """Folder and module of each component of a pipeline.
+
+    Raises:
+        FormatError: The list is no object.
+    """
+    content = _read(folder, PIPELINE)
+    if not isinstance(content, dict):
+        raise _malformed(folder, PIPELINE, "expected an object")
+    for name, told in content.items():
+        several = isinstance(told, list) and len(told) == 2
+        if several and all(isinstance(text, str) for text in told):
+            yield name, told[0]
+
+
+def _modules(folder: Folder) -> Iterator[tuple[str, str]]:
+    """Folder and class of each module of a sentence transformer, and of those in a Router.
+
+    Raises:
+        FormatError: It is no list of objects with a path and a type.
+    """
+    content = _read(folder, MODULES)
+    for module in content if isinstance(content, list) and content else [None]:
+        told = module if isinstance(module, dict) else {}
+        path, kind = told.get("path"), told.get("type")
+        if not isinstance(path, str) or not isinstance(kind, str):
+            raise _malformed(folder, MODULES, "expected a list of modules with path and type")
+        yield path, kind
+        if kind.endswith((".Router", ".Asym")) and (not path or is_plain_path(path, _DEPTH)):
+            yield from _routes(folder, path)
+
+
+def _routes(folder: Folder, path: str) -> Iterator[tuple[str, str]]:
+    """The modules that a Router chooses among, in folders below its own."""
+    inner = folder.enter(path) if path else folder
+    for name in (ROUTER, "config.json") if inner is not None else ():
+        if inner is not None and name in inner.entries:
+            content = _read(inner, name)
+            types = content.get("types") if isinstance(content, dict) else None
+            for module, kind in types.items() if isinstance(types, dict) else ():
+                yield joined(path, module), str(kind)
+            return
+
+
+def _read(folder: Folder, name: str) -> Any:
+    file = folder.open(name)
+    return parse(file.read_all(_MAX_BYTES), file=file.path, what="list of parts")
+
+
+def _malformed(folder: Folder, name: str, reason: str) -> FormatError:
+    return FormatError(reason, file=f"{folder.path}/{name}", code="E-PARTS")
+
+
+def _is_code(folder: Folder, path: str, kind: str) -> bool:
+    """True if a part's class is defined by a file that lies in the folder, or on the hub."""
+    file = f"{kind.partition('.')[0]}.py"
+    return "--" in kind or folder.holds(file) or folder.holds(joined(path, file))

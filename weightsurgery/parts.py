@@ -1,0 +1,98 @@
+"""BASE and TUNED as they are paired: a model of several parts, such as a pipeline, part by part."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+from weightsurgery.checkpoint import Checkpoint
+from weightsurgery.coverage import Coverage
+from weightsurgery.formats.layout import joined
+from weightsurgery.pairing import Pairing
+from weightsurgery.pairs import Pair
+
+
+@dataclass(frozen=True)
+class Part:
+    """A part of TUNED, and that of BASE which it is paired with.
+
+    Attributes:
+        folder: TUNED's name for it; "" for the model's own folder, and for a model of one part.
+        base_folder: BASE's name for it.
+        pairing: How the two are paired.
+    """
+
+    folder: str
+    base_folder: str
+    pairing: Pairing
+
+    @cached_property
+    def pairs(self) -> tuple[Pair, ...]:
+        """One for each tensor of the part, under the names of the whole model."""
+        found = self.pairing.pairs
+        return tuple(map(self.whole, found)) if self.folder or self.base_folder else found
+
+    def whole(self, pair: Pair) -> Pair:
+        """A pair under the names of the whole model."""
+        return replace(
+            pair,
+            tuned=replace(pair.tuned, name=joined(self.folder, pair.tuned.name)),
+            key=joined(self.folder, pair.key),
+            names=tuple(joined(self.base_folder, name) for name in pair.names),
+        )
+
+    def told(self, text: str) -> str:
+        """A message that names the part."""
+        return f"{self.folder}: {text}" if self.folder else text
+
+
+def pair_parts(base: Checkpoint, tuned: Checkpoint, called: str = "TUNED") -> tuple[Part, ...]:
+    """Pair each part of TUNED with BASE's part of the same folder.
+
+    A model in one folder is the part "". Where that has no counterpart, and the other model has
+    only one part with weights, the two belong together.
+
+    Args:
+        base: BASE.
+        tuned: TUNED.
+        called: What messages call the second model.
+    """
+    ours, theirs = base.split(), tuned.split()
+    folders = {folder: folder for folder in theirs}
+    if len(ours) == len(theirs) == 1:
+        folders = dict(zip(theirs, ours, strict=True))
+    nothing = Checkpoint({}, label=base.label)
+    return tuple(
+        Part(folder, folders[folder], Pairing(ours.get(folders[folder], nothing), part, called))
+        for folder, part in theirs.items()
+    )
+
+
+def unused_of(base: Checkpoint, parts: tuple[Part, ...]) -> tuple[tuple[str, str], ...]:
+    """BASE's tensors that are no counterpart, each with the reason."""
+    paired = {part.base_folder: part for part in parts}
+    found = []
+    for folder, model in base.split().items():
+        part = paired.get(folder)
+        if part is None:
+            found += [(joined(folder, name), "TUNED has no such part") for name in model]
+        else:
+            found += [(joined(folder, name), reason) for name, reason in part.pairing.unused]
+    return tuple(found)
+
+
+def coverage_of(parts: tuple[Part, ...]) -> Coverage:
+    """Which share of the parameters of all parts has a counterpart."""
+    if len(parts) == 1 and not parts[0].folder:
+        return parts[0].pairing.coverage
+    found = [(part.folder, part.pairing.coverage) for part in parts]
+    known = (one.architecture for _, one in found)
+    return Coverage(
+        parameters=sum(one.parameters for _, one in found),
+        paired=sum(one.paired for _, one in found),
+        heads=sum(one.heads for _, one in found),
+        added=sum(one.added for _, one in found),
+        unpaired={joined(f, name): why for f, one in found for name, why in one.unpaired.items()},
+        partly={joined(f, name): why for f, one in found for name, why in one.partly.items()},
+        architecture=", ".join(dict.fromkeys(filter(None, known))),
+    )
