@@ -18,6 +18,8 @@ from weightsurgery.checkpoint import Checkpoint
 from weightsurgery.comparison import diff
 from weightsurgery.errors import FormatError, PolicyError, SettingError
 from weightsurgery.formats import open_checkpoint, save
+from weightsurgery.formats.journal import Journal
+from weightsurgery.formats.plan import Shard
 from weightsurgery.formats.strict_json import dump
 from weightsurgery.inspection import inspect
 from weightsurgery.masks import changed_mask
@@ -200,9 +202,16 @@ def test_an_interrupted_run_goes_on(
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
+    def note(self: Journal, shard: Shard, output: Any, tensors: Any) -> None:
+        output["sha256"].result()
+        original(self, shard, output, tensors)
+
+    original = Journal.note
+
     base, tuned = pair
     out = tmp_path / "out"
     with monkeypatch.context() as patched:
+        patched.setattr(Journal, "note", note)
         patched.setattr(sys.modules["weightsurgery.formats.save"], "_write_rest", interrupt)
         with pytest.raises(KeyboardInterrupt):
             save(mix(base, tuned), out, resume=True)

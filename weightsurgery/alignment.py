@@ -321,11 +321,15 @@ def _are_integers(pair: Pair) -> bool:
 
 def _nothing_pairs(base: Checkpoint, tuned: Checkpoint, called: str) -> MismatchError:
     names = [next(iter(checkpoint), "(no tensors)") for checkpoint in (base, tuned)]
+    advice = "--strip-prefix or --map FILE can pair names"
+    if base.parts.keys() != tuned.parts.keys():
+        several = tuned.parts or base.parts
+        advice = f"one of them has the parts {', '.join(map(shown, several))}: give one's folder"
     return MismatchError(
         f"no tensors of BASE and {called} could be paired (for example '{shown(names[0])}' and "
         f"'{shown(names[1])}')",
         file=tuned.label,
-        hint=_doubt(called, "--strip-prefix or --map FILE can pair names"),
+        hint=_doubt(called, advice),
         code="E-PAIR-NONE",
     )
 

@@ -86,7 +86,9 @@ def coverage_of(parts: tuple[Part, ...]) -> Coverage:
     if len(parts) == 1 and not parts[0].folder:
         return parts[0].pairing.coverage
     found = [(part.folder, part.pairing.coverage) for part in parts]
-    known = (one.architecture for _, one in found)
+    classes = dict.fromkeys(one.architecture for _, one in found if one.architecture)
+    others = not all(one.architecture for _, one in found)
+    known = [*classes, *(["others by names"] if classes and others else [])]
     return Coverage(
         parameters=sum(one.parameters for _, one in found),
         paired=sum(one.paired for _, one in found),
@@ -94,5 +96,5 @@ def coverage_of(parts: tuple[Part, ...]) -> Coverage:
         added=sum(one.added for _, one in found),
         unpaired={joined(f, name): why for f, one in found for name, why in one.unpaired.items()},
         partly={joined(f, name): why for f, one in found for name, why in one.partly.items()},
-        architecture=", ".join(dict.fromkeys(filter(None, known))),
+        architecture=", ".join(known),
     )
