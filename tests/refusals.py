@@ -23,6 +23,7 @@ from weightsurgery.cli import _TerminatedError, demo_command
 from weightsurgery.demo.run import _wsurg
 from weightsurgery.errors import FormatError, MismatchError, PolicyError
 from weightsurgery.formats import pickled
+from weightsurgery.formats.layout import MODULES
 from weightsurgery.formats.output import Output
 from weightsurgery.formats.place import temporary_of
 from weightsurgery.formats.record import sealed
@@ -523,6 +524,7 @@ REFUSALS: dict[str, Case] = {
     "E-INDEX-NAME": shards({INDEX: index({"a": "../secret.safetensors"})}),
     "E-SHARD-MISSING": shards({INDEX: index({"a": SHARDS[0], "b": "c.safetensors"})}),
     "E-SHARD-DUPLICATE": shards({SHARDS[1]: weights("a", "b")}),
+    "E-PARTS": shards({MODULES: [{"idx": 0, "path": "../other", "type": "a.Dense"}]}),
     "E-SHARD-PART": lambda place: [*shards({})(place), "--weights", SHARDS[0]],
     "E-TWO-ANSWERS": shards({"model.safetensors": weights("a")}),
     "E-NO-WEIGHTS": model({"config.json": {}}),

@@ -14,9 +14,10 @@ import pytest
 
 from tests import hostile
 from tests.hostile import weights
+from weightsurgery.adapters.extract import extract_adapter
 from weightsurgery.checkpoint import Checkpoint
 from weightsurgery.comparison import diff
-from weightsurgery.errors import FormatError, PolicyError, SettingError
+from weightsurgery.errors import FormatError, MismatchError, PolicyError, SettingError
 from weightsurgery.formats import open_checkpoint, save
 from weightsurgery.formats.journal import Journal
 from weightsurgery.formats.plan import Shard
@@ -270,6 +271,21 @@ def test_a_base_without_the_folders_pairs_with_the_model(tmp_path: Path) -> None
     assert kept == [{"tensor": "2_Dense/linear.weight", "reason": "BASE has no such tensor"}]
     back = diff(open_checkpoint(tmp_path / "whole"), base).alignment["only_in_base"]
     assert [entry["tensor"] for entry in back] == ["2_Dense/linear.weight"]
+
+
+def test_an_extracted_adapter_is_of_the_model_in_the_folder_itself(tmp_path: Path) -> None:
+    base, tuned = (open_checkpoint(sentences(tmp_path / n, 9 * i)) for i, n in enumerate("bt"))
+    adapter = extract_adapter(base, tuned, rank=2)
+    assert {name.split(".lora_")[0] for name in adapter} == {
+        "base_model.model.encoder.layer.0.attention.self.query",
+        "base_model.model.pooler.dense",
+    }
+    expected = "is not in the adapter, first '2_Dense/linear.weight': in another folder than"
+    assert any(expected in warning for warning in adapter.warnings)
+    pipelines = (open_checkpoint(pipeline(tmp_path / n, 9 * i)) for i, n in enumerate("pq"))
+    with pytest.raises(MismatchError) as told:
+        extract_adapter(*pipelines)
+    assert "in another folder than the model" in told.value.hint
 
 
 def test_inspect_names_the_parts(tmp_path: Path) -> None:

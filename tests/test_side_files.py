@@ -13,7 +13,7 @@ from tests import hostile
 from tests.hostile import weights
 from weightsurgery.errors import FormatError
 from weightsurgery.formats import open_checkpoint, save
-from weightsurgery.formats.directory import MAX_SIDE_FILE
+from weightsurgery.formats.side_files import MAX_SIDE_FILE
 
 ONE = {"model.safetensors": weights("a"), "config.json": {"model_type": "bert"}}
 

@@ -152,6 +152,7 @@ class Checkpoint(Mapping[str, TensorView]):
         parts: Of a model of several parts, the folder of each to its config.json; {} for any
             other. A part's tensors are called `folder/name`; those of the part called "", which
             is the model's folder itself, have their own names.
+        card: What its model card says that the card of an output repeats, such as the license.
         step: The operator that made it; None for what was opened.
         notes: What the record should tell besides: how BASE and TUNED were aligned.
     """
@@ -168,6 +169,7 @@ class Checkpoint(Mapping[str, TensorView]):
     warnings: tuple[str, ...] = ()
     config: Mapping[str, Any] = field(default_factory=dict)
     parts: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    card: Mapping[str, Any] = field(default_factory=dict)
     step: Step | None = None
     notes: Mapping[str, Any] = field(default_factory=dict)
 
@@ -334,6 +336,7 @@ def united(parts: Mapping[str, Checkpoint], *, label: str) -> Checkpoint:
         left_out=tuple(left_out),
         warnings=tuple(warnings),
         config=parts[""].config if "" in parts else {},
+        card=parts[""].card if "" in parts else {},
         parts={} if weighty.keys() == {""} else weighty,
     )
 

@@ -181,11 +181,11 @@ def _own_part(checkpoint: Checkpoint) -> Checkpoint:
     """Of a model of several parts the one in its own folder; any other model as it is.
 
     Raises:
-        MismatchError: It has no such part.
+        SettingError: It has no such part.
     """
     parts = checkpoint.split()
     if not parts.get("") and checkpoint.parts:
-        raise MismatchError(
+        raise SettingError(
             f"a model of several parts: {first_few([shown(folder) for folder in parts])}",
             file=checkpoint.label,
             hint="give the folder of the one to load",

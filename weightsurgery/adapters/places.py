@@ -87,6 +87,9 @@ class _Judge:
     def place(self, pair: Pair) -> Place:
         name = pair.name
         module = name.rpartition(".")[0]
+        if "/" in name:
+            reason = "in another folder than the model that an adapter would belong to"
+            return Place(pair, NOWHERE, module, reason=reason)
         if pair.base is None or not 0 < pair.eligible == pair.tuned.size:
             return self._odd(pair, module)
         if pair.is_tied_copy:

@@ -8,6 +8,7 @@ from typing import Any
 
 from weightsurgery.checkpoint import Checkpoint
 from weightsurgery.errors import counted
+from weightsurgery.formats.front_matter import card_of
 from weightsurgery.formats.layout import (
     DIFFUSERS_STEM,
     MODULES,
@@ -55,8 +56,9 @@ def make_card(checkpoint: Checkpoint, record: Mapping[str, Any]) -> bytes:
     operator = checkpoint.step.operator if checkpoint.step else "copy"
     data = ModelCardData(
         library_name=_library(checkpoint),
-        base_model=[s.hub_id.partition("@")[0] for s in sources if s.hub_id] or None,
         tags=["weightsurgery", operator],
+        **_bases(checkpoint),
+        **card_of(cards_of(checkpoint)),
     )
     settings = checkpoint.step.settings if checkpoint.step else {}
     body = _BODY.format(
@@ -73,6 +75,37 @@ def make_card(checkpoint: Checkpoint, record: Mapping[str, Any]) -> bytes:
         ),
     )
     return f"---\n{data.to_yaml()}\n---\n{body}\n".encode()
+
+
+def cards_of(checkpoint: Checkpoint) -> dict[str, Mapping[str, Any]]:
+    """What the card of each input says, by its name, the edited model first."""
+    sources = dict.fromkeys([_subject(checkpoint), *checkpoint.sources()])
+    return {public_name(source): source.card for source in sources}
+
+
+def _bases(checkpoint: Checkpoint) -> dict[str, Any]:
+    """`base_model` as the hub understands it, and what the output is to it.
+
+    Models of the hub are named, an adapter names only its own base. Else it is what the edited
+    model's card says.
+    """
+    told = _subject(checkpoint).card
+    if is_adapter_layout(checkpoint.layout):
+        base = (checkpoint.step.inputs if checkpoint.step else {}).get("base")
+        named = [one.hub_id for one in (base.sources() if base is not None else ())]
+        return _named_bases(named, "adapter")
+    named = [source.hub_id for source in checkpoint.sources()]
+    if not any(named):
+        return {key: told[key] for key in ("base_model", "base_model_relation") if key in told}
+    return _named_bases(named, "merge" if sum(map(bool, named)) > 1 else "")
+
+
+def _named_bases(hub_ids: list[str], relation: str) -> dict[str, Any]:
+    names = [name.partition("@")[0] for name in hub_ids if name]
+    return {
+        **({"base_model": names} if names else {}),
+        **({"base_model_relation": relation} if names and relation else {}),
+    }
 
 
 def _library(checkpoint: Checkpoint) -> str:

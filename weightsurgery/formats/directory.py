@@ -8,10 +8,11 @@ from dataclasses import replace
 from typing import Any
 
 from weightsurgery.checkpoint import Checkpoint, united
-from weightsurgery.errors import FormatError, PolicyError, SettingError, shown
+from weightsurgery.errors import FormatError, PolicyError, SettingError, SurgeryError, shown
 from weightsurgery.formats.adapter import is_adapter, open_adapter
 from weightsurgery.formats.config import without_leftovers
 from weightsurgery.formats.folder import Folder, list_folder
+from weightsurgery.formats.front_matter import read_front_matter
 from weightsurgery.formats.layout import (
     ADAPTER_CONFIG,
     CARD,
@@ -92,6 +93,7 @@ def _open_model(
     found = _open_weights(folder, config, weights)
     read = {file.name for file in found.files}
     side_files, left_out = find_side_files(folder, read, found.left_out, parts=parts, anew=anew)
+    card, odd = _read_card(folder) if CARD in anew else ({}, [])
     opened = Checkpoint(
         found.tensors,
         label=folder.label,
@@ -101,8 +103,9 @@ def _open_model(
         files=tuple(found.files),
         side_files=side_files,
         left_out=left_out,
-        warnings=tuple(found.warnings),
+        warnings=(*found.warnings, *odd),
         config=config,
+        card=card,
     )
     return without_leftovers(opened)
 
@@ -163,9 +166,26 @@ def _without_weights(
 ) -> Checkpoint:
     """A folder of configurations alone, such as a tokenizer's."""
     side_files, left_out = find_side_files(folder, (), {}, parts=parts, anew=anew)
+    card, odd = _read_card(folder) if CARD in anew else ({}, [])
     return Checkpoint(
-        {}, label=folder.label, is_directory=True, side_files=side_files, left_out=left_out
+        {},
+        label=folder.label,
+        is_directory=True,
+        side_files=side_files,
+        left_out=left_out,
+        warnings=tuple(odd),
+        card=card,
     )
+
+
+def _read_card(folder: Folder) -> tuple[dict[str, Any], list[str]]:
+    """What the model card says that an output's card repeats, and what was odd about it."""
+    if CARD not in folder.entries:
+        return {}, []
+    try:
+        return read_front_matter(folder.open(CARD))
+    except SurgeryError as error:  # a link that leads out, say: the model does without its card
+        return {}, [f"{CARD}: not read: {error.reason}"]
 
 
 def _read_config(folder: Folder) -> dict[str, Any]:

@@ -193,11 +193,15 @@ def _text(name: str) -> str:
 
 
 def describe_input(source: Checkpoint, hashes: Mapping[str, str]) -> dict[str, Any]:
-    """An opened checkpoint: its name, and its files with size and SHA-256 (null if not taken)."""
+    """An opened checkpoint: its name, its files with size and SHA-256 (null if not taken).
+
+    And what its model card says, where that says anything which an output's card repeats.
+    """
     return {
         "name": public_name(source),
         "files": [
             {"name": _text(file.name), "size": file.size, "sha256": hashes.get(file.path)}
             for file in (*source.files, *source.side_files)
         ],
+        **({"card": dict(source.card)} if source.card else {}),
     }

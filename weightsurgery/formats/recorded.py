@@ -12,6 +12,7 @@ from typing import Any
 from weightsurgery.dtypes import DTYPES
 from weightsurgery.errors import FormatError, StorageError, shown
 from weightsurgery.formats.files import InputFile, did_you_mean, open_member
+from weightsurgery.formats.front_matter import is_card_value
 from weightsurgery.formats.json_cost import MEMORY_OF_MANY
 from weightsurgery.formats.layout import CARD, RECORD, is_plain_path, joined
 from weightsurgery.formats.place import record_name
@@ -171,6 +172,12 @@ def _input_faults(inputs: Any) -> Iterator[str]:
             yield f"inputs[{number}] is no name and files"
         elif not all(_is_file(f) and isinstance(f.get("name"), str) for f in files):
             yield f"a file of inputs[{number}] is no name, size and SHA-256"
+        elif not _is_card(given.get("card", {})):
+            yield f"the card of inputs[{number}] has something that no model card says"
+
+
+def _is_card(told: Any) -> bool:
+    return isinstance(told, dict) and all(is_card_value(key, told[key]) for key in told)
 
 
 def _tensor_faults(tensors: Any, outputs: Any) -> Iterator[str]:

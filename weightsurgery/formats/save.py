@@ -12,8 +12,9 @@ from dataclasses import replace
 from typing import Any
 
 from weightsurgery.checkpoint import Checkpoint, TensorView, require_checkpoints
-from weightsurgery.formats.card import make_card
+from weightsurgery.formats.card import cards_of, make_card
 from weightsurgery.formats.digest import Digest, NoDigest
+from weightsurgery.formats.front_matter import license_warning
 from weightsurgery.formats.journal import Journal, check_resumable, resolved
 from weightsurgery.formats.layout import CARD
 from weightsurgery.formats.output import Output
@@ -198,6 +199,7 @@ def _write_rest(
     """Side files, index, card and record: small, and last."""
     read = [w for source in checkpoint.sources() for w in source.warnings]
     warnings = list(dict.fromkeys([*read, *checkpoint.warnings]))  # the operators' own come last
+    warnings += filter(None, [license_warning(cards_of(checkpoint))])
     small, removed = small_files(checkpoint, plan.shards) if plan.is_directory else ({}, [])
     warnings += removed
 

@@ -46,7 +46,7 @@ def do_again(
     if sum(step["operator"] != "rename" for step in steps_of(recipe)) > _STEPS:
         return None, f"it has more than {_STEPS} steps"
     entries = recorded.content["inputs"]
-    known = {number: named(one, entries[number]["name"]) for number, one in given.items()}
+    known = {number: named(one, entries[number]) for number, one in given.items()}
     find_counts = partial(_no_counts, recorded.path)
     try:
         made = rebuild(recipe, known, path=recorded.path, find_counts=find_counts, engine=engine)

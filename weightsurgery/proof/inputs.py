@@ -143,7 +143,7 @@ def open_inputs(
     entries = recorded.content["inputs"]
     opened = [_open(p, entry, follow_links) for p, entry in zip(paths, entries, strict=True)]
     _refuse_others(recorded, paths, opened, {})
-    return [named(one, entry["name"]) for one, entry in zip(opened, entries, strict=True)]
+    return [named(one, entry) for one, entry in zip(opened, entries, strict=True)]
 
 
 def check_inputs(
@@ -240,9 +240,16 @@ def _differences(
             yield f"{where} has {shown(name)} with SHA-256 {digests}"
 
 
-def named(opened: Checkpoint, name: str) -> Checkpoint:
-    """A checkpoint that cards and records call what the record calls it."""
-    return replace(opened, label=name, hub_id=name if "/" in name else "")
+def named(opened: Checkpoint, entry: Mapping[str, Any]) -> Checkpoint:
+    """A checkpoint that cards and records call what the record calls it.
+
+    Args:
+        opened: An input.
+        entry: What the record says of it.
+    """
+    name = entry["name"]
+    hub_id = name if "/" in name else ""
+    return replace(opened, label=name, hub_id=hub_id, card=entry.get("card", {}))
 
 
 def find_counts(path: str | None, told: Any, tuned: Checkpoint) -> TokenCounts:
