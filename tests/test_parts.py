@@ -311,7 +311,6 @@ def test_parts_outside_of_the_folder_are_refused(tmp_path: Path, manifest: str, 
     ("manifest", "content"),
     [
         ("modules.json", {}),
-        ("modules.json", []),
         ("modules.json", [{"path": ""}]),
         ("modules.json", [{"path": 3, "type": "x"}]),
         ("modules.json", [module(f"{i}_Dense", "Dense") for i in range(300)]),
@@ -324,6 +323,14 @@ def test_malformed_lists_of_parts_are_refused(tmp_path: Path, manifest: str, con
     model = tree(tmp_path / "model", {manifest: content, "model.safetensors": weights("a")})
     with pytest.raises(FormatError):
         open_checkpoint(model)
+
+
+def test_an_empty_list_of_modules_leaves_a_model_as_it_is(tmp_path: Path) -> None:
+    model = tree(tmp_path / "model", {"modules.json": [], "model.safetensors": weights("a")})
+    opened = open_checkpoint(model)
+    assert (list(opened), opened.parts) == (["a"], {})
+    save(opened, tmp_path / "out")
+    assert "modules.json" in files_of(tmp_path / "out")
 
 
 def test_two_lists_of_parts_are_refused(tmp_path: Path) -> None:

@@ -60,6 +60,8 @@ def read_manifest(folder: Folder) -> Manifest | None:
         )
     read = _components if named[0] == PIPELINE else _modules
     parts = dict(read(folder))
+    if not parts and named[0] == MODULES:
+        return None
     if len(parts) > _MOST_PARTS:
         raise _malformed(folder, named[0], f"lists more than {_MOST_PARTS} parts")
     for path in parts:
@@ -94,7 +96,7 @@ def _modules(folder: Folder) -> Iterator[tuple[str, str]]:
         FormatError: It is no list of objects with a path and a type.
     """
     content = _read(folder, MODULES)
-    for module in content if isinstance(content, list) and content else [None]:
+    for module in content if isinstance(content, list) else [None]:
         told = module if isinstance(module, dict) else {}
         path, kind = told.get("path"), told.get("type")
         if not isinstance(path, str) or not isinstance(kind, str):
