@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
+import transformers
 
 from tests import hostile
 from tests.hostile import weights
 from weightsurgery.errors import FormatError
 from weightsurgery.formats import open_checkpoint, save
+from weightsurgery.formats.layout import travels
 from weightsurgery.formats.side_files import MAX_SIDE_FILE
 
 ONE = {"model.safetensors": weights("a"), "config.json": {"model_type": "bert"}}
@@ -167,3 +170,17 @@ def test_a_harmless_config_is_copied_byte_for_byte(tmp_path: Path, config: bytes
     record = save(open_checkpoint(model), str(tmp_path / "out"))
     assert (tmp_path / "out" / "config.json").read_bytes() == config
     assert record["warnings"] == []
+
+
+def test_the_files_of_every_tokenizer_of_transformers_travel() -> None:
+    """Read from its source, since importing all of them would take minutes."""
+    models = Path(transformers.__file__).parent / "models"
+    table = re.compile(r"VOCAB_FILES_NAMES[^=]*= *\{(.*?)\}", re.DOTALL)
+    names = {
+        name
+        for source in models.glob("*/tokenization_*.py")
+        for entries in table.findall(source.read_text("utf-8"))
+        for name in re.findall(r': *"([^"]+)"', entries)
+    }
+    assert {"tokenizer.json", "vocab.txt", "bpe.codes", "dict.txt"} <= names
+    assert [name for name in sorted(names) if not travels(name)] == []

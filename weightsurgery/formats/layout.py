@@ -16,11 +16,12 @@ CARD = "README.md"
 MODULES, PIPELINE, ROUTER = "modules.json", "model_index.json", "router_config.json"
 CHAT_TEMPLATES = "additional_chat_templates"  # a folder of *.jinja
 
-# What an adapter's folder may have of a tokenizer; it travels into the merged model.
+# Files of tokenizers. From an adapter's folder too they travel into the merged model.
 TOKENIZER = (
     *("tokenizer*.json", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt"),
     *("*.model", "spiece*", "sentencepiece*", "chat_template.*", "*.tiktoken", "*.spm"),
-    *("tekken.json", "bpe.codes", "normalizer.json", "entity_vocab.json"),
+    *("tekken.json", "bpe.codes", "normalizer.json", "entity_vocab.json", "target_vocab.json"),
+    *("vocab-*.json", "dict.txt", "*.tokenizer", "emoji.json", "byte_maps.json", "word_*.json"),
 )
 # What a training leaves beside weights: its own state.
 TRAINING = (
@@ -30,11 +31,9 @@ TRAINING = (
 TEXTS = ("LICENSE*", "NOTICE*")  # for people
 # What travels with the weights. Everything else is left out, and listed.
 SIDE_FILES = (
-    *("config.json", "generation_config.json", "tokenizer*.json", "special_tokens_map.json"),
-    *("vocab.*", "merges.txt", "*.model", "spiece*", "sentencepiece*", "chat_template.*"),
-    *("added_tokens.json", "preprocessor_config.json", "processor_config.json"),
-    *("video_preprocessor_config.json", "*.tiktoken", "*.spm", "tekken.json", "bpe.codes"),
-    *("normalizer.json", "entity_vocab.json"),
+    *("config.json", "generation_config.json", "preprocessor_config.json"),
+    *("processor_config.json", "video_preprocessor_config.json", "audio_tokenizer_config.json"),
+    *TOKENIZER,
     # Of sentence-transformers' modules, and of pipelines.
     *(MODULES, PIPELINE, ROUTER, "config_sentence_transformers.json", "sentence_*_config.json"),
     *("lstm_config.json", "cnn_config.json", "wordembedding_config.json", "idf.json"),
