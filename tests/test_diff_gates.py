@@ -88,6 +88,19 @@ def test_a_gate_that_looks_at_no_tensor_is_an_error() -> None:
         judge("*.wieght: max_abs > 0")
 
 
+@pytest.mark.parametrize("gate", ["classifier.*: max_abs > 9", "classifier.*: unpaired > 9"])
+def test_a_gate_may_look_at_a_head_that_base_lacks(gate: str) -> None:
+    """It was not compared, so that a bound for its drift fails, and it is not missing either."""
+    base = cases.model("bert")
+    tuned = base | {"classifier.weight": np.ones((2, 8), np.float32)}
+    report = diff(from_arrays(base), from_arrays(tuned))
+    if "unpaired" in gate:
+        check_gates(report, [parse_gate(gate)])
+        return
+    with pytest.raises(GateError, match="not compared"):
+        check_gates(report, [parse_gate(gate)])
+
+
 def test_gates_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     files = [
         cases.write_file(tmp_path / f"{name}.safetensors", arrays)

@@ -60,7 +60,7 @@ class Gate:
             return self._counted(report)
         entries = [{"tensor": "model", **report.model}]
         if self.glob:
-            left = {**_names(report, "unpaired"), **_names(report, "only_in_base")}
+            left = _left(report)
             check_glob(self.glob, [*(entry["tensor"] for entry in report.tensors), *left])
             entries = [e for e in report.tensors if matches(e["tensor"], (self.glob,))]
             if not entries:
@@ -78,7 +78,7 @@ class Gate:
         names = list(_names(report, self.metric))
         if self.glob:
             compared = [entry["tensor"] for entry in report.tensors]
-            check_glob(self.glob, [*compared, *names])
+            check_glob(self.glob, [*compared, *_left(report)])
             names = [name for name in names if matches(name, (self.glob,))]
         if not _COMPARE[self.comparison](len(names), self.bound):
             return []
@@ -89,6 +89,12 @@ class Gate:
         value: float | None = entry[self.metric]
         infinite = value is None and self.metric == "relative_l2" and entry["l2"]
         return math.inf if infinite else value
+
+
+def _left(report: DiffReport) -> dict[str, str]:
+    """All tensors that were not compared, each with the reason."""
+    heads = {e["tensor"]: e["reason"] for e in report.alignment["kept_from_tuned"]}
+    return {**heads, **_names(report, "only_in_base")}
 
 
 def _names(report: DiffReport, metric: str) -> dict[str, str]:
