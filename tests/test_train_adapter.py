@@ -310,7 +310,7 @@ def test_presets_are_the_released_settings() -> None:
     erase, recover = PRESETS["meraser-erase"], PRESETS["meraser-recover"]
     assert (erase.rank, erase.alpha, erase.dropout, erase.targets) == (
         *(8, 16, 0.05),
-        ("q_proj", "v_proj"),
+        ("query-value",),
     )
     assert (erase.learning_rate, erase.scheduler, erase.epochs, erase.batch_size) == (
         *(5e-4, "constant"),
@@ -338,6 +338,7 @@ def test_presets_are_the_released_settings() -> None:
         ({"targets": ()}, "no names of layers to target; expected at least one, or all-linear"),
         ({"targets": ("",)}, "no names of layers to target"),
         ({"targets": ("all-linear", "q_proj")}, "no names of layers to target"),
+        ({"targets": ("query-value", "all-linear")}, "no names of layers to target"),
         ({"prompt_format": "x"}, "prompt_format is 'x'; expected auto, chat, raw, lines"),
         ({"loss_on": "x"}, "loss_on is 'x'; expected answer, all"),
         ({"precision": "x"}, "precision is 'x'; expected float32, bfloat16"),
@@ -367,8 +368,11 @@ def test_what_cannot_be_trained_is_refused(
     with pytest.raises(MismatchError, match="a classifier; expected a causal"):
         train_adapter(load_model(folder / "bert", device="cpu"), questions)
     for targets, kind in (
-        (("q_proj", "nothing"), "'nothing' is none of the model's layers; expected a linear"),
-        (("q_proj", "mlp"), "'mlp' is a LlamaMLP; expected a linear layer"),
+        (
+            ("q_proj", "nothing"),
+            r"'nothing' is none of the model's layers; expected linear layers \(q_proj, k_proj, v_",
+        ),
+        (("q_proj", "mlp"), "'mlp' is a LlamaMLP, not a linear layer; expected linear layers"),
     ):
         with pytest.raises(SettingError, match=f"^target {kind}"):
             train_adapter(llama, questions, lora_settings(targets=targets))

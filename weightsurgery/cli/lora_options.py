@@ -18,8 +18,18 @@ from weightsurgery.training.lora import PRECISIONS, PRESETS, LoraSettings, lora_
 _KINDS: dict[str, Any] = {
     "rank": (click.IntRange(1), "Rank r of the adapter's factors."),
     "alpha": (float, "α: the product of the factors is scaled by α/r."),
-    "dropout": (float, "Share of a layer's inputs that the adapter does not see in a step."),
-    "targets": (str, "Name, or its end, of linear layers to adapt; repeatable."),
+    "dropout": (
+        float,
+        "Share of a linear layer's inputs that the adapter does not see in a step.",
+    ),
+    "targets": (
+        str,
+        (
+            "Name, or its end, of linear layers or fused experts to adapt; repeatable. all-linear: "
+            "all of them but output head and routers. query-value: the attention's queries and "
+            "values."
+        ),
+    ),
     **SCHEDULE,
     "prompt_format": (
         click.Choice(FORMATS),

@@ -28,7 +28,7 @@ from weightsurgery.datasets.batches import (
 )
 from weightsurgery.datasets.prompts import settle_format, template_record
 from weightsurgery.datasets.read import Instruction
-from weightsurgery.errors import NonFiniteError, SettingError, not_installed, shown
+from weightsurgery.errors import NonFiniteError, not_installed
 from weightsurgery.formats.adapter import name_base, new_adapter
 from weightsurgery.formats.apart import check_apart
 from weightsurgery.formats.plan import input_paths
@@ -37,8 +37,9 @@ from weightsurgery.operators.apply_adapter import apply_adapter
 from weightsurgery.stream import Progress
 from weightsurgery.tasks import CAUSAL, require_task
 from weightsurgery.training.checkpoints import Resumable
-from weightsurgery.training.lora import ALL_LINEAR, LoraSettings
+from weightsurgery.training.lora import LoraSettings
 from weightsurgery.training.run import Watch, require_trainer, train
+from weightsurgery.training.targets import find_targets
 
 
 def train_adapter(
@@ -247,12 +248,13 @@ def _adapted(model: Model, settings: LoraSettings) -> Iterator[Model]:
         raise not_installed("peft", "train") from None
     import torch
 
-    check_targets(model, settings.targets)
+    targets = find_targets(model, settings.targets)
     config = LoraConfig(
         r=settings.rank,
         lora_alpha=settings.alpha,
-        lora_dropout=settings.dropout,
-        target_modules=ALL_LINEAR if settings.targets == (ALL_LINEAR,) else list(settings.targets),
+        lora_dropout=0.0 if targets.parameters else settings.dropout,
+        target_modules=list(targets.modules),
+        target_parameters=list(targets.parameters) or None,
         task_type="CAUSAL_LM",
     )
     wanted = [(p, p.requires_grad) for p in model.module.parameters()]
@@ -262,6 +264,8 @@ def _adapted(model: Model, settings: LoraSettings) -> Iterator[Model]:
         torch.manual_seed(settings.seed)
         module = get_peft_model(model.module, config)
     try:
+        if targets.parameters:
+            _drop_linear_inputs(module, settings.dropout)
         names = {n: p for n, p in module.named_parameters() if p.requires_grad}
         yield replace(model, module=module, names=names)
     finally:
@@ -270,28 +274,16 @@ def _adapted(model: Model, settings: LoraSettings) -> Iterator[Model]:
             parameter.requires_grad_(wants)
 
 
-def check_targets(model: Model, targets: Sequence[str]) -> None:
-    """Refuse what PEFT would pass over, or stumble upon when half of the model is adapted.
+def _drop_linear_inputs(module: Any, dropout: float) -> None:
+    """Set the dropout of the linear layers alone: PEFT refuses a configuration that has both.
 
-    Args:
-        model: What is to be adapted.
-        targets: Names of layers, or their ends.
-
-    Raises:
-        SettingError: A target is no linear layer of the model.
+    An adapter of fused experts is added to their weights, whose inputs it never sees.
     """
     import torch
-    from transformers.pytorch_utils import Conv1D
 
-    modules = dict(model.module.named_modules())
-    for target in targets if tuple(targets) != (ALL_LINEAR,) else ():
-        end = f".{target}"
-        found = [one for name, one in modules.items() if f".{name}".endswith(end)]
-        others = [one for one in found if not isinstance(one, torch.nn.Linear | Conv1D)]
-        if not found or others:
-            kind = f"a {type(others[0]).__name__}" if others else "none of the model's layers"
-            reason = f"target '{shown(target)}' is {kind}; expected a linear layer"
-            raise SettingError(reason, code="E-NO-MATCH")
+    for inner in module.modules():
+        if hasattr(inner, "lora_dropout") and not hasattr(inner, "parameter_name"):
+            inner.lora_dropout["default"] = torch.nn.Dropout(dropout)
 
 
 def _adapter_of(adapted: Model, step: Step) -> Checkpoint:

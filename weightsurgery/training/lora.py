@@ -19,8 +19,8 @@ from weightsurgery.datasets.batches import LOSSES
 from weightsurgery.datasets.prompts import FORMATS
 from weightsurgery.errors import SettingError, shown
 from weightsurgery.training.settings import Schedule, check_count
+from weightsurgery.training.targets import ALL_LINEAR, KEYWORDS, QUERY_VALUE
 
-ALL_LINEAR = "all-linear"
 PRECISIONS = ("float32", "bfloat16")
 
 
@@ -34,9 +34,11 @@ class LoraSettings(Schedule):
         scheduler: "linear", "cosine" or "constant".
         rank: r, the rank of B·A.
         alpha: α; B·A is scaled by α/r.
-        dropout: Share of a layer's inputs that A does not see in a step.
-        targets: Names, or ends of names, of the linear layers to adapt; ("all-linear",) stands
-            for all but the output head.
+        dropout: Share of a linear layer's inputs that A does not see in a step; fused experts
+            have none.
+        targets: Names, or ends of names, of the linear layers or fused experts to adapt;
+            ("all-linear",) stands for all of both but the output head and routers,
+            ("query-value",) for the attention's queries and values.
         prompt_format: "auto", "chat", "raw" or "lines", as `encode_instructions` explains.
         loss_on: "answer" or "all".
         max_question: Tokens of a question after which it is cut.
@@ -70,10 +72,11 @@ class LoraSettings(Schedule):
         if not 0 <= self.dropout < 1:
             raise SettingError(f"dropout is {self.dropout}; expected 0 to below 1")
         object.__setattr__(self, "targets", tuple(self.targets))  # or a list would be no all-linear
-        alone = len(self.targets) == 1 or ALL_LINEAR not in self.targets
+        alone = len(self.targets) == 1 or not set(KEYWORDS) & set(self.targets)
         if not self.targets or not all(self.targets) or not alone:
             raise SettingError(
-                "no names of layers to target; expected at least one, or all-linear alone"
+                "no names of layers to target; expected at least one, or all-linear or query-value "
+                "alone"
             )
         for name, known in _CHOICES.items():
             if getattr(self, name) not in known:
@@ -86,7 +89,7 @@ _CHOICES = {"prompt_format": FORMATS, "loss_on": LOSSES, "precision": PRECISIONS
 _ERASE = LoraSettings(
     rank=8,
     alpha=16.0,
-    targets=("q_proj", "v_proj"),
+    targets=(QUERY_VALUE,),
     learning_rate=5e-4,
     scheduler="constant",
     epochs=5,

@@ -21,8 +21,9 @@ from weightsurgery.formats.record import public_name
 from weightsurgery.models import Model, with_weights
 from weightsurgery.operators.apply_adapter import apply_adapter
 from weightsurgery.stream import Progress
-from weightsurgery.training.adapter import check_targets, encode, plan_adapter, train_adapter
+from weightsurgery.training.adapter import encode, plan_adapter, train_adapter
 from weightsurgery.training.lora import PRESETS, LoraSettings
+from weightsurgery.training.targets import find_targets
 
 _ERASE, _RECOVER = "meraser-erase", "meraser-recover"
 _PHASES = ("erase", "recover")
@@ -274,7 +275,7 @@ def _check(
             )
     for phase, trained in ((erase, foundation or model), (recover, model)):
         if phase is not None and phase.settings is not None:
-            check_targets(trained, phase.settings.targets)
+            find_targets(trained, phase.settings.targets)
             encode(trained, phase.instructions, phase.settings)
 
 
