@@ -8,10 +8,12 @@ Both are brought to canonical names, as pairs of models are.
 from __future__ import annotations
 
 import difflib
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 
+from weightsurgery.adapters.naming import Naming
 from weightsurgery.adapters.split import find_slice
 from weightsurgery.anatomy import kind_of
 from weightsurgery.architecture.canonical import Place, read_names, template
@@ -21,7 +23,7 @@ from weightsurgery.architecture.matching import Counterpart, Made, Matcher, endi
 from weightsurgery.architecture.pieces import Link
 from weightsurgery.checkpoint import Checkpoint, TensorView
 from weightsurgery.dtypes import DTYPES
-from weightsurgery.errors import FormatError, MismatchError, shown
+from weightsurgery.errors import FormatError, MismatchError, SettingError, shown
 from weightsurgery.formats.layout import ADAPTER
 from weightsurgery.kernels import Block
 
@@ -56,12 +58,23 @@ class Parameters:
         adapter: The adapter, for messages.
         shapes: Each name that will be looked for, with the shape that the adapter's tensors tell;
             None where they tell none.
+        naming: How the adapter's names correspond to BASE's.
+
+    Raises:
+        SettingError: Two of its names become one.
     """
 
     def __init__(
-        self, base: Checkpoint, adapter: Checkpoint, shapes: Mapping[str, Shape | None]
+        self,
+        base: Checkpoint,
+        adapter: Checkpoint,
+        shapes: Mapping[str, Shape | None],
+        naming: Naming,
     ) -> None:
         self.base, self.adapter = base, adapter
+        self._names = {name: naming.translated(name, base) for name in shapes}
+        self._refuse_clashes()
+        shapes = {self._names[name]: shape for name, shape in shapes.items()}
         wanted = {name: _view(name, shape or ()) for name, shape in shapes.items()}
         ours, _ = read_sides(base, Checkpoint(wanted))
         made = Made(ours)
@@ -78,6 +91,23 @@ class Parameters:
         self._matcher = Matcher(*read_sides(base, Checkpoint(wanted)))
         self._found: dict[str, Parameter | UnsupportedError | None] = {}
         self._refuse_rivals()
+
+    def _refuse_clashes(self) -> None:
+        """Refuse two names that become one in BASE.
+
+        Raises:
+            SettingError: There are two.
+        """
+        count = Counter(self._names.values())
+        twice = [name for name, new in self._names.items() if count[new] > 1]
+        if twice:
+            raise SettingError(
+                f"two of its names become '{shown(self._names[twice[0]])}' in BASE: "
+                + " and ".join(f"'{shown(name)}'" for name in twice[:2]),
+                file=self.adapter.label,
+                hint="map each to a name of its own",
+                code="E-NAME-MAP",
+            )
 
     def _refuse_rivals(self) -> None:
         """Refuse names that two prefixes of BASE's fit alike.
@@ -113,6 +143,7 @@ class Parameters:
         Raises:
             MismatchError: BASE has it, in an arrangement that does not fit.
         """
+        name = self._names.get(name, name)
         if name not in self._found:
             try:
                 self._found[name] = self._look(name)
@@ -165,6 +196,7 @@ class Parameters:
         found = self.find(name)
         if found is not None:
             return found
+        name = self._names.get(name, name)
         if self._is_twice(name):
             raise FormatError(
                 "another of its names adapts the same tensor of BASE; expected one of the two",
