@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from weightsurgery.adapters.finite import finite
 from weightsurgery.adapters.layout import Target, read_adapter
 from weightsurgery.adapters.naming import Naming
+from weightsurgery.adapters.task_head import with_head_of
 from weightsurgery.adapters.tie import Tie, find_tie, find_unclear, untied
 from weightsurgery.adapters.updates import Replace, ReplaceRows, Update
 from weightsurgery.adapters.vocabulary import refuse_unfilled, with_vocabulary_of
@@ -91,7 +92,8 @@ def read_adapters(
         raise SettingError(f"weight is {list(weight)}; expected finite numbers")
     naming = naming or Naming()
     naming.check(base, adapters)
-    opened, base = base, with_vocabulary_of(base, adapters, naming)
+    opened = with_head_of(base, adapters, naming)
+    base = with_vocabulary_of(opened, adapters, naming)
     tie = find_tie(base)
     if tie and not tie.head:
         _refuse_unknown_head(base, tie, adapters)

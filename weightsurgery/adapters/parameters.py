@@ -15,6 +15,7 @@ from functools import cached_property
 
 from weightsurgery.adapters.naming import Naming
 from weightsurgery.adapters.split import find_slice
+from weightsurgery.adapters.task_head import ending_of
 from weightsurgery.anatomy import kind_of
 from weightsurgery.architecture.canonical import Place, read_names, template
 from weightsurgery.architecture.conversion import UnsupportedError
@@ -28,12 +29,6 @@ from weightsurgery.formats.layout import ADAPTER
 from weightsurgery.kernels import Block
 
 Shape = tuple[int, ...]
-# What PEFT calls a task, to the ending of transformers' class with the head that is trained.
-_HEADS = {
-    "SEQ_CLS": "ForSequenceClassification",
-    "TOKEN_CLS": "ForTokenClassification",
-    "QUESTION_ANS": "ForQuestionAnswering",
-}
 
 
 @dataclass(frozen=True)
@@ -233,9 +228,8 @@ class Parameters:
         """What to do about a parameter that BASE lacks."""
         if not self._fits_elsewhere:
             return "is this the model that the adapter was trained on?"
-        task = self.adapter.config.get("task_type")
-        ending = _HEADS.get(task) if isinstance(task, str) else None
-        if ending is None or kind_of(name) != "head":
+        ending = ending_of(self.adapter)
+        if not ending or kind_of(name) != "head":
             return ""
         ours = class_of(self.base.config) or "a model without it"
         return (

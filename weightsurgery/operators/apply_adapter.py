@@ -129,7 +129,7 @@ def apply_adapter(
         tensors=tensors,
         side_files=side_files,
         notes={**base.notes, **notes},
-        warnings=(*base.warnings, *warnings),
+        warnings=(*reading.base.warnings, *warnings),
     )
 
 
