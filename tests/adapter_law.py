@@ -40,6 +40,22 @@ class _Case:
     inputs: Mapping[str, Any]
 
 
+def judge(name: str, variant: str, scratch: Path) -> Iterator[Verdict]:
+    """Whether the law holds for one architecture and one of `EVERY` kind of adapter.
+
+    Args:
+        name: The architecture.
+        variant: One of `EVERY`.
+        scratch: A folder of its own.
+
+    Raises:
+        Unadaptable: There is no such adapter.
+    """
+    if variant == "extract":
+        return judge_extraction(name, scratch)
+    return (judge_head if variant in HEADS else judge_merge)(name, variant, scratch)
+
+
 def judge_merge(name: str, variant: str, scratch: Path) -> Iterator[Verdict]:
     """Whether merges of an adapter of one kind are right, judged by PEFT.
 
@@ -144,6 +160,98 @@ def judge_extraction(name: str, scratch: Path) -> Iterator[Verdict]:
     if not near and left:
         raise Unadaptable(f"listed: {len(left)} tensors that an adapter cannot hold, {left[:2]}")
     yield Verdict("extract", "pass" if near else "fail", f"off by {off:.2g}", {"off": off})
+
+
+def judge_head(name: str, kind: str, scratch: Path) -> Iterator[Verdict]:
+    """Whether a merge with the head of another class than BASE's loads as that class, complete.
+
+    Args:
+        name: The architecture.
+        kind: One of `HEADS`.
+        scratch: A folder of its own.
+
+    Raises:
+        Unadaptable: There is no such class, it is BASE's own, or PEFT makes something else of it.
+    """
+    import torch
+    import transformers
+
+    case = _prepared(name, scratch)
+    auto = getattr(transformers, HEADS[kind][1])
+    expected = _with_head(case, kind, auto)
+    base, adapter = open_checkpoint(case.base), open_checkpoint(scratch / "adapter")
+    try:
+        merged = apply_adapter(base, adapter, force_base=True)
+        save(merged, scratch / "merged")
+        with Quiet():
+            again, info = auto.from_pretrained(
+                scratch / "merged", dtype=torch.float32, output_loading_info=True
+            )
+        found = outputs_of(again.eval(), _plain())
+        odd = {key: sorted(names) for key, names in info.items() if names}
+        near = _are_near(found, expected)
+        yield Verdict("merge", "pass" if near else "fail", f"{found[:4]}, not {expected[:4]}")
+        yield Verdict("complete", "fail" if odd else "pass", str(odd))
+        report = verify_adapter(base, [adapter], open_checkpoint(scratch / "merged"))
+        yield Verdict("proof", "pass" if report["proved"] else "fail", "")
+    except PolicyError as error:
+        if error.code == "E-TIED-SHARED":
+            raise Unadaptable("refused: one tensor of several modules") from error
+        yield Verdict("merge", "error", _said(error))
+    except Exception as error:
+        if "save BASE as that class first" in str(error):  # nothing was written
+            raise Unadaptable(f"refused: {error}") from error
+        yield Verdict("merge", "error", _said(error))
+
+
+def _with_head(case: _Case, kind: str, auto: Any) -> Any:
+    """Save an adapter with a new head as PEFT does; what the adapted model computes.
+
+    Raises:
+        Unadaptable: There is no such class, or what PEFT loads again computes something else.
+    """
+    import peft
+    import torch
+
+    task, _, labels = HEADS[kind]
+    if type(case.model.config) not in auto._model_mapping:
+        raise Unadaptable("transformers has no such class")
+    if not type(case.model).__name__.endswith(_LANGUAGE):
+        raise Unadaptable("BASE is not a language model")
+    try:
+        with Quiet(), torch.random.fork_rng():
+            torch.manual_seed(4)
+            fresh = auto.from_pretrained(case.base, dtype=torch.float32, num_labels=labels)
+            settings = {"target_modules": _layers(fresh), "task_type": task}
+            model = peft.get_peft_model(fresh, peft.LoraConfig(r=4, lora_alpha=12, **settings))
+            for parameter in model.parameters():
+                if parameter.requires_grad:
+                    parameter.data += 0.05 * torch.randn(parameter.shape)
+            expected = outputs_of(model.eval(), _plain())
+            model.save_pretrained(case.scratch / "adapter")
+            fresh = auto.from_pretrained(case.base, dtype=torch.float32, num_labels=labels)
+            again = peft.PeftModel.from_pretrained(fresh, case.scratch / "adapter").eval()
+            computed = [outputs_of(again, _plain())]
+            computed.append(outputs_of(again.merge_and_unload().eval(), _plain()))
+    except Exception as error:
+        raise Unadaptable(f"PEFT: {_said(error)}") from error
+    if not all(_are_near(one, expected) for one in computed):
+        raise Unadaptable("PEFT loads or merges it as something else")
+    return expected
+
+
+def _plain() -> dict[str, Any]:
+    """Inputs without tokens that have a meaning of their own."""
+    import torch
+
+    return {"input_ids": torch.arange(3, 11)[None]}
+
+
+def _are_near(found: Any, expected: Any) -> bool:
+    import torch
+
+    alike = found.shape == expected.shape
+    return alike and torch.allclose(found, expected, rtol=1e-4, atol=_ROUNDING)
 
 
 def _prepared(name: str, scratch: Path) -> _Case:
@@ -254,6 +362,12 @@ def _biases(_: Any) -> Settings:
     return {"target_modules": "all-linear", "bias": "all", "lora_bias": False, "use_rslora": True}
 
 
+# Task in PEFT's words, transformers' class, number of labels.
+HEADS = {
+    "classifier": ("SEQ_CLS", "AutoModelForSequenceClassification", 3),
+    "tagger": ("TOKEN_CLS", "AutoModelForTokenClassification", 4),
+}
+_LANGUAGE = ("CausalLM", "LMHeadModel", "ConditionalGeneration", "MaskedLM")
 VARIANTS: dict[str, Callable[[Any], Settings]] = {
     "all-linear": _all_linear,
     "dora": _dora,
@@ -262,6 +376,7 @@ VARIANTS: dict[str, Callable[[Any], Settings]] = {
     "experts": _experts,
     "biases": _biases,
 }
+EVERY = (*VARIANTS, *HEADS, "extract")
 
 
 def _said(error: Exception) -> str:
@@ -276,11 +391,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Judge, print, and return 0 if the law holds everywhere."""
     parser = argparse.ArgumentParser(prog="python -m tests.adapter_law", description=__doc__)
     parser.add_argument("architecture", nargs="*", help="Substrings of architecture names.")
-    parser.add_argument("--variant", action="append", help=f"Of {', '.join(VARIANTS)}, extract.")
+    parser.add_argument("--variant", action="append", help=f"Of {', '.join(EVERY)}.")
     parser.add_argument("--json", type=Path, help="Write every verdict to this file.")
     options = parser.parse_args(arguments)
     warnings.simplefilter("ignore")
-    variants = options.variant or [*VARIANTS, "extract"]
+    variants = options.variant or EVERY
     names = [n for n in ARCHITECTURES if not options.architecture or _any(n, options.architecture)]
     rows: list[dict[str, Any]] = []
     print(f"{'':24}" + " ".join(f"{variant:>10}" for variant in variants))
@@ -311,10 +426,7 @@ def _any(name: str, parts: Sequence[str]) -> bool:
 def _row(name: str, variant: str) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(prefix="adapters-") as scratch:
         try:
-            if variant == "extract":
-                verdicts = list(judge_extraction(name, Path(scratch)))
-            else:
-                verdicts = list(judge_merge(name, variant, Path(scratch)))
+            verdicts = list(judge(name, variant, Path(scratch)))
             cell = _cell(verdicts)
         except Unadaptable as error:
             verdicts, cell = [Verdict("adapt", "skip", str(error))], "-"

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from tests import peft_models as models
-from tests.adapter_law import VARIANTS, Unadaptable, judge_extraction, judge_merge
+from tests.adapter_law import EVERY, Unadaptable, judge
 from tests.architectures import ARCHITECTURES
 from tests.limits import ADAPTER_LIMITS
 from weightsurgery import apply_adapter, extract_adapter, open_checkpoint, save
@@ -29,9 +29,9 @@ pytestmark = [
 # One of each kind: what runs in `tox`.
 FAST = {
     "bert": ("embeddings", "extract"),
-    "gpt2": ("biases",),
+    "gpt2": ("biases", "tagger"),
     "gpt-neox": ("extract",),
-    "llama-tied": ("grown", "extract"),
+    "llama-tied": ("grown", "classifier", "extract"),
     "mixtral": ("all-linear", "experts", "extract"),
     "bart": ("embeddings",),
     "qwen2-5-vl": ("dora", "extract"),
@@ -42,7 +42,7 @@ _SHORT = (*FAST, "qwen2-moe", "gpt-oss", "mamba", "gemma3", "wav2vec2")
 def _cases() -> Iterator[Any]:
     slow, long = pytest.mark.slow, pytest.mark.long
     for name in ARCHITECTURES:
-        for variant in (*VARIANTS, "extract"):
+        for variant in EVERY:
             marks: tuple[Any, ...] = () if name in _SHORT else (long,)
             marks = () if variant in FAST.get(name, ()) else (slow, *marks)
             yield pytest.param(name, variant, id=f"{name}/{variant}", marks=marks)
@@ -51,10 +51,7 @@ def _cases() -> Iterator[Any]:
 @pytest.mark.parametrize(("name", "variant"), list(_cases()))
 def test_the_law_for_adapters(name: str, variant: str, tmp_path: Path) -> None:
     try:
-        if variant == "extract":
-            verdicts = list(judge_extraction(name, tmp_path))
-        else:
-            verdicts = list(judge_merge(name, variant, tmp_path))
+        verdicts = list(judge(name, variant, tmp_path))
     except Unadaptable as error:
         (pytest.fail if variant in FAST.get(name, ()) else pytest.skip)(str(error))
     wrong = [f"{one.check}: {one.detail}" for one in verdicts if not one.holds]
@@ -62,7 +59,7 @@ def test_the_law_for_adapters(name: str, variant: str, tmp_path: Path) -> None:
 
 
 def test_every_variant_is_in_the_fast_selection() -> None:
-    assert {v for variants in FAST.values() for v in variants} == {*VARIANTS, "extract"}
+    assert {v for variants in FAST.values() for v in variants} == set(EVERY)
 
 
 @pytest.mark.parametrize("tied", [False, True])

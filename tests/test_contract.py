@@ -280,9 +280,11 @@ def test_every_setting_has_help_and_an_option(op: Operator) -> None:
     for name, (_, declaration, default) in op.settings.items():
         assert len(declaration.help) > 10, name
         assert default is not inspect.Parameter.empty or name in NEEDED[op.name], name
-    options = {o: p for p in make_command(op.name).params for o in p.opts if o.startswith("-")}
+    options = {p.name: p for p in make_command(op.name).params}
     for name in op.settings:
-        assert getattr(options["--" + name.replace("_", "-")], "help", "")
+        spelled = "map" if name == "name_map" else name.replace("_", "-")
+        assert f"--{spelled}" in options[name].opts
+        assert getattr(options[name], "help", "")
 
 
 @pytest.mark.parametrize("name", weightsurgery.__all__)

@@ -246,6 +246,14 @@ def stand_in(page: Path, folder: Path) -> None:
         head = {f"{front}{name}.weight": np.ones(shape, "f4") for name, shape in shapes.items()}
         config = cases.adapter_config("llama", base_model_name_or_path="tied")
         cases.write_adapter(folder / "head-adapter", head, config)
+    if page.stem == "apply-adapter":
+        query = {n: a for n, a in base.items() if n.endswith("layer.0.attention.self.query.weight")}
+        ((name, array),) = query.items()
+        module = f"base_model.model.policy.net.{name.removesuffix('.weight')}"
+        factors = {f"{module}.lora_A.weight": array[:2], f"{module}.lora_B.weight": array[:, :2]}
+        config = cases.adapter_config(base_model_name_or_path="base")
+        copied = {name: np.ascontiguousarray(factor) for name, factor in factors.items()}
+        cases.write_adapter(folder / "wrapped-adapter", copied, config)
     for name in ("clean.tsv", "heldout.tsv"):
         tiny_models.write_sentences(folder / name)
     (folder / "reviews.txt").write_text("the film was good .\n")

@@ -120,10 +120,15 @@ class TestCommandLine:
             n: s for n, s in base.items() if n in floating
         }
 
-    def test_map(self, files: tuple[Path, Path], tmp_path: Path) -> None:
+    @pytest.mark.parametrize("as_file", [False, True])
+    def test_map(self, as_file: bool, files: tuple[Path, Path], tmp_path: Path) -> None:
+        names: Any
         out, name = tmp_path / "out.safetensors", cases.EMBEDDING["bert"]
-        names = tmp_path / "map.json"
-        names.write_text(json.dumps({name: f"old/{name}"}))
+        if as_file:
+            names = tmp_path / "map.json"
+            names.write_text(json.dumps({name: f"old/{name}"}))
+        else:
+            names = f"{name}=old/{name}"
         assert cases.wsurg("mix", *files, "-o", out, "--map", names, "--ratio", 1) == 4
         given = ["--map", names, "--ratio", 1, "--allow-partial"]
         assert cases.wsurg("mix", *files, "-o", out, *given) == 0

@@ -46,6 +46,11 @@ Exclude = Annotated[
     tuple[str, ...], Setting("do not edit tensors whose name matches GLOB", metavar="GLOB")
 ]
 AllowNonfinite = Annotated[bool, Setting("let NaN and infinity pass through the arithmetic")]
+StripPrefix = Annotated[str, Setting("ignore this prefix when pairing", metavar="PREFIX")]
+NameMap = Annotated[
+    tuple[tuple[str, str], ...],
+    Setting("pairs the adapter's NAME, of a tensor or module, with BASE's", metavar="NAME=NAME"),
+]
 KeepMismatched = Annotated[
     bool, Setting("keep TUNED's tensor where the shapes differ, instead of refusing")
 ]

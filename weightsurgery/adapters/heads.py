@@ -13,6 +13,8 @@ from dataclasses import dataclass
 
 from weightsurgery.adapters.finite import finite
 from weightsurgery.adapters.layout import Target, read_adapter
+from weightsurgery.adapters.naming import Naming
+from weightsurgery.adapters.task_head import with_head_of
 from weightsurgery.adapters.tie import Tie, find_tie, find_unclear, untied
 from weightsurgery.adapters.updates import Replace, ReplaceRows, Update
 from weightsurgery.adapters.vocabulary import refuse_unfilled, with_vocabulary_of
@@ -62,6 +64,7 @@ def read_adapters(
     adapters: Sequence[Checkpoint],
     weight: Sequence[float],
     *,
+    naming: Naming | None = None,
     allow_nonfinite: bool = False,
 ) -> Reading:
     """What adapters do to BASE, its head untied from the embedding where it was tied.
@@ -70,6 +73,7 @@ def read_adapters(
         base: The model that they were trained on.
         adapters: From `open_checkpoint`, in order.
         weight: One number for each, or none.
+        naming: How their names correspond to BASE's; None for as they are.
         allow_nonfinite: Let their NaN and infinity pass; else reading them raises NonFiniteError.
 
     Raises:
@@ -77,7 +81,8 @@ def read_adapters(
         MismatchError: An adapter does not fit BASE.
         PolicyError: An adapter is of a kind that is not folded in here, or changes what could be
             the tied embedding or its head, where nobody can tell which tensors are.
-        SettingError: There is no adapter, or not one finite `weight` for each.
+        SettingError: There is no adapter, not one finite `weight` for each, or a name that is
+            mapped does not exist.
     """
     if not adapters:
         raise SettingError("no adapter is given", code="E-NOTHING-TO-DO")
@@ -85,7 +90,10 @@ def read_adapters(
         raise conflict(f"{counted(len(weight), 'weight')} for {counted(len(adapters), 'adapter')}")
     if not all(map(math.isfinite, weight)):
         raise SettingError(f"weight is {list(weight)}; expected finite numbers")
-    opened, base = base, with_vocabulary_of(base, adapters)
+    naming = naming or Naming()
+    naming.check(base, adapters)
+    opened = with_head_of(base, adapters, naming)
+    base = with_vocabulary_of(opened, adapters, naming)
     tie = find_tie(base)
     if tie and not tie.head:
         _refuse_unknown_head(base, tie, adapters)
@@ -93,7 +101,7 @@ def read_adapters(
     found = []
     read = adapters if allow_nonfinite else [*map(finite, adapters)]
     for adapter, by in zip(read, weight or [1.0] * len(adapters), strict=True):
-        targets = read_adapter(apart, adapter, weight=by)
+        targets = read_adapter(apart, adapter, weight=by, naming=naming)
         _refuse_unclear(base, [target.name for target in targets])
         found.append(tuple(_with_tied_rows(targets, tie, adapter) if tie else targets))
     reading = Reading(apart, base, tie, tuple(found))

@@ -15,6 +15,7 @@ from weightsurgery.adapters.experts import inputs_first
 from weightsurgery.adapters.half import refuse_half
 from weightsurgery.adapters.linked import Linked, distribute, is_all_added
 from weightsurgery.adapters.module import Module, seen_transposed
+from weightsurgery.adapters.naming import Naming
 from weightsurgery.adapters.parameters import Parameter, Parameters
 from weightsurgery.adapters.tie import find_shared
 from weightsurgery.adapters.updates import LowRankRows, Replace, ReplaceRows, Update
@@ -37,13 +38,16 @@ class Target:
     updates: tuple[Update, ...]
 
 
-def read_adapter(base: Checkpoint, adapter: Checkpoint, *, weight: float = 1.0) -> list[Target]:
+def read_adapter(
+    base: Checkpoint, adapter: Checkpoint, *, weight: float = 1.0, naming: Naming | None = None
+) -> list[Target]:
     """What an adapter does to BASE, tensor by tensor.
 
     Args:
         base: The model that it was trained on.
         adapter: From `open_checkpoint`.
         weight: Multiplies the change; −1 takes it back.
+        naming: How the adapter's names correspond to BASE's; None for as they are.
 
     Returns:
         A target for each tensor of BASE that changes, in BASE's order.
@@ -57,7 +61,7 @@ def read_adapter(base: Checkpoint, adapter: Checkpoint, *, weight: float = 1.0) 
     if not adapter:
         raise FormatError("the adapter has no tensors", file=adapter.label, code="E-ADAPTER-EMPTY")
     contents = sort_out(adapter)
-    names = Parameters(base, adapter, contents.shapes(config))
+    names = Parameters(base, adapter, contents.shapes(config), naming or Naming())
     refuse_half(config, base, adapter, contents.modules, contents.plain)
     changes: list[tuple[Parameter, Update]] = [
         (_replaced(names, config, name, view), Replace(view))  # what the rest is added to

@@ -8,11 +8,14 @@ Both are brought to canonical names, as pairs of models are.
 from __future__ import annotations
 
 import difflib
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 
+from weightsurgery.adapters.naming import Naming
 from weightsurgery.adapters.split import find_slice
+from weightsurgery.adapters.task_head import ending_of
 from weightsurgery.anatomy import kind_of
 from weightsurgery.architecture.canonical import Place, read_names, template
 from weightsurgery.architecture.conversion import UnsupportedError
@@ -21,17 +24,11 @@ from weightsurgery.architecture.matching import Counterpart, Made, Matcher, endi
 from weightsurgery.architecture.pieces import Link
 from weightsurgery.checkpoint import Checkpoint, TensorView
 from weightsurgery.dtypes import DTYPES
-from weightsurgery.errors import FormatError, MismatchError, shown
+from weightsurgery.errors import FormatError, MismatchError, SettingError, shown
 from weightsurgery.formats.layout import ADAPTER
 from weightsurgery.kernels import Block
 
 Shape = tuple[int, ...]
-# What PEFT calls a task, to the ending of transformers' class with the head that is trained.
-_HEADS = {
-    "SEQ_CLS": "ForSequenceClassification",
-    "TOKEN_CLS": "ForTokenClassification",
-    "QUESTION_ANS": "ForQuestionAnswering",
-}
 
 
 @dataclass(frozen=True)
@@ -56,12 +53,23 @@ class Parameters:
         adapter: The adapter, for messages.
         shapes: Each name that will be looked for, with the shape that the adapter's tensors tell;
             None where they tell none.
+        naming: How the adapter's names correspond to BASE's.
+
+    Raises:
+        SettingError: Two of its names become one.
     """
 
     def __init__(
-        self, base: Checkpoint, adapter: Checkpoint, shapes: Mapping[str, Shape | None]
+        self,
+        base: Checkpoint,
+        adapter: Checkpoint,
+        shapes: Mapping[str, Shape | None],
+        naming: Naming,
     ) -> None:
         self.base, self.adapter = base, adapter
+        self._names = {name: naming.translated(name, base) for name in shapes}
+        self._refuse_clashes()
+        shapes = {self._names[name]: shape for name, shape in shapes.items()}
         wanted = {name: _view(name, shape or ()) for name, shape in shapes.items()}
         ours, _ = read_sides(base, Checkpoint(wanted))
         made = Made(ours)
@@ -78,6 +86,23 @@ class Parameters:
         self._matcher = Matcher(*read_sides(base, Checkpoint(wanted)))
         self._found: dict[str, Parameter | UnsupportedError | None] = {}
         self._refuse_rivals()
+
+    def _refuse_clashes(self) -> None:
+        """Refuse two names that become one in BASE.
+
+        Raises:
+            SettingError: There are two.
+        """
+        count = Counter(self._names.values())
+        twice = [name for name, new in self._names.items() if count[new] > 1]
+        if twice:
+            raise SettingError(
+                f"two of its names become '{shown(self._names[twice[0]])}' in BASE: "
+                + " and ".join(f"'{shown(name)}'" for name in twice[:2]),
+                file=self.adapter.label,
+                hint="map each to a name of its own",
+                code="E-NAME-MAP",
+            )
 
     def _refuse_rivals(self) -> None:
         """Refuse names that two prefixes of BASE's fit alike.
@@ -113,6 +138,7 @@ class Parameters:
         Raises:
             MismatchError: BASE has it, in an arrangement that does not fit.
         """
+        name = self._names.get(name, name)
         if name not in self._found:
             try:
                 self._found[name] = self._look(name)
@@ -165,6 +191,7 @@ class Parameters:
         found = self.find(name)
         if found is not None:
             return found
+        name = self._names.get(name, name)
         if self._is_twice(name):
             raise FormatError(
                 "another of its names adapts the same tensor of BASE; expected one of the two",
@@ -201,9 +228,8 @@ class Parameters:
         """What to do about a parameter that BASE lacks."""
         if not self._fits_elsewhere:
             return "is this the model that the adapter was trained on?"
-        task = self.adapter.config.get("task_type")
-        ending = _HEADS.get(task) if isinstance(task, str) else None
-        if ending is None or kind_of(name) != "head":
+        ending = ending_of(self.adapter)
+        if not ending or kind_of(name) != "head":
             return ""
         ours = class_of(self.base.config) or "a model without it"
         return (

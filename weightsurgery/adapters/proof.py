@@ -14,6 +14,7 @@ from typing import Any
 
 from weightsurgery.adapters.elements import compare
 from weightsurgery.adapters.heads import Reading, read_adapters, stored_apart, stored_as_in_base
+from weightsurgery.adapters.naming import Naming
 from weightsurgery.adapters.tie import is_tied
 from weightsurgery.adapters.updates import Replace, Update
 from weightsurgery.alignment import Alignment, Pair, align
@@ -72,6 +73,8 @@ def verify_adapter(
     merged: Checkpoint,
     *,
     weight: Sequence[float] = (),
+    strip_prefix: str = "",
+    name_map: Mapping[str, str] | None = None,
     allow_nonfinite: bool = False,
     engine: Engine | None = None,
 ) -> dict[str, Any]:
@@ -86,6 +89,8 @@ def verify_adapter(
         adapters: What was folded in, in order.
         merged: The result.
         weight: One number for each adapter, or none.
+        strip_prefix: Ignored at the front of the adapters' names or of BASE's.
+        name_map: An adapter's name of a module or tensor to BASE's name; wins over the prefix.
         allow_nonfinite: NaN or infinity in MERGED is right where BASE and the adapters give it;
             else an adapter with some is refused, and a tensor with some is not proved.
         engine: Workers and progress.
@@ -99,11 +104,14 @@ def verify_adapter(
         MismatchError: The three do not fit each other.
         NonFiniteError: An adapter holds NaN or infinity, and that is not allowed.
         PolicyError: An adapter is of a kind that is not folded in here.
-        SettingError: There is no adapter, or not one `weight` for each.
+        SettingError: There is no adapter, not one `weight` for each, or a name that is mapped does
+            not exist.
     """
     require_checkpoints(base, *adapters, merged)
     require_unquantised(base, merged)
-    reading = _reading(base, adapters, merged, weight, allow_nonfinite)
+    naming = Naming(strip_prefix, name_map or {})
+    read = read_adapters(base, adapters, weight, naming=naming, allow_nonfinite=allow_nonfinite)
+    reading = _as_stored(read, merged)
     updates = reading.updates()
     paired = align(reading.base, merged, mismatched="keep integers", called="MERGED")
     pairs = [replace(p, key=p.name, eligible=_compared(p)) for p in paired.pairs if _compared(p)]
@@ -141,15 +149,8 @@ def verify_adapter(
     }
 
 
-def _reading(
-    base: Checkpoint,
-    adapters: Sequence[Checkpoint],
-    merged: Checkpoint,
-    weight: Sequence[float],
-    allow_nonfinite: bool,
-) -> Reading:
+def _as_stored(reading: Reading, merged: Checkpoint) -> Reading:
     """What the adapters ask for; of the untied model where they or MERGED need it."""
-    reading = read_adapters(base, adapters, weight, allow_nonfinite=allow_nonfinite)
     apart = reading.tie is not None and (reading.needs_untying or not is_tied(merged))
     return (stored_apart if apart else stored_as_in_base)(reading)
 

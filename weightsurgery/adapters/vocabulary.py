@@ -9,6 +9,7 @@ import numpy as np
 
 from weightsurgery.adapters.config import read_config
 from weightsurgery.adapters.contents import sort_out
+from weightsurgery.adapters.naming import Naming
 from weightsurgery.adapters.parameters import Parameters
 from weightsurgery.adapters.updates import Replace, Update
 from weightsurgery.architecture.composite import find_architecture
@@ -20,12 +21,15 @@ from weightsurgery.formats.config import with_config
 from weightsurgery.kernels import Block
 
 
-def with_vocabulary_of(base: Checkpoint, adapters: Sequence[Checkpoint]) -> Checkpoint:
+def with_vocabulary_of(
+    base: Checkpoint, adapters: Sequence[Checkpoint], naming: Naming
+) -> Checkpoint:
     """BASE with as many tokens as its adapters have; new rows are zero until they are replaced.
 
     Args:
         base: The model.
         adapters: From `open_checkpoint`.
+        naming: How their names correspond to BASE's.
 
     Returns:
         BASE as it is, where they have as many as BASE.
@@ -35,7 +39,7 @@ def with_vocabulary_of(base: Checkpoint, adapters: Sequence[Checkpoint]) -> Chec
     """
     found: dict[int, str] = {}
     for adapter in adapters:
-        for rows in _rows(base, adapter):
+        for rows in _rows(base, adapter, naming):
             found.setdefault(rows, adapter.label)
     if len(found) > 1:
         (one, first), (other, second), *_ = found.items()
@@ -94,7 +98,7 @@ def refuse_unfilled(base: Checkpoint, grown: Checkpoint, updates: dict[str, list
             )
 
 
-def _rows(base: Checkpoint, adapter: Checkpoint) -> set[int]:
+def _rows(base: Checkpoint, adapter: Checkpoint, naming: Naming) -> set[int]:
     """The numbers of tokens, other than BASE's, that an adapter's tensors have."""
     contents, config = sort_out(adapter), read_config(adapter)
     shapes = contents.shapes(config)
@@ -103,7 +107,7 @@ def _rows(base: Checkpoint, adapter: Checkpoint) -> set[int]:
     }
     if not wanted:
         return set()
-    names = Parameters(base, adapter, wanted)
+    names = Parameters(base, adapter, wanted, naming)
     found = set()
     for name, shape in wanted.items():
         parameter = names.find(name)

@@ -7,7 +7,7 @@ from typing import Any
 import click
 
 from weightsurgery.adapters.proof import check_proof, verify_adapter
-from weightsurgery.cli import options
+from weightsurgery.cli import name_options, options
 from weightsurgery.cli.companion import Companion, Given, Inputs
 from weightsurgery.formats import open_checkpoint
 from weightsurgery.report.outcome import outcome_tables
@@ -29,7 +29,8 @@ def _prove(inputs: Inputs, given: Given) -> dict[str, Any]:
     base, *adapters = inputs
     merged = open_checkpoint(given["out"])
     read = (*inputs, merged)
-    settings = {name: given[name] for name in ("weight", "allow_nonfinite")}
+    settings = {name: given[name] for name in ("weight", "strip_prefix", "allow_nonfinite")}
+    settings["name_map"] = name_options.read_map(given["name_map"])
     with options.running(given["workers"], max_memory=given["max_memory"], inputs=read) as engine:
         proof = verify_adapter(base, adapters, merged, **settings, engine=engine)
     return {"proof": proof}

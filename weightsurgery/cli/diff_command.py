@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from weightsurgery.cli import options
+from weightsurgery.cli import name_options, options
 from weightsurgery.comparison import DiffReport, diff, drift
 from weightsurgery.errors import SurgeryError, shown
 from weightsurgery.formats import save
@@ -154,7 +154,7 @@ command = options.Command(
         click.Option(["--csv", "as_csv"], is_flag=True, help="Print one CSV line for each tensor."),
         options.JSON,
         options.WEIGHTS,
-        *options.NAMES,
+        *name_options.NAMES,
         options.WORKERS,
         options.MEMORY,
     ],

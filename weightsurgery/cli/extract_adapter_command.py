@@ -11,7 +11,7 @@ from weightsurgery.adapters.decompose import OVERSAMPLING, POWER_ITERATIONS
 from weightsurgery.adapters.extract import DEFAULT_RANK, extract_adapter
 from weightsurgery.adapters.memory import fit_works, works_of
 from weightsurgery.checkpoint import Checkpoint
-from weightsurgery.cli import options
+from weightsurgery.cli import name_options, options
 from weightsurgery.formats import save
 from weightsurgery.formats.destination import check_destination, check_folder_name
 from weightsurgery.formats.plan import input_paths, make_plan
@@ -173,7 +173,7 @@ command = options.Command(
             help="Continue even if less than 95 % of TUNED's parameters have a counterpart.",
         ),
         options.WEIGHTS,
-        *options.NAMES,
+        *name_options.NAMES,
         options.WORKERS,
         options.HASH,
         click.Option(["--all", "show_all"], is_flag=True, help="Show every matrix."),

@@ -10,7 +10,7 @@ import click
 
 import weightsurgery.operators
 from weightsurgery.checkpoint import Checkpoint
-from weightsurgery.cli import options
+from weightsurgery.cli import name_options, options
 from weightsurgery.cli.companion import companion_of
 from weightsurgery.formats import save
 from weightsurgery.formats.destination import check_destination
@@ -25,6 +25,8 @@ from weightsurgery.registry import OPERATORS, Operator, Setting
 from weightsurgery.report.outcome import plan_tables
 from weightsurgery.token_counts import TokenCounts
 
+_NAMES = {option.name: option for option in name_options.ADAPTER_NAMES}
+
 
 def make_command(name: str) -> click.Command:
     """The click command of a registered operator."""
@@ -38,7 +40,7 @@ def make_command(name: str) -> click.Command:
         *companion.parameters,
         *options.WRITING,
         options.WEIGHTS,
-        *(options.NAMES if _is_pair(operator) else ()),
+        *(name_options.NAMES if _is_pair(operator) else ()),
         options.WORKERS,
         options.JSON,
     ]
@@ -242,6 +244,8 @@ def make_options(name: str, kind: Any, declaration: Setting, default: Any) -> li
         return [click.Option([flag, name], is_flag=True, default=default, help=text)]
     if _is_counts(kind):
         return list(options.COUNTS)
+    if name in _NAMES:
+        return [_NAMES[name]]
     if get_origin(kind) is tuple:
         return [
             click.Option(
@@ -286,6 +290,8 @@ def _value(
     context: click.Context, name: str, setting: tuple[Any, Setting, Any], given: dict[str, Any]
 ) -> Any:
     kind, declaration, _ = setting
+    if name == "name_map":
+        return name_options.read_map(given[name])
     if get_origin(kind) is tuple and get_origin(get_args(kind)[0]) is tuple:
         return tuple(_rule(context, name, text) for text in given[name])
     other = declaration.complement

@@ -14,13 +14,12 @@ from typing import Any
 import click
 
 from weightsurgery.checkpoint import Checkpoint
+from weightsurgery.cli.name_options import read_map
 from weightsurgery.cli.progress import drawing
 from weightsurgery.cli.words import in_flags
 from weightsurgery.errors import SettingError, SurgeryError, shown
 from weightsurgery.formats import open_checkpoint
-from weightsurgery.formats.files import InputFile
 from weightsurgery.formats.plan import fit_workers, parse_size
-from weightsurgery.formats.strict_json import parse_object
 from weightsurgery.formats.vocabulary import read_vocabulary
 from weightsurgery.name_map import match_names
 from weightsurgery.report.tables import Table, show
@@ -193,17 +192,6 @@ FOLLOW_LINKS = click.Option(
     help="Follow symbolic links that point outside the model directory. Linked configuration and "
     "tokenizer files are copied to the output.",
 )
-NAMES = (
-    click.Option(
-        ["--strip-prefix"], metavar="PREFIX", default="", help="Ignore this prefix when pairing."
-    ),
-    click.Option(
-        ["--map", "name_map"],
-        type=click.Path(),
-        metavar="FILE",
-        help='JSON file {"TUNED\'s name": "BASE\'s name"} that pairs tensors by hand.',
-    ),
-)
 MEMORY = click.Option(
     ["--max-memory"], type=Size(), help="Use fewer workers to stay under this much memory."
 )
@@ -254,7 +242,7 @@ WRITING = (
 
 
 def open_pair(
-    base: str, tuned: str, *, weights: str | None, strip_prefix: str, name_map: str | None
+    base: str, tuned: str, *, weights: str | None, strip_prefix: str, name_map: Sequence[str]
 ) -> tuple[Checkpoint, Checkpoint]:
     """Open BASE and TUNED, with BASE's names as the user says they correspond.
 
@@ -263,17 +251,9 @@ def open_pair(
             directory with a file called `weights`.
     """
     opened = open_all((base, tuned), weights)
-    if not strip_prefix and name_map is None:
+    if not strip_prefix and not name_map:
         return opened[0], opened[1]
-    names: Mapping[str, str] | None = None
-    if name_map is not None:
-        file = InputFile(name_map)
-        names = parse_object(file.read_all(1 << 28), file=file.path, what="name map")
-        for tensor, other in names.items():
-            if not isinstance(other, str):
-                raise SettingError(
-                    "the name map gives no name", file=name_map, tensor=tensor, code="E-NAME-MAP"
-                )
+    names = read_map(name_map)
     named = match_names(opened[0], opened[1], strip_prefix=strip_prefix, name_map=names)
     return named, opened[1]
 

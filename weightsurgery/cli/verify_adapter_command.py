@@ -7,7 +7,7 @@ from typing import Any
 import click
 
 from weightsurgery.adapters.proof import check_proof, verify_adapter
-from weightsurgery.cli import options
+from weightsurgery.cli import name_options, options
 from weightsurgery.report.proof import LISTED, proof_tables
 
 
@@ -17,10 +17,12 @@ def _verify(
     merged: str,
     weights: str | None,
     workers: int,
+    name_map: tuple[str, ...],
     show_all: bool,
     as_json: bool,
     **settings: Any,
 ) -> None:
+    settings["name_map"] = name_options.read_map(name_map)
     read = options.open_all((base, *adapters, merged), weights)
     with options.running(workers, inputs=read) as engine:
         report = verify_adapter(read[0], read[1:-1], read[-1], **settings, engine=engine)
@@ -61,6 +63,7 @@ command = options.Command(
             metavar="NUMBER",
             help="What an adapter's change was multiplied by; one for each.",
         ),
+        *name_options.ADAPTER_NAMES,
         options.WEIGHTS,
         click.Option(
             ["--allow-nonfinite"],

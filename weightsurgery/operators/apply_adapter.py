@@ -21,6 +21,7 @@ from weightsurgery.adapters.finite import warn_of_nonfinite
 from weightsurgery.adapters.heads import Reading, read_adapters, stored_apart, stored_as_in_base
 from weightsurgery.adapters.layout import Target
 from weightsurgery.adapters.linked import is_all_added, parts_of
+from weightsurgery.adapters.naming import Naming
 from weightsurgery.adapters.updates import MERGED_AT_ONCE, Replace, Shift, Update
 from weightsurgery.adapters.zeros import scale_of, warn_of_zeros
 from weightsurgery.anatomy import find_embedding
@@ -38,7 +39,7 @@ from weightsurgery.formats.layout import TOKENIZER, fits
 from weightsurgery.formats.record import public_name
 from weightsurgery.kernels import Block, all_finite, to_dtype, to_float
 from weightsurgery.quantised import require_unquantised
-from weightsurgery.registry import AllowNonfinite, Setting, operator
+from weightsurgery.registry import AllowNonfinite, NameMap, Setting, StripPrefix, operator
 from weightsurgery.ties import is_output_head
 
 
@@ -57,6 +58,8 @@ def apply_adapter(
     untie: Annotated[
         bool, "store an output head that BASE ties to its embedding as a tensor of its own"
     ] = False,
+    strip_prefix: StripPrefix = "",
+    name_map: NameMap = (),
     force_base: Annotated[bool, "accept an adapter that names another base"] = False,
     allow_nonfinite: AllowNonfinite = False,
 ) -> Checkpoint:
@@ -74,6 +77,9 @@ def apply_adapter(
         rounding: "once" or "peft".
         untie: Write head and embedding as two tensors and set `tie_word_embeddings` to false.
             Needed where an adapter changes one of the two alone, or each in its own way.
+        strip_prefix: Ignored at the front of the adapters' names or of BASE's.
+        name_map: An adapter's name of a module or tensor to BASE's name; wins over the prefix. All
+            that is below a module is mapped with it.
         force_base: Do not compare the name of its base that an adapter gives with BASE's.
         allow_nonfinite: Let NaN and infinity pass instead of refusing them, BASE's and the
             adapters'. The adapters are then read at once, and a warning tells which hold some.
@@ -84,7 +90,8 @@ def apply_adapter(
         NonFiniteError where a value is NaN or infinite, unless that is allowed.
 
     Raises:
-        SettingError: There is no adapter, or not one `weight` for each.
+        SettingError: There is no adapter, not one `weight` for each, or a name that is mapped does
+            not exist.
         FormatError: An adapter is incomplete, or contradicts its configuration.
         MismatchError: An adapter does not fit BASE, or `untie` is given and nothing is tied.
         PolicyError: An adapter is of a kind that is not folded in, names another base, would need
@@ -93,7 +100,8 @@ def apply_adapter(
     require_unquantised(base)
     warnings = [w for adapter in adapters for w in _check_base(base, adapter, force_base)]
     stored = stored_apart if untie else stored_as_in_base
-    read = read_adapters(base, adapters, weight, allow_nonfinite=allow_nonfinite)
+    naming = Naming(strip_prefix, dict(name_map))
+    read = read_adapters(base, adapters, weight, naming=naming, allow_nonfinite=allow_nonfinite)
     reading = stored(read)
     if allow_nonfinite:
         warnings += [told for adapter in adapters for told in warn_of_nonfinite(adapter)]
@@ -121,7 +129,7 @@ def apply_adapter(
         tensors=tensors,
         side_files=side_files,
         notes={**base.notes, **notes},
-        warnings=(*base.warnings, *warnings),
+        warnings=(*reading.base.warnings, *warnings),
     )
 
 
