@@ -383,7 +383,8 @@ def _fisher_rows() -> Iterator[tuple[str, ...]]:
     )
     for name, one in sorted(computing.ALL.items()):
         row = measured[name]
-        yield name, f"`{one.model}`", f"{row['hooks']:.1%}", f"{row['coverage']:.1%}"
+        shares = (f"{row[part]:.1%}" for part in ("hooks", "split", "loop", "coverage"))
+        yield name, f"`{one.model}`", *shares
 
 
 _FRAME = """\
@@ -447,12 +448,14 @@ out for another reason.
 
 `tests/test_law_of_names_on_disk.py` computes the Fisher of these {computed} tiny models, and trains
 them: each tensor is within 1e-5 of what autograd gives one example at a time, under the name that
-transformers saves it with. *Batched* is the share of parameters computed in batches; the others are
-computed one example at a time. *Coverage* is the share of trainable parameters that have a Fisher.
+transformers saves it with. The columns are shares of the parameters: *batched* for those computed
+in batches; *module alone* for those in a module that runs one example at a time while the rest of
+the model runs in batches; *model alone* for those that need a second pass, in which the whole model
+runs one example at a time; *coverage* for the trainable parameters that have a Fisher.
 `python -m tests.computing` measures the table again.
 
-| model | class | batched | coverage |
-|---|---|---:|---:|
+| model | class | batched | module alone | model alone | coverage |
+|---|---|---:|---:|---:|---:|
 {fisher}
 
 ## What cannot hold

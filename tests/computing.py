@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +29,26 @@ CLASSIFIERS = {
     name: row
     for name, row in {**ENCODERS, **DECODERS}.items()
     if row.model.endswith("ForSequenceClassification")
+}
+# Classifiers of encoders that stand in the zoo with another head.
+_RELATIVE = {"relative_attention": True, "pos_att_type": ["p2c", "c2p"], "position_buckets": 4}
+_ENCODERS = {
+    "albert": {},
+    "deberta": {**_RELATIVE, "max_relative_positions": 8},
+    "deberta-v2": {**_RELATIVE, "share_att_key": True, "norm_rel_ebd": "layer_norm"},
+    "distilbert": {},
+    "esm": {"position_embedding_type": "rotary"},
+    "modernbert": {},
+    "mpnet": {},
+    "nomic-bert": {},
+}
+CLASSIFIERS |= {
+    f"{name}-classifier": replace(
+        ENCODERS[name],
+        model=ENCODERS[name].model.replace("ForMaskedLM", "ForSequenceClassification"),
+        settings={**ENCODERS[name].settings, **more},
+    )
+    for name, more in _ENCODERS.items()
 }
 ALL = {**CAUSAL, **CLASSIFIERS}
 
@@ -71,7 +92,7 @@ def saved(module: Any, folder: Path) -> dict[str, torch.Tensor]:
 
 
 def fisher_paths(root: Path, name: str) -> dict[str, float]:
-    """The share of a model's parameters whose Fisher comes from hooks, and from the loop."""
+    """The share of a model's parameters whose Fisher comes each way, and that have one at all."""
     from weightsurgery.curvature.fisher import fisher
     from weightsurgery.datasets.batches import read_examples
     from weightsurgery.models import load_model
@@ -82,9 +103,12 @@ def fisher_paths(root: Path, name: str) -> dict[str, float]:
     data = sentences if model.task == "classification" else questions
     found = fisher(model, read_examples(model, data, max_length=32))
     paths = found.notes["paths"]
-    hooked = sum(view.size for key, view in found.items() if paths[key] == "hooks")
+    sizes = dict.fromkeys(("hooks", "split", "loop"), 0)
+    for key, view in found.items():
+        sizes[paths[key]] += view.size
     trainable = sum(p.numel() for p in model.module.parameters() if p.requires_grad)
-    return {"hooks": round(hooked / found.size, 3), "coverage": round(found.size / trainable, 3)}
+    shares = {way: round(size / found.size, 3) for way, size in sizes.items()}
+    return {**shares, "coverage": round(found.size / trainable, 3)}
 
 
 def main() -> None:

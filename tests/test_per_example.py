@@ -26,7 +26,8 @@ from weightsurgery.curvature.factors import (
     norm_factors,
 )
 from weightsurgery.curvature.losses import Objective
-from weightsurgery.curvature.per_example import Recorder, add_squares, find_paths, frozen, zeros
+from weightsurgery.curvature.paths import find_paths
+from weightsurgery.curvature.per_example import Recorder, add_squares, frozen, zeros
 from weightsurgery.datasets.batches import Encoded
 
 SENTENCES = [
@@ -57,7 +58,7 @@ def squares(model: Any, batch_size: int) -> tuple[dict[str, Any], dict[str, str]
         report = lambda path, done: None
         unfit = add_squares(objective, examples, sums, paths, batch_size=batch_size, report=report)
     assert unfit == set()
-    return {name: one.squares / len(examples) for name, one in sums.items()}, paths
+    return {name: one.squares / len(examples) for name, one in sums.items()}, paths.ways
 
 
 def agree(found: dict[str, Any], truth: dict[str, Any], tolerance: float = 1e-4) -> None:
@@ -85,7 +86,7 @@ DECODER = {**SIZES, "num_attention_heads": 4, "num_key_value_heads": 2}
 RELATIVE = {"relative_attention": True, "pos_att_type": ["p2c", "c2p"], "position_buckets": 4}
 FUSED = {"num_local_experts": 3}
 
-# Name, task, class, settings, and what of the names cannot go through hooks.
+# Class, configuration, settings, and what of the names cannot go through hooks.
 ARCHITECTURES: list[tuple[str, str, dict[str, Any], tuple[str, ...]]] = [
     ("BertForSequenceClassification", "Bert", ENCODER, ()),
     ("RobertaForSequenceClassification", "Roberta", ENCODER, ()),
@@ -94,7 +95,7 @@ ARCHITECTURES: list[tuple[str, str, dict[str, Any], tuple[str, ...]]] = [
         "DebertaV2ForSequenceClassification",
         "DebertaV2",
         {**ENCODER, **RELATIVE},
-        ("pos_key_proj", "pos_query_proj", "rel_embeddings"),
+        (".encoder.",),  # its table of relative positions belongs to all examples
     ),
     ("LlamaForCausalLM", "Llama", DECODER, ()),
     ("LlamaForCausalLM", "Llama", {**DECODER, "tie_word_embeddings": True}, ()),
@@ -123,8 +124,9 @@ def test_equals_the_naive_loop(
     found, paths = squares(model, batch_size)
     agree(found, truth)
     if batch_size > 1:  # with one example a broadcast is none
-        by_loop = {name for name, path in paths.items() if path == "loop"}
-        assert by_loop == {name for name in paths if any(part in name for part in slow)}
+        split = {name for name, path in paths.items() if path != "hooks"}
+        assert split == {name for name in paths if any(part in name for part in slow)}
+        assert "loop" not in paths.values()
 
 
 # --- a model of all that is odd ---------------------------------------------------------------
@@ -236,11 +238,11 @@ MIDDLES: dict[str, tuple[Callable[[Any, Any], Any], Callable[[], Any], str]] = {
         "hooks",
     ),
     "positions without batch": (positions, lambda: nn.Embedding(16, 6), "loop"),
-    "flattened": (lambda self, x: self.part(x.flatten(0, 1)).view_as(x), linear, "loop"),
+    "flattened": (lambda self, x: self.part(x.flatten(0, 1)).view_as(x), linear, "hooks"),
     "transposed": (lambda self, x: self.part(x.transpose(0, 1)).transpose(0, 1), linear, "loop"),
-    "doubled": (lambda self, x: self.part(x), lambda: Doubled(6, 6), "loop"),
-    "nearly": (lambda self, x: self.part(x), lambda: Nearly(6, 6), "loop"),
-    "not affine": (lambda self, x: self.part(x) + x, lambda: SquareNorm(6, bias=False), "loop"),
+    "doubled": (lambda self, x: self.part(x), lambda: Doubled(6, 6), "split"),
+    "nearly": (lambda self, x: self.part(x), lambda: Nearly(6, 6), "split"),
+    "not affine": (lambda self, x: self.part(x) + x, lambda: SquareNorm(6, bias=False), "split"),
     "one of two uses hidden": (
         lambda self, x: self.part(x) + F.linear(x, self.part.weight, self.part.bias),
         linear,
@@ -263,6 +265,105 @@ def test_what_a_layer_may_be_and_how_it_may_be_called(name: str) -> None:
     assert {paths[n] for n in paths if not n.startswith("part")} == {"hooks"}
 
 
+class Raw(nn.Module):
+    """A module whose own parameter no rule covers."""
+
+    def __init__(self, inner: Any = None) -> None:
+        super().__init__()
+        self.raw = nn.Parameter(torch.randn(6))
+        self.inner = inner
+
+    def forward(self, x: Any, **_: Any) -> Any:
+        x = (x * self.raw).sin()
+        return x if self.inner is None else self.inner(x)
+
+
+class Typed(Raw):
+    """Takes and returns more than one tensor."""
+
+    def forward(self, pair: Any, *, more: Any, scale: Any, table: Any) -> Any:
+        x = pair[0] * self.raw + pair[1] + more["x"]
+        return {"x": x * scale + table.mean(0), "rest": (x, [None])}
+
+
+class Flat(Raw):
+    """Takes the tokens of all examples as one, as fused experts do."""
+
+    def forward(self, x: Any, **_: Any) -> Any:
+        return super().forward(x) if x.dim() == 2 else x
+
+
+class Batched(Raw):
+    """Refuses padding in a batch of one."""
+
+    def forward(self, x: Any, **_: Any) -> Any:
+        if len(x) == 1 and not x[0, -1].any():
+            raise ValueError("padding, but no batch")
+        return super().forward(x)
+
+
+def typed(self: Any, x: Any) -> Any:
+    scale, table = torch.tensor(2.0), torch.arange(30.0).view(5, 6)
+    found = self.part((x, x.sin()), more={"x": x}, scale=scale, table=table)
+    return found["x"] + found["rest"][0]
+
+
+UNITS: dict[str, tuple[Callable[[Any, Any], Any], Callable[[], Any], str]] = {
+    "own parameter": (lambda self, x: self.part(x), Raw, "split"),
+    "more than tensors": (typed, Typed, "split"),
+    "tokens of all examples": (
+        lambda self, x: self.part(x.flatten(0, 1)).view_as(x), Flat, "split"
+    ),
+    "used twice": (lambda self, x: self.part(self.part(x)), Raw, "split"),
+    "one in another": (lambda self, x: self.part(x), lambda: Raw(Raw(linear())), "split"),
+    "a layer read by the module around it": (
+        lambda self, x: self.part(x), lambda: Reader(linear()), "split"
+    ),
+    "tied to a layer outside": (
+        lambda self, x: self.part(x) + F.linear(x, self.classifier.weight[:1]), Raw, "loop"
+    ),
+    "not alone": (lambda self, x: self.part(x), Batched, "loop"),
+}  # fmt: skip
+
+
+class Reader(Raw):
+    """Computes with the weight of a layer that it does not call."""
+
+    def forward(self, x: Any, **_: Any) -> Any:
+        return F.linear(x, self.inner.weight, self.inner.bias).tanh() * self.raw
+
+
+@pytest.mark.parametrize("name", UNITS)
+def test_modules_that_run_one_example_at_a_time(name: str) -> None:
+    middle, part, way = UNITS[name]
+    model = in_memory(Head(middle, part=part), "classification")
+    truth = gradients.fisher(model.module, model.names, SENTENCES)
+    for batch_size in (2, 3, 4):
+        found, paths = squares(model, batch_size)
+        agree(found, truth, 1e-5)
+        assert {paths[n] for n in paths if n.startswith("part")} == {way}, name
+    assert "forward" not in vars(model.module.part)
+
+
+def test_a_module_whose_arguments_change_is_noticed() -> None:
+    """Its rows were those of the examples on the first batch, and are not on a later one."""
+
+    def middle(self: Any, x: Any) -> Any:
+        return self.part(x) if len(x) < 3 else self.part(x.flatten(0, 1)[None])[0].view_as(x)
+
+    model = in_memory(Head(middle, part=Raw), "classification")
+    objective = Objective(model)
+    with frozen(model.module):
+        paths = find_paths(objective, SENTENCES, batch_size=3)
+        assert paths.ways["part.raw"] == "split"
+        sums = zeros(model.names, list(model.names))
+        report = lambda path, done: None
+        unfit = add_squares(objective, SENTENCES, sums, paths, batch_size=3, report=report)
+        assert unfit == {"part.raw"}
+        paths.give_up(unfit)
+    assert (paths.ways["part.raw"], paths.units) == ("loop", {})
+
+
 def test_embeddings_with_padding_and_scale() -> None:
     module = Head(lambda _, x: x)
     module.words = Scaled(len(VOCABULARY), 6, padding_idx=7)  # 7 is also a word of the sentences
@@ -278,13 +379,13 @@ def test_embeddings_with_padding_and_scale() -> None:
 
 def test_a_call_of_another_form_later_on_is_noticed() -> None:
     def middle(self: Any, x: Any) -> Any:
-        return self.part(x) if len(x) < 3 else self.part(x.flatten(0, 1)).view_as(x)
+        return self.part(x) if len(x) < 3 else self.part(x.flatten(0, 1)[None]).view_as(x)
 
     model = in_memory(Head(middle, part=linear), "classification")
     objective = Objective(model)
     with frozen(model.module):
         paths = find_paths(objective, SENTENCES, batch_size=3)
-        assert set(paths.values()) == {"hooks"}  # two examples are compared
+        assert set(paths.ways.values()) == {"hooks"}  # two examples are compared
         sums = zeros(model.names, list(model.names))
         unfit = add_squares(
             objective, SENTENCES, sums, paths, batch_size=3, report=lambda path, done: None
@@ -298,9 +399,10 @@ def test_paths_do_not_depend_on_how_much_is_compared_at_a_time(
     model = in_memory(Head(odd, **ODD), "classification")
     with frozen(model.module):
         whole = find_paths(Objective(model), SENTENCES, batch_size=2)
-        monkeypatch.setattr("weightsurgery.curvature.per_example._GROUP", 1)
-        assert find_paths(Objective(model), SENTENCES, batch_size=2) == whole
-    assert set(whole.values()) == {"hooks", "loop"}
+        monkeypatch.setattr("weightsurgery.curvature.paths._GROUP", 1)
+        found = find_paths(Objective(model), SENTENCES, batch_size=2)
+    assert found.ways == whole.ways
+    assert set(whole.ways.values()) == {"hooks", "loop"}
 
 
 def test_a_model_whose_layers_do_not_matter() -> None:
@@ -433,5 +535,5 @@ def test_norm_factors_are_the_jacobian(name: str) -> None:
 def test_a_bias_gets_the_sum_over_tokens() -> None:
     gradient = torch.randn(3, 4, 5, 6)
     call = Call(linear(), (torch.randn(3, 4, 5, 6),), {})
-    found = dense(factors_of(call, "bias", gradient), (6,), 3)
+    found = dense(factors_of(call, "bias", gradient, 3), (6,), 3)
     torch.testing.assert_close(found, gradient.sum((1, 2)))

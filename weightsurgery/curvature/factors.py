@@ -233,15 +233,16 @@ def kind_of_module(module: Any) -> str:
     return "norm" if weight.dim() == 1 and "norm" in type(module).__name__.lower() else ""
 
 
-def factors_of(call: Call, name: str, gradient: torch.Tensor) -> Factors:
+def factors_of(call: Call, name: str, gradient: torch.Tensor, count: int) -> Factors:
     """What one call contributes to the gradient of the module's parameter `name`.
 
     Args:
         call: The call.
         name: "weight" or "bias".
-        gradient: ∂loss/∂output, shape (B, ..., size).
+        gradient: ∂loss/∂output, shape (B, ..., size) or (B·T, size).
+        count: B.
     """
-    kind, count = kind_of_module(call.module), len(gradient)
+    kind = kind_of_module(call.module)
     flat = gradient.reshape(count, -1, gradient.shape[-1])
     if name == "bias":
         return Vector(flat)
@@ -282,8 +283,17 @@ def norm_factors(call: Call) -> torch.Tensor:
     return found
 
 
-def fits(module: Any, name: str, call: Call, output: Any, count: int) -> bool:
-    """Whether a call is of the form that `factors_of` reads: one row of input for each example."""
+def fits(module: Any, name: str, call: Call, output: Any, count: int, length: int) -> bool:
+    """Whether a call is of the form that `factors_of` reads: rows of input for each example.
+
+    Args:
+        module: The module.
+        name: The name of its parameter.
+        call: How it was called.
+        output: What it returned.
+        count: B.
+        length: T of the model's own inputs.
+    """
     import torch
 
     kind = kind_of_module(module)
@@ -295,6 +305,8 @@ def fits(module: Any, name: str, call: Call, output: Any, count: int) -> bool:
     if kind == "embedding":
         is_lookup = not inputs.is_floating_point() and output.shape[:-1] == inputs.shape
         return is_lookup and len(inputs) in (1, count)
-    return len(inputs) == len(output) == count and getattr(module, name).shape[-1:] == (
-        output.shape[-1:] if name == "bias" or kind in ("norm", "transposed") else inputs.shape[-1:]
-    )
+    flat = count * length if inputs.dim() == output.dim() == 2 else count  # (B·T, size)
+    if len(inputs) != len(output) or len(output) not in (count, flat):
+        return False
+    facing = output if name == "bias" or kind in ("norm", "transposed") else inputs
+    return bool(getattr(module, name).shape[-1:] == facing.shape[-1:])

@@ -16,14 +16,15 @@ from typing import Any
 from weightsurgery.checkpoint import Checkpoint, Step
 from weightsurgery.curvature.factors import Sums
 from weightsurgery.curvature.losses import Objective
+from weightsurgery.curvature.paths import find_paths
 from weightsurgery.curvature.per_example import (
+    Paths,
     add_squares,
-    find_paths,
     frozen,
     zeros,
 )
 from weightsurgery.curvature.points import between
-from weightsurgery.curvature.result import HOOKS, LOOP, lengths_of, make_result
+from weightsurgery.curvature.result import HOOKS, lengths_of, make_result
 from weightsurgery.datasets.batches import (
     Encoded,
     bounded_batch_size,
@@ -71,7 +72,8 @@ def fisher(
     Returns:
         A float32 tensor for every trainable parameter, under its name on disk; tied weights once,
         with their gradients summed. `notes["paths"]` tells how each was computed: "hooks" in
-        batches, "loop" one example at a time.
+        batches, "split" in batches but for its own module, which ran one example at a time,
+        "loop" by running the whole model one example at a time.
 
     Raises:
         SettingError: There are no examples, or a setting is out of range.
@@ -236,10 +238,10 @@ def _sums(run: _Run, *, fourths: bool) -> tuple[dict[str, Sums], dict[str, str]]
         sums = zeros(model.names, list(model.names), fourths=fourths)
         while unfit := _add_points(run, objective, move, sums, paths):
             # A layer was called otherwise than on the first examples. Begin again.
-            paths.update(dict.fromkeys(unfit, LOOP))
+            paths.give_up(unfit)
             for one in sums.values():
                 one.zero()
-    return sums, paths
+    return sums, paths.ways
 
 
 def _add_points(
@@ -247,7 +249,7 @@ def _add_points(
     objective: Objective,
     move: Callable[[float], None] | None,
     sums: Mapping[str, Sums],
-    paths: Mapping[str, str],
+    paths: Paths,
 ) -> set[str]:
     for number, share in enumerate(run.shares):
         if move is not None:

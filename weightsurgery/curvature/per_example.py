@@ -2,14 +2,17 @@
 
 No parameter asks autograd for its gradient. Hooks on the modules see each layer's input and the
 gradient of its output, and `factors` makes of these what autograd would have made one example at
-a time. What no hook covers, or what does not agree with autograd on the first examples, goes a
-slower way: one example at a time, by autograd. So every parameter is covered, and exactly.
+a time. What no hook covers is left to autograd, in a module that runs one example at a time while
+the rest of the model runs in batches (`splits`). What does not agree with autograd on the first
+examples either way (`paths`) goes a slower way: the whole model, one example at a time. So every
+parameter is covered, and exactly.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -21,18 +24,33 @@ from weightsurgery.curvature.factors import (
     add_powers,
     factors_of,
     fits,
-    kind_of_module,
 )
 from weightsurgery.curvature.losses import Batch, Objective
 from weightsurgery.curvature.result import HOOKS, LOOP
+from weightsurgery.curvature.splits import Splitter, Unit
 from weightsurgery.datasets.batches import Encoded, longest_first
 
 if TYPE_CHECKING:
     import torch
 
-_TOLERANCE = 1e-4  # of a tensor's norm, between hooks and autograd
-_ROUNDING = 1e-5  # a gradient this small beside the numbers it is a sum of is nothing but rounding
-_GROUP = 1 << 24  # elements of the gradients that are compared at a time, or more: an eighth of all
+
+@dataclass(frozen=True)
+class Paths:
+    """How each parameter's squares are computed.
+
+    Attributes:
+        ways: Name to `HOOKS`, `SPLIT` or `LOOP`.
+        units: The module that runs one example at a time for each name that is `SPLIT`.
+    """
+
+    ways: dict[str, str]
+    units: dict[str, Unit] = field(default_factory=dict)
+
+    def give_up(self, names: Iterable[str]) -> None:
+        """Leave parameters to the loop."""
+        for name in names:
+            self.ways[name] = LOOP
+            self.units.pop(name, None)
 
 
 class Recorder:
@@ -42,11 +60,21 @@ class Recorder:
         module: The model.
         sums: For each parameter wanted, by its id.
         absolute: Sum the sizes of all terms: how large rounding may get.
+        units: The module to run one example at a time for a parameter, by the parameter's id.
     """
 
-    def __init__(self, module: Any, sums: Mapping[int, Sums], *, absolute: bool = False) -> None:
-        self.unfit: set[int] = set()
-        self._sums = sums
+    def __init__(
+        self,
+        module: Any,
+        sums: Mapping[int, Sums],
+        *,
+        absolute: bool = False,
+        units: Mapping[int, Unit] | None = None,
+    ) -> None:
+        self._splitter = Splitter(units or {}, sums)
+        self.unfit = self._splitter.unfit
+        self._sums = {key: one for key, one in sums.items() if key not in (units or {})}
+        self._length = 0
         self._absolute = absolute
         self._module = module
         self._handles: list[Any] = []
@@ -56,6 +84,7 @@ class Recorder:
         self._memory: torch.Tensor | None = None
 
     def __enter__(self) -> Recorder:
+        self._splitter.__enter__()
         for module in self._module.modules():
             own = [
                 (name, parameter)
@@ -75,10 +104,12 @@ class Recorder:
     ) -> None:
         for handle in self._handles:
             handle.remove()
+        self._splitter.__exit__()
 
     def add(self, objective: Objective, batch: Batch) -> None:
         """Run one batch forward and backward."""
-        self._count = len(batch)
+        self._count, self._length = len(batch), batch.inputs["input_ids"].shape[1]
+        self._splitter.begin(self._count, self._length)
         self._uses = dict.fromkeys(self._sums, 0)
         loss = objective.losses(batch).sum()  # each example's own: the sum keeps them apart
         if loss.requires_grad:
@@ -97,7 +128,8 @@ class Recorder:
         call = Call(module, inputs, {k: _detached(v) for k, v in kwargs.items()})
         wanted = []
         for name, parameter in own:
-            if fits(module, name, call, output, self._count):
+            is_alone = self._splitter.is_inside  # and what it is called with is one example's
+            if not is_alone and fits(module, name, call, output, self._count, self._length):
                 self._uses[id(parameter)] += 1
                 wanted.append((name, id(parameter)))
             else:
@@ -117,7 +149,7 @@ class Recorder:
     ) -> None:
         call = calls.pop()  # what it holds is not needed any more
         for name, key in wanted:
-            factors = factors_of(call, name, gradient)
+            factors = factors_of(call, name, gradient, self._count)
             if self._absolute:
                 factors = factors.absolute()
             waiting = self._waiting.setdefault(key, [])
@@ -177,7 +209,7 @@ def add_squares(
     objective: Objective,
     examples: Sequence[Encoded],
     sums: Mapping[str, Sums],
-    paths: Mapping[str, str],
+    paths: Paths,
     *,
     batch_size: int,
     report: Callable[[str, int], None],
@@ -188,7 +220,7 @@ def add_squares(
         objective: The loss; its model must be `frozen`.
         examples: The examples; order and batches change the result by rounding alone.
         sums: Name to where its powers are added.
-        paths: Name to `HOOKS` or `LOOP`, from `find_paths`.
+        paths: From `find_paths`.
         batch_size: Examples in a batch.
         report: Called as report(path, examples done).
 
@@ -196,10 +228,11 @@ def add_squares(
         Names that the hooks could not cover after all; what was added for them is worth nothing.
     """
     names = objective.model.names
-    hooked = {id(names[name]): sums[name] for name in sums if paths[name] == HOOKS}
+    hooked = {id(names[name]): sums[name] for name in sums if paths.ways[name] != LOOP}
     if hooked:
         done = 0
-        with Recorder(objective.model.module, hooked) as recorder:
+        units = {id(names[name]): unit for name, unit in paths.units.items()}
+        with Recorder(objective.model.module, hooked, units=units) as recorder:
             order = longest_first(examples)
             for batch in objective.batches(examples, batch_size, order):
                 recorder.add(objective, batch)
@@ -207,7 +240,7 @@ def add_squares(
                     return {name for name in sums if id(names[name]) in recorder.unfit}
                 done += len(batch)
                 report(HOOKS, done)
-    slow = [name for name in sums if paths[name] == LOOP]
+    slow = [name for name in sums if paths.ways[name] == LOOP]
     for done, batch in enumerate(objective.batches(examples, 1) if slow else (), 1):
         add_by_autograd(objective, batch, {name: sums[name] for name in slow})
         report(LOOP, done)
@@ -227,86 +260,6 @@ def add_by_autograd(objective: Objective, batch: Batch, sums: Mapping[str, Sums]
     for one, gradient in zip(sums.values(), found, strict=True):
         if gradient is not None:  # `add` may overwrite it, and autograd may have it twice
             one.add(gradient if one.fourths is None else gradient.clone())
-
-
-# --- which way a parameter goes -----------------------------------------------------------------
-
-
-def find_paths(
-    objective: Objective, examples: Sequence[Encoded], *, batch_size: int
-) -> dict[str, str]:
-    """Compare hooks and autograd on the longest and the shortest example, parameter by parameter.
-
-    Gradients are compared a group of parameters at a time, so that this needs little memory.
-
-    Args:
-        objective: The loss; its model must be `frozen`.
-        examples: The examples.
-        batch_size: Examples in a batch; with 1 only one example is compared.
-
-    Returns:
-        Name to `HOOKS` where they agree, else to `LOOP`.
-    """
-    names = objective.model.names
-    order = longest_first(examples)
-    order = [order[0], *order[-1:]][: min(batch_size, len(examples))]
-    covered = {
-        id(parameter)
-        for module in objective.model.module.modules()
-        if kind_of_module(module)
-        for parameter in module.parameters(recurse=False)
-    }
-    paths = dict.fromkeys(names, LOOP)
-    for group in _groups([name for name in names if id(names[name]) in covered], names):
-        paths.update(_compare(objective, examples, order, group))
-    return paths
-
-
-def _groups(chosen: Sequence[str], names: Mapping[str, Any]) -> Iterator[list[str]]:
-    most = max(_GROUP, sum(names[name].numel() for name in chosen) // 8)
-    group: list[str] = []
-    size = 0
-    for name in chosen:
-        if group and size + names[name].numel() > most:
-            yield group
-            group, size = [], 0
-        group.append(name)
-        size += names[name].numel()
-    if group:
-        yield group
-
-
-def _compare(
-    objective: Objective, examples: Sequence[Encoded], order: Sequence[int], group: Sequence[str]
-) -> dict[str, str]:
-    truth = zeros(objective.model.names, group)
-    for batch in objective.batches(examples, 1, order):
-        add_by_autograd(objective, batch, truth)
-    (batch,) = objective.batches(examples, len(order), order)
-    found, unfit = _record(objective, batch, group)
-    errors = {name: (found[name].squares - truth[name].squares).norm() for name in group}
-    bounds = {name: _TOLERANCE * truth[name].squares.norm() for name in group}
-    doubtful = [name for name in group if not errors[name] <= bounds[name]]  # NaN is doubtful
-    if doubtful:  # where terms cancel, the rest is rounding: a key's bias has no gradient at all
-        sizes, _ = _record(objective, batch, doubtful, absolute=True)
-        for name in doubtful:
-            bounds[name] += _ROUNDING**2 * sizes[name].squares.norm()
-    return {
-        name: HOOKS if errors[name] <= bounds[name] and name not in unfit else LOOP
-        for name in group
-    }
-
-
-def _record(
-    objective: Objective, batch: Batch, group: Sequence[str], *, absolute: bool = False
-) -> tuple[dict[str, Sums], set[str]]:
-    """What hooks find for one batch, and the names that they cannot see."""
-    names = objective.model.names
-    sums = zeros(names, group)
-    keyed = {id(names[name]): one for name, one in sums.items()}
-    with Recorder(objective.model.module, keyed, absolute=absolute) as recorder:
-        recorder.add(objective, batch)
-    return sums, {name for name in group if id(names[name]) in recorder.unfit}
 
 
 def zeros(

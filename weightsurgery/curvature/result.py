@@ -17,7 +17,7 @@ from weightsurgery.models import Model
 if TYPE_CHECKING:
     import torch
 
-HOOKS, LOOP = "hooks", "loop"
+HOOKS, SPLIT, LOOP = "hooks", "split", "loop"
 
 
 def make_result(
@@ -55,7 +55,8 @@ def make_result(
     views, by_name = {}, {}
     for name, view, keys in _placed(tensors, model):
         views[name] = replace(view, status="added")
-        by_name[name] = LOOP if LOOP in [paths[key] for key in keys] else paths[keys[0]]
+        ways = [paths[key] for key in keys]
+        by_name[name] = next((way for way in (LOOP, SPLIT) if way in ways), ways[0])
     settings = {name: _text(value) for name, value in step.settings.items()}
     return replace(
         from_arrays({}),

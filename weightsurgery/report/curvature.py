@@ -10,6 +10,7 @@ from weightsurgery.report.tables import Table, number, share
 
 _PATHS = {
     "hooks": "in batches",
+    "split": "in batches, their modules one example at a time",
     "loop": "one example at a time",
     "hutchinson": "by products with random vectors",
 }
