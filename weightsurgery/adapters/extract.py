@@ -31,9 +31,19 @@ from weightsurgery.adapters.decompose import (
     TorchAlgebra,
     Wanted,
     decompose,
+    decompose_stack,
 )
 from weightsurgery.adapters.memory import fit_works, works_expected
-from weightsurgery.adapters.places import FACTORS, NOWHERE, ROWS, WHOLE, Place, Tree, find_places
+from weightsurgery.adapters.places import (
+    FACTORS,
+    NOWHERE,
+    ROWS,
+    STACKS,
+    WHOLE,
+    Place,
+    Tree,
+    find_places,
+)
 from weightsurgery.alignment import align_to_edit, check_glob
 from weightsurgery.architecture.loaded import as_loaded
 from weightsurgery.checkpoint import Checkpoint, Step, TensorView, require_checkpoints
@@ -291,6 +301,8 @@ def _found(place: Place, wanted: Wanted) -> Found:
         return Found(place, bool(rows), energy, rows=rows)
     if place.how != FACTORS or not energy:
         return Found(place, energy > 0, energy)
+    if place.layout in STACKS and len(pair.tuned.shape) == 3:
+        return Found(place, True, energy, decompose_stack(pair, wanted, energies))
     return Found(place, True, energy, decompose(drift, wanted, energy))
 
 
