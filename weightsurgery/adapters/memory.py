@@ -116,12 +116,11 @@ def works_expected(
     for place in places:
         if place.how == FACTORS:
             shape = place.pair.tuned.shape
-            stack = place.layout in STACKS and len(shape) == 3
-            drift = Drift(place.pair, 0 if stack else None)
+            drift = Drift(place.pair, 0 if place.is_stack else None)
             least = min(drift.rows, drift.columns)
             rank = least if wanted.rank is None else min(wanted.rank, least)
             work = _expected(drift, wanted, rank, _itemsize(inputs))
-            works.append(replace(work, held=work.held * (shape[0] if stack else 1)))
+            works.append(replace(work, held=work.held * (shape[0] if place.is_stack else 1)))
     return works
 
 

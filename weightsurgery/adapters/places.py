@@ -55,6 +55,11 @@ class Place:
     layout: str = ""
     reason: str = ""
 
+    @property
+    def is_stack(self) -> bool:
+        """True for several matrices in one tensor, each with factors of its own."""
+        return self.layout in STACKS and len(self.pair.tuned.shape) == 3
+
 
 def find_places(alignment: Alignment, whole: Sequence[str] = ()) -> list[Place]:
     """A place for each tensor of TUNED.
