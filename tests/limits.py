@@ -63,7 +63,6 @@ ADAPTER_LIMITS = {
     ("vision-encoder-decoder", "dora"): _SQUARE,
     ("vision-encoder-decoder", "biases"): _SQUARE,
     ("mobilebert", "extract"): _HIDDEN,
-    ("jetmoe", "extract"): "its experts are taken for a convolution if they are as small as here",
     ("whisper", "extract"): _HIDDEN,
     ("speech-to-text", "extract"): "PEFT cannot wrap the model's tied decoder",
     ("blip", "extract"): "PEFT cannot run the model's encoder",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -105,7 +106,7 @@ WRONG: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "BASE's name": (
         {"name_map": {"model.layers": "model.blocks"}},
         MismatchError,
-        r"BASE has no 'model\.blocks\.0\..*'; the nearest name|nearest name is 'model\.layers",
+        r"BASE has no 'model\.blocks\.0\..*'; the nearest|nearest is 'model\.layers.*\]$",
     ),
     "two that become one": (
         {"name_map": {"model.layers.0": "model.layers.1"}},
@@ -149,3 +150,60 @@ def test_the_commands_take_pairs_and_files(
     assert cases.wsurg("verify", out) == 0
     assert cases.wsurg("replay", out, "-o", tmp_path / "again") == 0
     assert cases.digests(out) == cases.digests(tmp_path / "again")
+
+
+QUERY = "layer.0.attention.self.query"
+OWN = "encoder.layer.0.attention.own"
+MISSING: dict[str, tuple[tuple[str, str], str]] = {
+    "another name": (
+        ("self.query", "own.query"),
+        f"'encoder.{QUERY}.weight' [6, 6]; if that is the same, --map {OWN}={OWN[:-3]}self",
+    ),
+    "another layer": (
+        ("layer.0.attention.self.query", "layer.77.attention.self.query"),
+        f"it has 2 tensors of other numbers, such as 'encoder.{QUERY}.weight'",
+    ),
+    "another shape": (
+        ("attention.self.query", "intermediate.dense2"),
+        "the nearest, 'encoder.layer.0.intermediate.dense.weight', is [9, 6], not [6, 6]",
+    ),
+    "nothing like it": (
+        ("encoder.layer.0.attention.self.query", "zzz"),
+        "BASE has no 'zzz.weight' that it could adapt",
+    ),
+}
+
+
+@pytest.mark.parametrize(("change", "expected"), MISSING.values(), ids=MISSING)
+def test_a_missing_target_names_the_nearest(change: tuple[str, str], expected: str) -> None:
+    base = cases.model("bert", dtype="f4")
+    factors = cases.adapter(base, "bert")
+    made = {name.replace(*change): array for name, array in factors.items()}
+    assert made != factors
+    adapter = from_arrays(made, label="adapter", config=cases.adapter_config("bert"))
+    with pytest.raises(MismatchError, match=f"{re.escape(expected)}$"):
+        apply_adapter(from_arrays(base), adapter)
+
+
+@pytest.mark.parametrize("family", cases.FAMILIES)
+def test_the_nearest_is_the_one_that_was_meant(family: str) -> None:
+    base = cases.model(family, dtype="f4")
+    factors = cases.adapter(base, family)
+    module = next(name for name in factors if name.endswith(".lora_A.weight")).split(".lora")[0]
+    made = {name.replace(f"{module}.", f"{module}_1."): a for name, a in factors.items()}
+    adapter = from_arrays(made, label="adapter", config=cases.adapter_config(family))
+    expected = (
+        rf"the nearest is '{re.escape(module.removeprefix(FRONT))}\.weight' .*; if that is the"
+    )
+    with pytest.raises(MismatchError, match=expected):
+        apply_adapter(from_arrays(base), adapter)
+
+
+def test_nothing_fits_another_model() -> None:
+    base = from_arrays(cases.model("llama", dtype="f4"))
+    factors = cases.adapter(cases.model("bert"), "bert")
+    adapter = from_arrays(factors, label="adapter", config=cases.adapter_config("bert"))
+    with pytest.raises(
+        MismatchError, match=r"is this the model that the adapter was trained on\?$"
+    ):
+        apply_adapter(base, adapter)

@@ -6,6 +6,7 @@ import itertools
 import json
 import math
 import re
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -268,7 +269,7 @@ REFUSED: dict[str, tuple[dict[str, Any], Callable[..., cases.Arrays], str, str]]
         {},
         lambda arrays: {n: a[:, :-1] if "lora_A" in n else a for n, a in arrays.items()},
         "E-ADAPTER-SHAPE",
-        r"its product is \[6, 5\], what it adapts \[6, 6\]",
+        r"its product is \[6, 5\], BASE's '.*' \[6, 6\]; is this the model",
     ),
     "NaN": ({}, with_nan, "E-NONFINITE", "NaN or infinity in an adapter"),
     "another base": (
@@ -964,5 +965,15 @@ def test_the_folder_that_has_the_adapter_is_named(tmp_path: Path) -> None:
     for step in (500, 1000):
         path = tmp_path / "run" / f"checkpoint-{step}"
         cases.write_adapter(path, cases.adapter(arrays, "bert"), cases.adapter_config("bert"))
+    run = tmp_path / "run"
     with pytest.raises(FormatError, match="an adapter is in its folder checkpoint-"):
-        open_checkpoint(tmp_path / "run")
+        open_checkpoint(run)
+    # Some trainers save the whole model beside it, and the adapter's configuration.
+    cases.write_directory(tmp_path / "model", arrays)
+    shutil.copy(tmp_path / "model" / "model.safetensors", run)
+    shutil.copy(run / "checkpoint-500" / "adapter_config.json", run)
+    with pytest.raises(PolicyError, match="for the adapter, give its folder checkpoint-"):
+        open_checkpoint(run)
+    shutil.copy(run / "checkpoint-500" / "adapter_model.safetensors", run)
+    with pytest.raises(PolicyError, match="for the adapter, move its two files"):
+        open_checkpoint(run)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -123,6 +124,17 @@ def test_both_ways_round_is_a_doubt(tmp_path: Path) -> None:
     """Older PEFT took the fused matrices for inputs by outputs; a square one does not tell."""
     alone = {"target_modules": [], "target_parameters": ["experts.down_proj"]}
     made = Trained(tmp_path, lambda: mixtral(intermediate_size=16), alone, torch.float32)
+    expected = logits(made.model, TOKENS)
+    save(made.merge(), tmp_path / "merged")
+    found = type(made.model.get_base_model()).from_pretrained(tmp_path / "merged")
+    torch.testing.assert_close(logits(found, TOKENS), expected, atol=1e-5, rtol=0)
+    file = made.adapter / "adapter_config.json"
+    config = json.loads(file.read_text())
+    file.write_text(json.dumps({**config, "peft_version": "0.18.1"}))
+    assert cases.stored(cases.read(made.merge())) != cases.stored(
+        cases.read(open_checkpoint(tmp_path / "merged"))
+    )
+    file.write_text(json.dumps({**config, "peft_version": None}))
     with pytest.raises(PolicyError, match="fit more than one way of"):
         made.merge()
 

@@ -15,17 +15,20 @@ from weightsurgery.adapters.places import (
     CONVOLUTION,
     EMBEDDING,
     FACTORS,
-    LINEAR,
     NOWHERE,
     ROWS,
+    STACKS,
     TRANSPOSED,
+    TURNED_STACK,
     WHOLE,
     Place,
     Tree,
 )
 from weightsurgery.adapters.tie import find_tie
 from weightsurgery.alignment import Alignment
+from weightsurgery.architecture.canonical import template
 from weightsurgery.architecture.composite import find_architecture
+from weightsurgery.architecture.facts import library_versions
 from weightsurgery.checkpoint import Checkpoint, TensorView, from_arrays
 from weightsurgery.formats.adapter import name_base, new_adapter
 from weightsurgery.kernels import Block
@@ -74,10 +77,12 @@ def make_adapter(alignment: Alignment, kept: Sequence[Held], base_name: str) -> 
     """
     tensors: dict[str, TensorView] = {}
     wrapped = dict.fromkeys(_adapted(kept), "base_layer")
+    stacks = _stacks(alignment.tuned, kept)
+    wrapped |= {m: ".".join(["base_layer"] * len(names)) for m, names in stacks.items()}
     if any(one.place.how == ROWS for one in kept):  # PEFT wraps the head that is tied to them too
         wrapped |= dict.fromkeys(_heads(alignment.tuned), "token_adapter.base_layer")
     for one in kept:
-        tensors |= _tensors(one, wrapped)
+        tensors |= _tensors(one, wrapped, stacks)
     config = make_config(alignment, kept, base_name)
     copied = _tied_head(alignment.tuned, kept)
     if copied is not None:
@@ -97,6 +102,17 @@ def _tied_head(tuned: Checkpoint, kept: Sequence[Held]) -> tuple[TensorView, str
     return None
 
 
+def _stacks(tuned: Checkpoint, kept: Sequence[Held]) -> dict[str, list[str]]:
+    """The parameters that are adapted directly, by module, in the order in which it has them."""
+    known = find_architecture(tuned.config)
+    order = [*known.stacks] if known is not None else []
+    found: dict[str, list[str]] = {}
+    held = [one.place for one in kept if one.place.layout in STACKS]
+    for place in sorted(held, key=lambda place: order.index(template(place.pair.name))):
+        found.setdefault(place.module, []).append(place.pair.name)
+    return found
+
+
 def _adapted(kept: Sequence[Held]) -> set[str]:
     return {one.place.module for one in kept if one.place.how == FACTORS}
 
@@ -107,11 +123,16 @@ def _heads(tuned: Checkpoint) -> list[str]:
     return [known.head.removesuffix(".weight")] if known is not None and known.head else []
 
 
-def _tensors(one: Held, wrapped: Mapping[str, str]) -> dict[str, TensorView]:
+def _tensors(
+    one: Held, wrapped: Mapping[str, str], stacks: Mapping[str, list[str]]
+) -> dict[str, TensorView]:
     """A tensor's names and views in the adapter."""
     place, pair = one.place, one.place.pair
     if one.factors is not None:
-        return _factors(place, one.factors)
+        module, names = place.module, stacks.get(place.module, [pair.name])
+        # PEFT wraps a module once for each of its parameters, and the first is the innermost.
+        wrappers = ".base_layer" * (len(names) - 1 - names.index(pair.name))
+        return _factors(place, one.factors, f"{_FRONT}{module}{wrappers}.")
     if place.how == ROWS:
         name = f"{_FRONT}{place.module}.token_adapter.trainable_tokens_delta"
         return {name: _some_rows(pair.tuned, name, one.rows)}
@@ -123,19 +144,27 @@ def _tensors(one: Held, wrapped: Mapping[str, str]) -> dict[str, TensorView]:
     return {name: replace(view, name=name)}
 
 
-def _factors(place: Place, factors: Factors) -> dict[str, TensorView]:
+def _factors(place: Place, factors: Factors, front: str) -> dict[str, TensorView]:
     left, right, rank = factors.left, factors.right, factors.rank
     shape = place.pair.tuned.shape
-    front = f"{_FRONT}{place.module}."
-    arrays = {
-        LINEAR: {"lora_A.weight": right, "lora_B.weight": left},
-        TRANSPOSED: {"lora_A.weight": left.T, "lora_B.weight": right.T},
-        EMBEDDING: {"lora_embedding_A": left.T, "lora_embedding_B": right.T},
-        CONVOLUTION: {
-            "lora_A.weight": right.reshape(rank, *shape[1:]),
-            "lora_B.weight": left.reshape(shape[0], rank, *([1] * (len(shape) - 2))),
-        },
-    }[place.layout]
+    arrays: dict[str, Block]
+    if left.ndim == 3:
+        a, b = right, left
+        if place.layout == TURNED_STACK:
+            a, b = left.transpose(0, 2, 1), right.transpose(0, 2, 1)
+        # A has expert after expert, B rank after rank.
+        a, b = a.reshape(-1, a.shape[2]), b.transpose(1, 2, 0).reshape(b.shape[1], -1)
+        arrays = {"lora_A.weight": a, "lora_B.weight": b}
+    elif place.layout == EMBEDDING:
+        arrays = {"lora_embedding_A": left.T, "lora_embedding_B": right.T}
+    elif place.layout == TRANSPOSED:
+        arrays = {"lora_A.weight": left.T, "lora_B.weight": right.T}
+    elif place.layout == CONVOLUTION:
+        a = right.reshape(rank, *shape[1:])
+        b = left.reshape(shape[0], rank, *([1] * (len(shape) - 2)))
+        arrays = {"lora_A.weight": a, "lora_B.weight": b}
+    else:
+        arrays = {"lora_A.weight": right, "lora_B.weight": left}
     made = from_arrays({front + n: np.ascontiguousarray(array) for n, array in arrays.items()})
     return {name: replace(view, status="added") for name, view in made.items()}
 
@@ -177,12 +206,13 @@ def make_config(alignment: Alignment, kept: Sequence[Held], base_name: str) -> d
     named = name_base(alignment.base)
     if base_name:
         named = {"base_model_name_or_path": base_name, "revision": None}
-    ranks = {o.place.module: o.factors.rank for o in kept if o.factors is not None}
+    ranks = {_adapted_name(o.place): o.factors.rank for o in kept if o.factors is not None}
+    parameters = sorted(o.place.pair.name for o in kept if o.place.layout in STACKS)
     usual = _usual(ranks)
     tree = Tree(alignment.tuned)
     odd = {_key(m, tree): rank for m, rank in ranks.items() if rank != usual}
     saved = sorted({o.place.module for o in kept if o.place.how == WHOLE})
-    targets = sorted(ranks)
+    targets = sorted(ranks.keys() - set(parameters))
     others = {a for m in targets for a in tree.alike(m, ".") if a not in ranks}
     rows = {o.place.module: list(o.rows) for o in kept if o.place.how == ROWS}
     biases = any(o.place.how == BIAS for o in kept)
@@ -205,7 +235,18 @@ def make_config(alignment: Alignment, kept: Sequence[Held], base_name: str) -> d
         "exclude_modules": sorted(others) or None,
         "modules_to_save": [m for m in saved if not _is_below(m, saved)] or None,
         "trainable_token_indices": rows or None,
+        **(_of_parameters(parameters) if parameters else {}),
     }
+
+
+def _of_parameters(names: list[str]) -> dict[str, Any]:
+    """What the configuration says of parameters, and for which PEFT: older ones turn matrices."""
+    return {"target_parameters": names, "peft_version": library_versions()["peft"]}
+
+
+def _adapted_name(place: Place) -> str:
+    """What PEFT's patterns match: a module's name, or a parameter's that is adapted directly."""
+    return place.pair.name if place.layout in STACKS else place.module
 
 
 def _usual(ranks: Mapping[str, int]) -> int:

@@ -26,13 +26,14 @@ from weightsurgery.errors import FormatError, MismatchError, PolicyError, shown
 _TRAINING = {
     *("auto_mapping", "corda_config", "eva_config", "exclude_modules"),
     *("inference_mode", "layers_pattern", "layers_to_transform", "lora_dropout", "lora_ga_config"),
-    *("loftq_config", "megatron_core", "peft_type", "peft_version", "qalora_group_size"),
+    *("loftq_config", "megatron_core", "peft_type", "qalora_group_size"),
     *("revision", "runtime_config", "target_modules", "task_type"),
 }
 _UNDERSTOOD = {
     *("alpha_pattern", "base_model_name_or_path", "bias", "ensure_weight_tying", "fan_in_fan_out"),
     "init_lora_weights",
-    *("lora_alpha", "lora_bias", "modules_to_save", "r", "rank_pattern", "target_parameters"),
+    *("lora_alpha", "lora_bias", "modules_to_save", "peft_version", "r", "rank_pattern"),
+    "target_parameters",
     *("trainable_token_indices", "use_dora", "use_rslora"),
 }
 # These begin from the base's own weights and change those too, so BASE is not what was adapted.
@@ -65,6 +66,7 @@ class AdapterConfig:
             for the word embedding.
         target_parameters: Parameters that are adapted directly.
         base: What the adapter says it was trained on.
+        peft: The first two numbers of PEFT's version that saved it, () if it does not say.
     """
 
     rank: int
@@ -81,6 +83,7 @@ class AdapterConfig:
     token_indices: Mapping[str, tuple[int, ...]]
     target_parameters: tuple[str, ...]
     base: str
+    peft: tuple[int, ...]
 
     def rank_of(self, adapted: str) -> int:
         """The rank of the factors of a module, or of a parameter that is adapted directly."""
@@ -202,7 +205,14 @@ def read_config(adapter: Checkpoint) -> AdapterConfig:
         token_indices=check.tokens(),
         target_parameters=check.names("target_parameters"),
         base=check.base(),
+        peft=_version(given.get("peft_version")),
     )
+
+
+def _version(value: Any) -> tuple[int, ...]:
+    """The first two numbers of a version, () for what is no version."""
+    found = re.match(r"([0-9]{1,4})\.([0-9]{1,4})\b", value) if isinstance(value, str) else None
+    return (int(found[1]), int(found[2])) if found else ()
 
 
 def _refuse_unknown(adapter: Checkpoint) -> None:

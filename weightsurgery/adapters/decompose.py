@@ -113,19 +113,23 @@ class Drift:
 
     Attributes:
         pair: Of equal shapes.
+        number: Of one matrix of a stack; None for the whole tensor.
     """
 
     pair: Pair
+    number: int | None = None
 
     @property
     def columns(self) -> int:
         """Elements in a row."""
-        return max(1, self.pair.tuned.width)
+        view = self.pair.tuned
+        return max(1, view.width if self.number is None else view.shape[-1])
 
     @property
     def rows(self) -> int:
         """Rows; a vector is one."""
-        return self.pair.tuned.size // self.columns
+        view = self.pair.tuned
+        return view.size // self.columns if self.number is None else view.shape[-2]
 
     def blocks(self) -> Iterator[tuple[int, Block]]:
         """Number of the first row, and rows of about `BLOCK` elements; float32, or float64.
@@ -142,7 +146,8 @@ class Drift:
         Raises:
             NonFiniteError: They hold NaN or infinity.
         """
-        start, stop = first * self.columns, last * self.columns
+        before = (self.number or 0) * self.rows
+        start, stop = ((before + row) * self.columns for row in (first, last))
         other = self.pair.base
         if other is None:
             raise ValueError(f"{self.pair.name}: no drift without a counterpart")
@@ -175,8 +180,8 @@ class Factors:
     """D as a product, and what the product leaves of it.
 
     Attributes:
-        left: Shape (rows, rank), float32.
-        right: Shape (rank, columns), float32.
+        left: Shape (rows, rank), float32; of a stack (matrices, rows, rank).
+        right: Shape (rank, columns), float32; of a stack (matrices, rank, columns).
         energy: The squared norm of D.
         residual: The squared norm of D - left @ right, measured with these very factors.
         method: "exact" or "randomised".
@@ -191,7 +196,7 @@ class Factors:
     @property
     def rank(self) -> int:
         """Columns of `left`."""
-        return int(self.left.shape[1])
+        return int(self.left.shape[-1])
 
     @property
     def kept(self) -> float:
@@ -233,6 +238,35 @@ def decompose(drift: Drift, wanted: Wanted, energy: float) -> Factors:
     left, right = _balanced(parts, min(rank, most), smallest)
     residual = _residual(drift, left, right, wanted.algebra)
     return Factors(left, right, energy, residual, "exact" if exact else "randomised")
+
+
+def decompose_stack(pair: Pair, wanted: Wanted, energies: Block) -> Factors:
+    """The same for each matrix of a stack; all get the rank of the one that needs most.
+
+    Args:
+        pair: Of shape (matrices, rows, columns).
+        wanted: How much of each drift to keep.
+        energies: The squared norm of each; not all are zero.
+
+    Raises:
+        NonFiniteError: A drift holds NaN or infinity.
+    """
+    matrices, rows, columns = pair.tuned.shape
+    found = {
+        number: decompose(Drift(pair, number), wanted, float(energies[number]))
+        for number in range(matrices)
+        if energies[number]
+    }
+    rank = max(factors.rank for factors in found.values())
+    left = np.zeros((matrices, rows, rank), np.float32)
+    right = np.zeros((matrices, rank, columns), np.float32)
+    for number, factors in found.items():
+        left[number, :, : factors.rank] = factors.left
+        right[number, : factors.rank] = factors.right
+    exact = all(factors.method == "exact" for factors in found.values())
+    residual = sum(factors.residual for factors in found.values())
+    method = "exact" if exact else "randomised"
+    return Factors(left, right, float(energies.sum()), residual, method)
 
 
 def is_exact(drift: Drift, wanted: Wanted, rank: int) -> bool:

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from weightsurgery.adapters.updates import LowRank
+from weightsurgery.architecture.canonical import template
+from weightsurgery.architecture.composite import find_architecture
 from weightsurgery.checkpoint import TensorView
 from weightsurgery.kernels import Block
 
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
     from weightsurgery.adapters.config import AdapterConfig
     from weightsurgery.adapters.parameters import Parameters
 
+_ASKS_THE_CLASS = (0, 19)
 Arrange = Callable[[Block, Block], tuple[Block, Block]]
 
 
@@ -65,9 +68,10 @@ def fit(
 def inputs_first(
     names: Parameters, config: AdapterConfig, modules: Mapping[str, Mapping[str, TensorView]]
 ) -> dict[str, bool]:
-    """Whether a module keeps its experts' matrices as inputs by outputs, where shapes tell.
+    """Whether a module keeps its experts' matrices as inputs by outputs.
 
-    A square matrix fits both ways; PEFT takes it as the others of its module.
+    A square matrix fits both ways; PEFT takes it as the others of its module. Where no shape tells,
+    PEFT's version does: older ones took all matrices so, others ask the model's class.
 
     Args:
         names: Finds BASE's parameters.
@@ -78,6 +82,9 @@ def inputs_first(
         By module, without what PEFT wraps around it; one that is not clear is left out.
     """
     found: dict[str, set[bool]] = {}
+    doubtful: dict[str, bool] = {}
+    known = find_architecture(names.base.config)
+    stacks = known.stacks if known is not None else {}
     for module, parts in modules.items():
         for name in candidates(module, config.target_parameters):
             parameter = names.find(name)
@@ -87,7 +94,12 @@ def inputs_first(
             ways = fit(shape, parts["a"], parts["b"], rank, 1.0)
             if len(ways) == 1 and len(shape) == 3:
                 found.setdefault(bare(module), set()).add(ways[0].left is parts["a"])
-    return {module: ways.pop() for module, ways in found.items() if len(ways) == 1}
+            if config.peft and config.peft < _ASKS_THE_CLASS:
+                doubtful[bare(module)] = True
+            elif config.peft and template(name) in stacks:
+                doubtful[bare(module)] = bool(stacks[template(name)])
+    told = {module: ways.pop() for module, ways in found.items() if len(ways) == 1}
+    return {m: turned for m, turned in doubtful.items() if m not in found} | told
 
 
 def bare(module: str) -> str:

@@ -31,12 +31,14 @@ from weightsurgery.adapters.decompose import (
     TorchAlgebra,
     Wanted,
     decompose,
+    decompose_stack,
 )
 from weightsurgery.adapters.memory import fit_works, works_expected
 from weightsurgery.adapters.places import FACTORS, NOWHERE, ROWS, WHOLE, Place, Tree, find_places
 from weightsurgery.alignment import align_to_edit, check_glob
+from weightsurgery.architecture.copies import have_equal_bytes
 from weightsurgery.architecture.loaded import as_loaded
-from weightsurgery.checkpoint import Checkpoint, Step, TensorView, require_checkpoints
+from weightsurgery.checkpoint import Checkpoint, Step, require_checkpoints
 from weightsurgery.errors import (
     MismatchError,
     NonFiniteError,
@@ -46,7 +48,7 @@ from weightsurgery.errors import (
     shown,
 )
 from weightsurgery.formats.plan import parse_size
-from weightsurgery.kernels import all_finite, count_different
+from weightsurgery.kernels import all_finite
 from weightsurgery.pairs import Status
 from weightsurgery.quantised import require_unquantised
 from weightsurgery.stream import Engine
@@ -254,7 +256,7 @@ def _look(
 
     def look(place: Place) -> Found:
         if place.pair.is_tied_copy:  # what it is tied to stands for it
-            return Found(place, moved=_differ(tuned[place.pair.key], place.pair.tuned))
+            return Found(place, moved=not have_equal_bytes(tuned[place.pair.key], place.pair.tuned))
         return _found(place, wanted)
 
     sizes = {
@@ -276,7 +278,7 @@ def _found(place: Place, wanted: Wanted) -> Found:
     if pair.base is None or pair.status is Status.ROWS:
         return Found(place, moved=True)
     if not pair.eligible:
-        return Found(place, moved=_differ(pair.base, pair.tuned))
+        return Found(place, moved=not have_equal_bytes(pair.base, pair.tuned))
     drift = Drift(pair)
     energies = drift.row_energies()
     energy = float(energies.sum())
@@ -291,14 +293,9 @@ def _found(place: Place, wanted: Wanted) -> Found:
         return Found(place, bool(rows), energy, rows=rows)
     if place.how != FACTORS or not energy:
         return Found(place, energy > 0, energy)
+    if place.is_stack:
+        return Found(place, True, energy, decompose_stack(pair, wanted, energies))
     return Found(place, True, energy, decompose(drift, wanted, energy))
-
-
-def _differ(one: TensorView, other: TensorView) -> bool:
-    """Whether two tensors differ in dtype, in shape or in their bytes."""
-    if (one.dtype, one.shape) != (other.dtype, other.shape):
-        return True
-    return any(count_different(one.read(i, j), other.read(i, j)) for i, j in one.blocks())
 
 
 def _check_finite(place: Place) -> None:

@@ -18,7 +18,8 @@ from weightsurgery.adapters.task_head import with_head_of
 from weightsurgery.adapters.tie import Tie, find_tie, find_unclear, untied
 from weightsurgery.adapters.updates import Replace, ReplaceRows, Update
 from weightsurgery.adapters.vocabulary import refuse_unfilled, with_vocabulary_of
-from weightsurgery.checkpoint import Checkpoint, TensorView
+from weightsurgery.architecture.copies import have_equal_bytes
+from weightsurgery.checkpoint import Checkpoint
 from weightsurgery.errors import MismatchError, PolicyError, SettingError, conflict, counted, shown
 from weightsurgery.ties import is_output_head
 
@@ -111,18 +112,13 @@ def read_adapters(
 
 def _are_alike(ours: Sequence[Update], theirs: Sequence[Update]) -> bool:
     """True if two tensors are changed alike; tensors of equal bytes that replace them are one."""
-    return len(ours) == len(theirs) and all(
-        one == other
-        or (isinstance(one, Replace) and isinstance(other, Replace) and _equal(one.by, other.by))
-        for one, other in zip(ours, theirs, strict=True)
-    )
+    return len(ours) == len(theirs) and all(map(_are_one, ours, theirs))
 
 
-def _equal(one: TensorView, other: TensorView) -> bool:
-    alike = (one.shape, one.dtype) == (other.shape, other.dtype)
-    return alike and all(
-        one.read(*run).tobytes() == other.read(*run).tobytes() for run in one.blocks()
-    )
+def _are_one(one: Update, other: Update) -> bool:
+    if isinstance(one, Replace) and isinstance(other, Replace):
+        return have_equal_bytes(one.by, other.by)
+    return one == other
 
 
 def stored_as_in_base(reading: Reading) -> Reading:

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from weightsurgery.adapters.decompose import BEGIN, Drift, Wanted, is_exact
-from weightsurgery.adapters.places import FACTORS, Place
+from weightsurgery.adapters.places import FACTORS, STACKS, Place
 from weightsurgery.checkpoint import BLOCK, Checkpoint
 from weightsurgery.errors import SettingError
 from weightsurgery.formats.plan import INTERPRETER, fit_workers
@@ -115,10 +115,12 @@ def works_expected(
     works = []
     for place in places:
         if place.how == FACTORS:
-            drift = Drift(place.pair)
+            shape = place.pair.tuned.shape
+            drift = Drift(place.pair, 0 if place.is_stack else None)
             least = min(drift.rows, drift.columns)
             rank = least if wanted.rank is None else min(wanted.rank, least)
-            works.append(_expected(drift, wanted, rank, _itemsize(inputs)))
+            work = _expected(drift, wanted, rank, _itemsize(inputs))
+            works.append(replace(work, held=work.held * (shape[0] if place.is_stack else 1)))
     return works
 
 
@@ -151,6 +153,9 @@ def works_of(adapter: Checkpoint) -> list[Work]:
     works = []
     for one in adapter.notes["adapter"]["matrices"]:
         rank, (rows, *rest) = one["rank"], one["shape"]
+        matrices = 1
+        if one["layout"] in STACKS and len(rest) == 2:
+            matrices, (rows, *rest) = rows, rest
         looked_for = rank  # or up to twice as many, where the energy decides
         if step.settings["energy"] is not None:
             looked_for = min(max(BEGIN, 2 * rank), step.settings["max_rank"] or 2 * rank + BEGIN)
@@ -160,7 +165,7 @@ def works_of(adapter: Checkpoint) -> list[Work]:
             oversampling=step.settings["oversampling"] or 0,
             itemsize=itemsize,
         )
-        works.append(replace(work, held=4 * rank * (rows + math.prod(rest))))
+        works.append(replace(work, held=4 * matrices * rank * (rows + math.prod(rest))))
     return works
 
 

@@ -10,6 +10,7 @@ import numpy as np
 
 from weightsurgery.adapters.config import AdapterConfig
 from weightsurgery.adapters.experts import bare, candidates, fit
+from weightsurgery.adapters.missing import WRONG_MODEL
 from weightsurgery.adapters.parameters import Parameter, Parameters
 from weightsurgery.adapters.updates import LowRank, Magnitude, ReplaceRows, Shift, Update
 from weightsurgery.anatomy import find_embedding
@@ -85,9 +86,9 @@ class Module:
         if shift is not None:
             yield self._shift(shift)
 
-    def _fail(self, view: TensorView, reason: str) -> MismatchError:
+    def _fail(self, view: TensorView, reason: str, hint: str = "") -> MismatchError:
         return MismatchError(
-            reason, file=self.adapter.label, tensor=view.name, code="E-ADAPTER-SHAPE"
+            reason, file=self.adapter.label, tensor=view.name, hint=hint, code="E-ADAPTER-SHAPE"
         )
 
     def _scale(self, adapted: str) -> float:
@@ -146,11 +147,8 @@ class Module:
         wide, tall = (b, a) if transposed else (a, b)
         have = (_lines(tall, transposed), _lines(wide, not transposed))
         if have != (rows, columns):
-            raise self._fail(
-                a,
-                f"its product is {list(have)}, what it adapts {list(target.shape)}; is this the "
-                "model that the adapter was trained on?",
-            )
+            reason = f"its product is {list(have)}, BASE's '{target.name}' {list(target.shape)}"
+            raise self._fail(a, reason, "" if self.names.some_fit else WRONG_MODEL)
         change = LowRank(
             left=tall,
             right=wide,

@@ -7,19 +7,16 @@ Both are brought to canonical names, as pairs of models are.
 
 from __future__ import annotations
 
-import difflib
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 
+from weightsurgery.adapters.missing import explain, some_fit
 from weightsurgery.adapters.naming import Naming
 from weightsurgery.adapters.split import find_slice
-from weightsurgery.adapters.task_head import ending_of
-from weightsurgery.anatomy import kind_of
 from weightsurgery.architecture.canonical import Place, read_names, template
 from weightsurgery.architecture.conversion import UnsupportedError
-from weightsurgery.architecture.facts import class_of
 from weightsurgery.architecture.matching import Counterpart, Made, Matcher, endings, read_sides
 from weightsurgery.architecture.pieces import Link
 from weightsurgery.checkpoint import Checkpoint, TensorView
@@ -191,7 +188,7 @@ class Parameters:
         found = self.find(name)
         if found is not None:
             return found
-        name = self._names.get(name, name)
+        own, name = name, self._names.get(name, name)
         if self._is_twice(name):
             raise FormatError(
                 "another of its names adapts the same tensor of BASE; expected one of the two",
@@ -200,11 +197,12 @@ class Parameters:
                 code="E-ADAPTER-TENSOR",
             )
         place = self.adapter.layout.get(view.name, ADAPTER)
+        reason, hint = explain(self._matcher, name, self.adapter, is_mapped=own != name)
         raise MismatchError(
-            f"BASE has no '{shown(name)}' that it could adapt{self._nearest(name)}",
+            f"BASE has no '{shown(name)}' that it could adapt{reason}",
             file=self.adapter.label if place == ADAPTER else f"{self.adapter.label}/{place}",
             tensor=view.name,
-            hint=self._advice(name),
+            hint=hint,
             code="E-ADAPTER-TARGET",
         )
 
@@ -214,39 +212,10 @@ class Parameters:
         shorter = map(side.stored, endings(side.canonical(name)))
         return name in side.names.ambiguous or any(shorter)
 
-    def _nearest(self, name: str) -> str:
-        """The tensor of BASE whose name is nearest, and its shape."""
-        if kind_of(name) == "head":
-            return ""
-        near = difflib.get_close_matches(name, list(self.base), 1, 0.6)
-        if not near:
-            return ""
-        shape = list(self.base[near[0]].shape)
-        return f"; the nearest name is '{shown(near[0])}' {shape}"
-
-    def _advice(self, name: str) -> str:
-        """What to do about a parameter that BASE lacks."""
-        if not self._fits_elsewhere:
-            return "is this the model that the adapter was trained on?"
-        ending = ending_of(self.adapter)
-        if not ending or kind_of(name) != "head":
-            return ""
-        ours = class_of(self.base.config) or "a model without it"
-        return (
-            f"it is the head of a {ending} model, and BASE is {shown(ours)}; save BASE as that "
-            "class first, its new head is then replaced by the adapter's"
-        )
-
     @cached_property
-    def _fits_elsewhere(self) -> bool:
-        """True if BASE has some other parameter that the adapter is about."""
-        for name in self._matcher.tuned.checkpoint:
-            try:
-                if self._matcher.find(name, alone=True) is not None:
-                    return True
-            except UnsupportedError:
-                continue
-        return False
+    def some_fit(self) -> bool:
+        """True if BASE has something that the adapter is about, in its size."""
+        return some_fit(self._matcher)
 
 
 def _siblings(view: TensorView, place: Place, made: Made) -> list[TensorView]:

@@ -25,6 +25,8 @@ from weightsurgery.ties import is_output_head
 
 FACTORS, WHOLE, BIAS, ROWS, NOWHERE = "factors", "whole", "bias", "rows", "nowhere"
 LINEAR, TRANSPOSED, EMBEDDING, CONVOLUTION = "linear", "conv1d", "embedding", "convolution"
+STACK, TURNED_STACK = "stack", "stack of inputs by outputs"
+STACKS = (STACK, TURNED_STACK)
 
 _TASK_HEAD = re.compile(r"(?:^|\.)(?:classifier|score|qa_outputs|logits_proj)(?=\.)")
 _LOOKED_UP = re.compile(r"embed|relative_attention_bias|(?:^|\.)(?:wte|wpe)$", re.IGNORECASE)
@@ -42,7 +44,8 @@ class Place:
         how: "factors", "whole", "bias", "rows" or "nowhere".
         module: What PEFT calls the module: for a tensor that is held whole the one that is saved.
         layout: For factors, how the module keeps its matrix: "linear", "conv1d" (transposed, as
-            GPT-2's), "embedding" or "convolution".
+            GPT-2's), "embedding", "convolution", or one of `STACKS` for a parameter of a module
+            that holds the matrices of several experts.
         reason: Why not into factors, "" for those that go there.
     """
 
@@ -51,6 +54,11 @@ class Place:
     module: str
     layout: str = ""
     reason: str = ""
+
+    @property
+    def is_stack(self) -> bool:
+        """True for several matrices in one tensor, each with factors of its own."""
+        return self.layout in STACKS and len(self.pair.tuned.shape) == 3
 
 
 def find_places(alignment: Alignment, whole: Sequence[str] = ()) -> list[Place]:
@@ -82,6 +90,8 @@ class _Judge:
             side: set(find_unclear(getattr(alignment, side))) for side in ("base", "tuned")
         }
         self.refused = _refused_by_peft(self.tuned)
+        known = find_architecture(self.tuned.config)
+        self.stacks = known.stacks if known is not None else {}
         self.conv1d = any(self._is_transposed(n) for n in self.tuned)
 
     def place(self, pair: Pair) -> Place:
@@ -149,6 +159,9 @@ class _Judge:
         """How a module keeps its matrix; or why there is none."""
         shape = self.tuned[name].shape
         module = name.rpartition(".")[0]
+        turned = self.stacks.get(template(name))
+        if turned is not None and 1 < len(shape) < 4 and not self.conv1d:
+            return STACKS[turned], ""
         if not name.endswith(".weight") or not module:
             return "", "not the weight of a module"
         if len(shape) < 2:
@@ -215,7 +228,17 @@ def _is_tied(alignment: Alignment) -> bool:
 
 
 def _settled(places: list[Place]) -> list[Place]:
-    """PEFT saves whole modules, and no factors below them: what cannot be saved goes nowhere."""
+    """PEFT saves whole modules, and no factors below them: what cannot be saved goes nowhere.
+
+    Factors of a module's parameters give way to a parameter of it that is held whole.
+    """
+    saved = {place.module for place in places if place.how == WHOLE}
+    places = [
+        replace(place, how=WHOLE, layout="", reason="its module is held whole")
+        if place.layout in STACKS and place.module in saved
+        else place
+        for place in places
+    ]
     by_name = {place.pair.name: place for place in places}
     tree = Tree(by_name)
     blocked: dict[str, str] = {}

@@ -54,6 +54,7 @@ def find_architecture(config: Mapping[str, Any]) -> Architecture | None:
         embedding=f"decoder.{decoder.embedding}" if decoder.embedding else "",
         head=f"decoder.{decoder.head}" if decoder.head else "",
         vocabulary={f"{k}.{n}": a for k, part in known.items() for n, a in part.vocabulary.items()},
+        stacks={f"{k}.{n}": t for k, part in known.items() for n, t in part.stacks.items()},
         rules=(*(r for k, part in known.items() for r in _rules(k, part)), *legacy_rules()),
         final=frozenset(f"{key}.{n}" for key, part in known.items() for n in part.final),
         parameters=frozenset(f"{key}.{n}" for key, part in known.items() for n in part.parameters),
@@ -90,6 +91,7 @@ def _with_parts(known: Architecture, config: Mapping[str, Any]) -> Architecture:
                 embedding=f"{module}{other.embedding}" if other.embedding else "",
                 head=f"{module}{other.head}" if other.head else "",
                 vocabulary={**known.vocabulary, **own},
+                stacks={**known.stacks, **{f"{module}{n}": t for n, t in other.stacks.items()}},
                 ties=(*known.ties, *_ties(module.removesuffix("."), other, part, known)),
             )
     return known

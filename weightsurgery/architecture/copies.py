@@ -58,6 +58,18 @@ def shared_layers(side: Side) -> dict[str, list[str]]:
     return groups
 
 
+def have_equal_bytes(one: TensorView, other: TensorView) -> bool:
+    """True if two tensors have the same dtype, shape and bytes.
+
+    Args:
+        one: A tensor.
+        other: Another.
+    """
+    if (one.dtype, one.shape) != (other.dtype, other.shape):
+        return False
+    return not any(count_different(one.read(i, j), other.read(i, j)) for i, j in one.blocks())
+
+
 def are_equal(checkpoint: Checkpoint, one: str, other: str) -> bool:
     """True if two tensors have the same shape and values, in whatever dtype.
 

@@ -87,6 +87,8 @@ class Architecture:
         embedding: Name of the input embedding's weight; "" if there is none.
         head: Name of the output head's weight; "" if there is none.
         vocabulary: The dimension that grows with the vocabulary, by template.
+        stacks: Templates of the parameters of modules that hold the matrices of several experts in
+            one tensor, in the module's order; true where a matrix is inputs by outputs.
         rules: Rules in the order in which transformers applies them.
         final: Templates or names that the rules would rename, yet the model has them as they are.
         parameters: Templates of all parameters and persistent buffers.
@@ -106,6 +108,7 @@ class Architecture:
     embedding: str
     head: str
     vocabulary: Mapping[str, int]
+    stacks: Mapping[str, int]
     rules: tuple[Rule, ...]
     final: frozenset[str]
     parameters: frozenset[str]
@@ -273,6 +276,7 @@ def _architecture(model_type: str, name: str) -> Architecture | None:
         embedding=record.get("embedding", ""),
         head=record.get("head", ""),
         vocabulary=record.get("vocabulary", {}),
+        stacks=dict(record.get("stacks", ())),
         rules=(*own, *legacy_rules()),
         final=frozenset(record.get("final", ())),
         parameters=frozenset(parameters),

@@ -103,6 +103,7 @@ def class_record(class_: Any, config: Any) -> tuple[Json, list[Json]]:
         "head": _weight_of(model, "get_output_embeddings"),
         "text": _text_module(model, embedding, parts.get(text_path)),
         "vocabulary": _vocabulary(class_, config, text_path, model),
+        "stacks": _stacks(model),
         "float32": sorted(model._keep_in_fp32_modules),
         "float32_strict": sorted(model._keep_in_fp32_modules_strict),
     }
@@ -188,6 +189,22 @@ def _weight_of(model: Any, getter: str) -> str:
             return f"{name}.weight" if getattr(module, "weight", None) is not None else ""
     named = model.named_parameters(remove_duplicate=False)
     return next((name for name, tensor in named if tensor is wanted), "")
+
+
+def _stacks(model: Any) -> list[list[Any]]:
+    """The parameters of modules that hold the matrices of several experts in one tensor.
+
+    Returns:
+        Templates in the order in which a module has them, each with 1 where a matrix is inputs by
+        outputs, or 0.
+    """
+    found: dict[str, int] = {}
+    for name, module in model.named_modules():
+        own = dict(module.named_parameters(recurse=False))
+        if "Expert" in type(module).__name__ and any(one.ndim == 3 for one in own.values()):
+            turned = int(getattr(module, "is_transposed", False))
+            found |= {template(f"{name}.{one}"): turned for one in own}
+    return [[*item] for item in found.items()]
 
 
 def _text_module(model: Any, embedding: str, text_config: Any) -> str:

@@ -241,13 +241,24 @@ def _choose(folder: Folder, config: dict[str, Any]) -> str | list[str]:
         claims.append("config.json's transformers_weights")
     if len(claims) > 1:
         file = isinstance(answers[0], str)
+        hint = f"choose one with --weights {named[0]}" if file else "keep one in the directory"
         raise PolicyError(
             f"ambiguous weights: {' and '.join(map(shown, claims))}",
             file=folder.path,
-            hint=f"choose one with --weights {named[0]}" if file else "keep one in the directory",
+            hint=hint + _for_an_adapter(folder, adapters),
             code="E-TWO-ANSWERS",
         )
     return answers[0]
+
+
+def _for_an_adapter(folder: Folder, adapters: list[str]) -> str:
+    """Where the adapter is, in a directory that holds a model and at least its configuration."""
+    if ADAPTER_CONFIG not in adapters:
+        return ""
+    if len(adapters) > 1:
+        return "; for the adapter, move its two files to a directory of their own"
+    place = _find_below(folder, {ADAPTER_CONFIG: "an adapter"})
+    return f"; for the adapter, give its folder {place[1]}" if place else ""
 
 
 def _no_weights(folder: Folder, adapters: list[str], pickles: list[str]) -> Exception:
@@ -280,9 +291,15 @@ def _no_weights(folder: Folder, adapters: list[str], pickles: list[str]) -> Exce
 def _below(folder: Folder) -> str:
     """Where in a directory without weights they are: trainers save each state in a folder."""
     known = {ADAPTER_CONFIG: "an adapter", SINGLE: "a model", INDEX: "a model"}
+    found = _find_below(folder, known)
+    return f"{found[0]} is in its folder {found[1]}" if found else "is this a model directory?"
+
+
+def _find_below(folder: Folder, known: dict[str, str]) -> tuple[str, str] | None:
+    """What a folder of a directory holds, by the files that tell it, and the folder's name."""
     for name in folder.entries[-_MOST_LOOKED_AT:][::-1]:
         path = os.path.join(folder.path, name)
         kind = next((k for file, k in known.items() if os.path.isfile(f"{path}/{file}")), "")
         if kind:
-            return f"{kind} is in its folder {shown(name)}"
-    return "is this a model directory?"
+            return kind, shown(name)
+    return None
