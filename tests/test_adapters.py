@@ -964,5 +964,5 @@ def test_the_folder_that_has_the_adapter_is_named(tmp_path: Path) -> None:
     for step in (500, 1000):
         path = tmp_path / "run" / f"checkpoint-{step}"
         cases.write_adapter(path, cases.adapter(arrays, "bert"), cases.adapter_config("bert"))
-    with pytest.raises(FormatError, match="an adapter is in its folder checkpoint-"):
+    with pytest.raises(FormatError, match=r"its folder checkpoint-.* contains an adapter"):
         open_checkpoint(tmp_path / "run")

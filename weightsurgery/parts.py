@@ -1,4 +1,4 @@
-"""BASE and TUNED as they are paired: a model of several parts, such as a pipeline, part by part."""
+"""Pair BASE and TUNED part by part, where a model has several, such as a pipeline."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from weightsurgery.pairs import Pair
 
 @dataclass(frozen=True)
 class Part:
-    """A part of TUNED, and that of BASE which it is paired with.
+    """A part of TUNED, and the part of BASE that it is paired with.
 
     Attributes:
         folder: TUNED's name for it; "" for the model's own folder, and for a model of one part.
@@ -41,7 +41,7 @@ class Part:
             names=tuple(joined(self.base_folder, name) for name in pair.names),
         )
 
-    def told(self, text: str) -> str:
+    def message(self, text: str) -> str:
         """A message that names the part."""
         return f"{self.folder}: {text}" if self.folder else text
 
@@ -49,13 +49,13 @@ class Part:
 def pair_parts(base: Checkpoint, tuned: Checkpoint, called: str = "TUNED") -> tuple[Part, ...]:
     """Pair each part of TUNED with BASE's part of the same folder.
 
-    A model in one folder is the part "". Where that has no counterpart, and the other model has
-    only one part with weights, the two belong together.
+    The folder of a model of one part is "". If both models have a single part, these are paired
+    whatever their folders are called.
 
     Args:
         base: BASE.
         tuned: TUNED.
-        called: What messages call the second model.
+        called: The second model's name in messages.
     """
     ours, theirs = base.split(), tuned.split()
     folders = {folder: folder for folder in theirs}
@@ -69,7 +69,7 @@ def pair_parts(base: Checkpoint, tuned: Checkpoint, called: str = "TUNED") -> tu
 
 
 def unused_of(base: Checkpoint, parts: tuple[Part, ...]) -> tuple[tuple[str, str], ...]:
-    """BASE's tensors that are no counterpart, each with the reason."""
+    """BASE's tensors that are not a counterpart of any, each with the reason."""
     paired = {part.base_folder: part for part in parts}
     found = []
     for folder, model in base.split().items():

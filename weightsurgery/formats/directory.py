@@ -122,8 +122,8 @@ def _open_parts(folder: Folder, manifest: Manifest, weights: str | None) -> Chec
     if manifest.is_root_part and (weights is not None or _holds_weights(folder)):
         parts[""] = _open_model(folder, weights, parts=tops)
     elif weights is not None:
-        reason = f"`weights` names a file of the folder itself, but {manifest.file} lists parts"
-        hint = "give the folder of the part"
+        reason = f"`weights` chooses a file in the folder itself, but {manifest.file} lists parts"
+        hint = "give the folder of one part"
         raise SettingError(reason, file=folder.path, hint=hint, code="E-WEIGHTS-NAME")
     else:
         parts[""] = _without_weights(folder, parts=tops)
@@ -179,7 +179,7 @@ def _without_weights(
 
 
 def _read_card(folder: Folder) -> tuple[dict[str, Any], list[str]]:
-    """What the model card says that an output's card repeats, and what was odd about it."""
+    """The keys of the model card that an output's card repeats, and warnings."""
     if CARD not in folder.entries:
         return {}, []
     try:
@@ -278,11 +278,11 @@ def _no_weights(folder: Folder, adapters: list[str], pickles: list[str]) -> Exce
 
 
 def _below(folder: Folder) -> str:
-    """Where in a directory without weights they are: trainers save each state in a folder."""
+    """Advice where a directory has no weights: trainers save each state in a folder of it."""
     known = {ADAPTER_CONFIG: "an adapter", SINGLE: "a model", INDEX: "a model"}
     for name in folder.entries[-_MOST_LOOKED_AT:][::-1]:
         path = os.path.join(folder.path, name)
         kind = next((k for file, k in known.items() if os.path.isfile(f"{path}/{file}")), "")
         if kind:
-            return f"{kind} is in its folder {shown(name)}"
+            return f"its folder {shown(name)} contains {kind}"
     return "is this a model directory?"
