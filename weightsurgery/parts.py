@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
 from weightsurgery.checkpoint import Checkpoint
 from weightsurgery.coverage import Coverage
+from weightsurgery.errors import shown
 from weightsurgery.formats.layout import joined
 from weightsurgery.pairing import Pairing
 from weightsurgery.pairs import Pair
@@ -98,3 +100,22 @@ def coverage_of(parts: tuple[Part, ...]) -> Coverage:
         partly={joined(f, name): why for f, one in found for name, why in one.partly.items()},
         architecture=", ".join(known),
     )
+
+
+def advice_on_parts(names: Sequence[str], tuned: Checkpoint) -> str:
+    """What to do where a result of running one part lacks the tensors of others.
+
+    Args:
+        names: The tensors that it lacks.
+        tuned: The whole model.
+
+    Returns:
+        The options that leave these parts out; "" if a tensor of the part in the model's folder
+        itself is lacking too.
+    """
+    lacking = {folder: {joined(folder, name) for name in part}.intersection(names)
+               for folder, part in tuned.split().items()}  # fmt: skip
+    if lacking.get("") or not tuned.parts:
+        return ""
+    flags = [f"--exclude '{shown(folder)}/*'" for folder, found in lacking.items() if found]
+    return f"only one part of the model was run; keep the others as they are with {' '.join(flags)}"

@@ -23,10 +23,11 @@ from weightsurgery.architecture.embedding import find_embedding
 from weightsurgery.checkpoint import Checkpoint, TensorView
 from weightsurgery.curvature.result import length_warnings
 from weightsurgery.diagnostics import Diagnostics
-from weightsurgery.errors import MismatchError, SettingError, conflict, counted, shown
+from weightsurgery.errors import MismatchError, SettingError, conflict, counted
 from weightsurgery.kernels import Block, choose, magnitude_of_drift
 from weightsurgery.masks import edit_by_mask, read_mask
 from weightsurgery.operators.epur import Rows, embedding_pair, reset_rows, score_rows
+from weightsurgery.parts import advice_on_parts
 from weightsurgery.quantised import require_unquantised
 from weightsurgery.registry import (
     AllowPartial,
@@ -282,19 +283,10 @@ def _curvature(
             f"shape or a dtype other than F32 there (first: {', '.join(wrong[:3])})",
             file=fisher.label,
             tensor=wrong[0],
-            hint=_remedy(wrong, paired.tuned),
+            hint=advice_on_parts(wrong, paired.tuned) or _REMEDY,
             code="E-FISHER",
         )
     return found
-
-
-def _remedy(wrong: Sequence[str], tuned: Checkpoint) -> str:
-    """What to do where a Fisher lacks tensors: it only covers the part that was run."""
-    others = [part for part in tuned.parts if any(name.startswith(f"{part}/") for name in wrong)]
-    if not all(name.startswith(tuple(f"{part}/" for part in others)) for name in wrong):
-        return _REMEDY
-    flags = " ".join(f"--exclude '{shown(part)}/*'" for part in others)
-    return f"the Fisher is of one part of the model; keep the others as they are with {flags}"
 
 
 def _mean(curvature: Mapping[str, TensorView], ranked: Sequence[Pair], engine: Engine) -> float:
