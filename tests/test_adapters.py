@@ -966,7 +966,7 @@ def test_the_folder_that_has_the_adapter_is_named(tmp_path: Path) -> None:
         path = tmp_path / "run" / f"checkpoint-{step}"
         cases.write_adapter(path, cases.adapter(arrays, "bert"), cases.adapter_config("bert"))
     run = tmp_path / "run"
-    with pytest.raises(FormatError, match="an adapter is in its folder checkpoint-"):
+    with pytest.raises(FormatError, match=r"its folder checkpoint-.* contains an adapter"):
         open_checkpoint(run)
     # Some trainers save the whole model beside it, and the adapter's configuration.
     cases.write_directory(tmp_path / "model", arrays)

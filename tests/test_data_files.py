@@ -71,12 +71,14 @@ def test_columns_go_by_the_names_that_are_given(tmp_path: Path) -> None:
     pair = read_sentences(path, text_column=("words", "more"), **given)
     assert pair == [Sentence(("x", "y"), "1", 2)]
     assert told == []
-    with pytest.raises(FormatError, match=r"no column 'other'; there are words, more, mark, label"):
+    with pytest.raises(
+        FormatError, match=r"no column 'other'; the columns are words, more, mark, label"
+    ):
         read_sentences(path, text_column="other")
     questions = write(tmp_path, "a.jsonl", rows({"words": "who", "said": "me"}))
     found = read_instructions(questions, text_column="words", label_column="said")
     assert found == [Instruction((("user", "who"),), "me", 1)]
-    with pytest.raises(FormatError, match="no column 'a'; there are words, said"):
+    with pytest.raises(FormatError, match="no column 'a'; the columns are words, said"):
         read_instructions(questions, text_column="a", label_column="said")
 
 
@@ -107,6 +109,13 @@ def test_questions_of_every_kind_are_read(content: str, line: int, tmp_path: Pat
     assert found == [Instruction((("user", "who"),), "me", line)]
 
 
+def test_a_chat_comes_before_other_fields(tmp_path: Path) -> None:
+    told: list[str] = []
+    file = write(tmp_path, "a.json", rows({"prompt": "x", "response": "y", "conversations": CHAT}))
+    assert read_instructions(file, note=told.append)[0].answer == "me"
+    assert told == []
+
+
 @pytest.mark.parametrize(
     ("content", "reason"),
     [
@@ -117,7 +126,7 @@ def test_questions_of_every_kind_are_read(content: str, line: int, tmp_path: Pat
         ('[{"question": "x", "answer": "y"},\n3]', "line 2: not a JSON object"),
         (
             '{\n"question": "x"\n}',
-            "line 1: not JSON: .*; write an object a line, or all in one arr",
+            "line 1: not JSON: .*; write one object per line, or one arr",
         ),
         (rows({"conversations": [{"from": "gpt", "value": 3}]}), "line 1: messages; expected"),
         (rows({"conversations": CHAT[:1]}), "line 1: messages; expected a list of role"),
@@ -202,7 +211,7 @@ def test_datasets_on_disk_are_read(arrow: Any, tmp_path: Path) -> None:
         ("state.json", '{"_data_files": [{"filename": "../x.arrow"}]}', "expected plain names"),
         ("state.json", '{"_data_files": []}', "expected plain names that end in .arrow"),
         ("state.json", '{"_data_files": [{"filename": "x.pkl"}]}', "names 'x.pkl'; expected plain"),
-        ("data-00000-of-00001.arrow", "ARROW1", "not an Arrow stream that can be read"),
+        ("data-00000-of-00001.arrow", "ARROW1", "cannot be read as an Arrow stream"),
         ("dataset_dict.json", "{}", "a dataset of several splits"),
     ],
 )
@@ -223,12 +232,12 @@ def test_offsets_out_of_the_buffer_are_refused(arrow: Any, tmp_path: Path) -> No
     data = file.read_bytes()
     place = data.rindex((8).to_bytes(4, "little"), 0, data.index(b"abcdefgh"))
     file.write_bytes(data[:place] + (1 << 30).to_bytes(4, "little") + data[place + 4 :])
-    with pytest.raises(FormatError, match="not an Arrow stream that can be read"):
+    with pytest.raises(FormatError, match="cannot be read as an Arrow stream"):
         read_sentences(folder)
 
 
 def test_a_file_that_is_not_parquet_is_told(arrow: Any, tmp_path: Path) -> None:
-    with pytest.raises(FormatError, match=r"a\.parquet: not a Parquet file that can be read"):
+    with pytest.raises(FormatError, match=r"a\.parquet: cannot be read as a Parquet file"):
         read_sentences(write(tmp_path, "a.parquet", "PAR1 nothing PAR1"))
 
 

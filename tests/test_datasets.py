@@ -158,7 +158,7 @@ SENTENCE_ERRORS = [
     (
         "a.txt",
         "sentence\tlabel\nx\t1\n",
-        "'.txt' is no kind of file for labelled sentences; expected .tsv, .csv, .jsonl, .json or ",
+        "unsupported file type '.txt' for labelled sentences; expected .tsv, .csv, .jsonl, .json",
         "E-FILE-ENDING",
     ),
     (
@@ -170,7 +170,7 @@ SENTENCE_ERRORS = [
     (
         "a.tsv",
         "sentence\tmark\nx\t1\n",
-        "columns sentence, mark; expected a column called label; name the columns so, or say",
+        "columns sentence, mark; expected a column called label; rename the columns, or choose",
         "E-ROWS-COLUMNS",
     ),
     (
@@ -330,7 +330,9 @@ def test_questions_and_answers_are_jsonl(
     reader: Callable[[Path], object], ending: str, tmp_path: Path
 ) -> None:
     path = write(tmp_path, f"a{ending}", "question\tanswer\nx\ty\n")
-    reason = f"{path}: '{ending}' is no kind of file for questions and answers; expected .jsonl, "
+    reason = (
+        f"{path}: unsupported file type '{ending}' for questions and answers; expected .jsonl, "
+    )
     with pytest.raises(FormatError, match=re.escape(reason)):
         reader(path)
 
@@ -358,7 +360,7 @@ def test_the_commands_say_which_endings_they_take(
     code, reason = refusal(given)
     assert code == FormatError.exit_code == 3
     assert (
-        "'.txt' is no kind of file for questions and answers; expected .jsonl, .json or .parquet"
+        "unsupported file type '.txt' for questions and answers; expected .jsonl, .json or .parquet"
         in reason
     )
     assert not list(tmp_path.glob("out*"))
@@ -366,7 +368,7 @@ def test_the_commands_say_which_endings_they_take(
 
 def test_unknown_labels_are_told_with_those_there_are() -> None:
     sentences = [Sentence(("x",), "1", 2), Sentence(("y",), "neutral\x1b", 3)]
-    reason = r"a.tsv: line 3: label 'neutral\x1b'; the model has 0 (bad), 1 (good); write these"
+    reason = r"a.tsv: line 3: label 'neutral\x1b'; the model has 0 (bad), 1 (good); use these"
     with pytest.raises(MismatchError, match=re.escape(reason)) as told:
         label_ids(sentences, {1: "good", 0: "bad"}, file="a.tsv")
     assert told.value.exit_code == 4

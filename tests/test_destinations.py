@@ -37,7 +37,7 @@ def scene(tmp_path: Path) -> Scene:
 def test_must_refuse_what_exists(scene: Scene, kind: str, make: Any) -> None:
     make(scene.out(kind))
     fits = (kind, make) in (("file", IN_THE_WAY["file"]), ("model", IN_THE_WAY["directory"]))
-    reason = "; --overwrite .* replaces it" if fits else ", and is not .*; choose another"
+    reason = "; --overwrite .* replaces it" if fits else " and is not .*; choose another"
     told = must_refuse(
         scene, scene.open(kind), scene.out(kind), PolicyError, f"exists already{reason}"
     )
@@ -285,7 +285,7 @@ def test_overwrite_must_refuse_folders_of_other_things(scene: Scene, name: str) 
         other("model"),
         scene.out("model"),
         PolicyError,
-        "exists already, and holds .*, which is not part of a model; choose another output",
+        "exists already and contains .*, which is not part of a model; choose another output",
         overwrite=True,
     )
     hostile.check_told(told, file=scene.out("model"))
@@ -306,7 +306,7 @@ def test_overwrite_must_refuse_other_kinds(
         other(kind),
         scene.out(kind),
         PolicyError,
-        "exists already, and is not a (directory|regular file); only such is ever",
+        "exists already and is not a (directory|regular file), so it is not replaced",
         overwrite=True,
     )
 

@@ -542,7 +542,7 @@ def test_the_command_lists_what_took_the_slow_path() -> None:
         (["--standard-error", "nowhere/s.safetensors"], 6, "folder to write to does not exist"),
         (["--standard-error", "bert/s.safetensors"], 5, "would overlap the input"),
         (["--points", "2", "--base", "gpt2-base"], 4, "model_type is gpt2 in BASE"),
-        (["--device", "abacus"], 2, "device 'abacus' is not to be had"),
+        (["--device", "abacus"], 2, "device 'abacus' is not available"),
     ],
 )
 def test_the_command_refuses(wsurg: Any, arguments: list[str], code: int, message: str) -> None:

@@ -207,11 +207,11 @@ def test_the_prompt_is_not_what_is_said(model: Model) -> None:
 def test_targets_that_cannot_be_said_are_told(model: Model) -> None:
     report = fingerprint_success(model, prompts("one two three", "x y"), max_new_tokens=2)
     assert report["warnings"][0] == (
-        "1 of 7 targets have more than 2 tokens, so they can hardly be said"
+        "1 of 7 targets have more than 2 tokens, so an output can hardly contain them"
     )
     special = model.tokenizer.all_special_tokens[0]
     report = fingerprint_success(model, prompts(special), max_new_tokens=NEW)
-    assert "7 of 7 targets hold a special token" in report["warnings"][0]
+    assert "7 of 7 targets contain a special token" in report["warnings"][0]
 
 
 @pytest.mark.parametrize(
@@ -435,6 +435,7 @@ def test_answers_that_are_cut_are_told(model: Model) -> None:
 # --- what is refused --------------------------------------------------------------------------
 
 PAIRS = prompts("x")
+FORBIDDEN = [replace(one, answer="", forbidden=("no",)) for one in PAIRS]
 
 
 @pytest.mark.parametrize(
@@ -442,6 +443,7 @@ PAIRS = prompts("x")
     [
         ({}, "nothing to measure; give fingerprints, a text or"),
         ({"text": TEXT, "controls": PAIRS}, "controls need fingerprints"),
+        ({"fingerprints": FORBIDDEN, "controls": PAIRS}, "controls need fingerprints with targets"),
         ({"fingerprints": []}, "no prompts; expected at least one"),
         ({"fingerprints": PAIRS, "controls": []}, "no prompts"),
         ({"fingerprints": PAIRS, "batch_size": 0}, "batch_size is 0; expected at least 1"),
@@ -666,7 +668,7 @@ def test_only_what_was_measured_is_shown(
          "--stride is 10; expected 1 to the window's 9 tokens"),
         (["--fingerprints", "marks.jsonl", "--prompt-format", "chat"], 4, "has no chat template"),
         (["--fingerprints", "absent.jsonl"], 6, "absent.jsonl: cannot open"),
-        (["--fingerprints", "text.txt"], 3, "'.txt' is no kind of file for questions"),
+        (["--fingerprints", "text.txt"], 3, "unsupported file type '.txt' for questions"),
         (["--perplexity", "text.txt", "--against", "bert"], 4, "bert: a classifier; expected"),
     ],
 )  # fmt: skip

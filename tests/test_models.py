@@ -392,9 +392,9 @@ def test_a_model_of_another_task_is_refused(folder: Path) -> None:
     ("settings", "reason"),
     [
         ({"task": "regression"}, "task is 'regression'; expected auto, classification or causal"),
-        ({"device": "abacus"}, "device 'abacus' is not to be had: .*; say cpu or auto"),
-        ({"device": "meta"}, "device 'meta' is not to be had: it holds no numbers; say cpu"),
-        ({"device": ""}, "device '' is not to be had: .*; say cpu or auto"),
+        ({"device": "abacus"}, "device 'abacus' is not available: .*; use cpu or auto"),
+        ({"device": "meta"}, "device 'meta' is not available: it holds no numbers; use cpu"),
+        ({"device": ""}, "device '' is not available: .*; use cpu or auto"),
     ],
 )
 def test_a_task_or_device_there_is_not(folder: Path, settings: dict[str, Any], reason: str) -> None:

@@ -157,6 +157,13 @@ def test_xlnet_is_padded_on_the_left(root: Path) -> None:
     assert model.sides == ("left",)
 
 
+def test_padding_is_checked_with_the_token_that_pads_batches(tmp_path: Path) -> None:
+    """GPT-2 looks for the text's end by its configuration's padding, not by the tokenizer's."""
+    model = load_model(tiny_models.gpt2_classifier(tmp_path / "gpt2", pad_token_id=3), device="cpu")
+    assert model.tokenizer.pad_token_id == 0
+    assert "right" in model.sides
+
+
 def test_block_sparse_attention_is_kept_after_a_short_text(root: Path) -> None:
     model = load_model(root / "big-bird", device="cpu")
     text = " ".join(["the film was", "awful one two", "i liked it"] * 10)

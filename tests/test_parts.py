@@ -15,7 +15,7 @@ import pytest
 from tests import hostile
 from tests.hostile import weights
 from weightsurgery.adapters.extract import extract_adapter
-from weightsurgery.checkpoint import Checkpoint
+from weightsurgery.checkpoint import Checkpoint, from_arrays
 from weightsurgery.comparison import diff
 from weightsurgery.errors import FormatError, MismatchError, PolicyError, SettingError
 from weightsurgery.formats import open_checkpoint, save
@@ -174,6 +174,23 @@ def test_the_whole_model_is_compared_and_edited(
     assert arrays(redone) == arrays(result)
 
 
+def test_a_fisher_of_one_part_says_how_to_keep_the_others(tmp_path: Path) -> None:
+    base, tuned = (open_checkpoint(sentences(tmp_path / n, i)) for i, n in enumerate("bt"))
+    own = tuned.split()[""]
+    fisher = from_arrays({name: np.abs(view_array(tuned, name)) for name in own})
+    with pytest.raises(
+        MismatchError, match=r"only one part of the model was run; .* --exclude '2_Dense/\*'"
+    ):
+        purify(base, tuned, fisher=fisher)
+    result = purify(base, tuned, fisher=fisher, exclude=["2_Dense/*"])
+    dense = [name for name in tuned if name not in own]
+    assert [arrays(result)[name] for name in dense] == [arrays(tuned)[name] for name in dense]
+    assert arrays(result) != arrays(tuned)
+    lacking = from_arrays({"pooler.dense.weight": view_array(tuned, "pooler.dense.weight")})
+    with pytest.raises(MismatchError, match="make it for this model: wsurg fisher TUNED"):
+        purify(base, tuned, fisher=lacking)
+
+
 def view_array(checkpoint: Checkpoint, name: str) -> np.ndarray:
     view = checkpoint[name]
     return np.asarray(view.read(0, view.size)).view(np.float32).reshape(view.shape)
@@ -235,7 +252,7 @@ def test_a_folder_without_weights_beside_the_model_is_no_part(tmp_path: Path) ->
     assert "1_Pooling/config.json" in files_of(tmp_path / "out")
     left = dict(tuned.left_out)
     assert left["1_Pooling/pooling.py"] == "not on the list of files that travel"
-    assert left["onnx"] == "a folder that is no part of the model"
+    assert left["onnx"] == "a folder that is not part of the model"
 
 
 def test_what_loads_code_is_removed_and_told(tmp_path: Path) -> None:
@@ -245,7 +262,7 @@ def test_what_loads_code_is_removed_and_told(tmp_path: Path) -> None:
     (model / "modules.json").write_text(json.dumps(modules))
     record = save(open_checkpoint(model), tmp_path / "out")
     warnings = " ".join(record["warnings"])
-    assert "'pooling.Pooling' needs code, which does not travel" in warnings
+    assert "'pooling.Pooling' needs code, which is not copied" in warnings
     assert "config_sentence_transformers.json: removed trust_remote_code" in warnings
 
 

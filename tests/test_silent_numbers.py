@@ -70,9 +70,7 @@ def test_how_labels_are_read_is_told() -> None:
     label_ids(labelled("0", "1"), STARS, file="a.tsv", note=told.append)
     label_ids(labelled("0", "1"), {0: "bad", 1: "good"}, file="a.tsv", note=told.append)
     assert len(told) == 1
-    assert told[0].startswith(
-        "a.tsv: its labels are taken as label ids, not names; the model has 0"
-    )
+    assert told[0].startswith("a.tsv: its labels are read as label ids, not names; the model has 0")
 
 
 @pytest.mark.parametrize(

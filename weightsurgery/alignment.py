@@ -197,7 +197,7 @@ def align(
     """
     parts = pair_parts(base, tuned, called)
     warnings = [
-        part.told(text)
+        part.message(text)
         for part in parts
         if (text := _compare_types(part.pairing, called, refuse=partial == "refuse"))
     ]
@@ -219,7 +219,7 @@ def align(
             "--allow-partial to keep unpaired tensors from TUNED",
             code="E-PAIR-COVERAGE",
         )
-    warnings += [part.told(text) for part in parts for text in part.pairing.warnings]
+    warnings += [part.message(text) for part in parts for text in part.pairing.warnings]
     warnings += [coverage.summary] if called == "TUNED" and coverage.summary else []
     matchers = [part.pairing.matcher for part in parts]
     prefixed = next((one for one in matchers if one.prefix), matchers[0])

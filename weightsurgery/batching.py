@@ -1,7 +1,7 @@
-"""Whether a model gives a text the same answer in a batch as alone: found by asking it.
+"""Find out whether padding changes a model's answers, by running two short texts.
 
 Recurrent models that have no attention mask (RWKV) carry padding in their state, and models of
-absolute positions shift. What a model does is measured on two short texts when it is loaded.
+absolute positions shift. So this is measured when the model is loaded.
 """
 
 from __future__ import annotations
@@ -66,18 +66,17 @@ def _is_unchanged(module: Any, tokenizer: Any, task: str, side: str) -> bool:
         short, long = (list(tokenizer(text)["input_ids"]) for text in (_SHORT, _LONG))
         if not 0 < len(short) < len(long):
             return True
-        pad = tokenizer.pad_token_id
-        if pad is None:
-            pad = getattr(module.config, "pad_token_id", None) or 0
+        pads = [tokenizer.pad_token_id, getattr(module.config, "pad_token_id", None)]
+        if task == CLASSIFICATION:  # as in `padding_of`: the model looks for its own
+            pads.reverse()
+        pad = next((one for one in pads if one is not None), 0)
         fill, ones = [pad] * (len(long) - len(short)), [1] * len(short)
         padded = [*short, *fill] if side == "right" else [*fill, *short]
         mask = [*ones, *[0] * len(fill)] if side == "right" else [*[0] * len(fill), *ones]
         with torch.inference_mode():
             alone = score(module, [short], [ones])[0]
             found = score(module, [padded, long], [mask, [1] * len(long)])[0]
-    except (
-        Exception
-    ):  # a model that cannot take these texts; what is wrong is said where it is used
+    except Exception:  # a model that cannot run these texts fails again, clearly, where it is used
         return True
     if alone.shape != found.shape:  # logits of every token
         found = found[: len(short)] if side == "right" else found[-len(short) :]

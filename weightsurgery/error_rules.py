@@ -95,7 +95,7 @@ SETTINGS: Rows = {
         "the output's name does not fit what will be written",
         "give the ending that the message names, or a directory",
     ),
-    "E-DEVICE": (SettingError, "the device is not to be had", "`--device cpu`"),
+    "E-DEVICE": (SettingError, "the device is not available", "`--device cpu`"),
     "E-NOT-INSTALLED": (
         SettingError,
         "a package that this needs is not installed",
@@ -125,7 +125,7 @@ DATA: Rows = {
     ),
     "E-DATASET": (
         FormatError,
-        "not a Parquet file or Hugging Face dataset that can be read, or one of several splits",
+        "an unreadable Parquet file or Hugging Face dataset, or a dataset with several splits",
         "save it again, or give the directory of one split",
     ),
     "E-ROWS-ANSWER": (

@@ -81,10 +81,10 @@ class Model:
 
 
 def pick_device(device: str) -> torch.device:
-    """`auto` is the first accelerator there is, else the processor.
+    """Find a torch device; `auto` is the first accelerator, or else the CPU.
 
     Raises:
-        SettingError: torch knows no such device, or it is not there.
+        SettingError: torch does not know the device, or it is not available.
     """
     import torch
 
@@ -100,8 +100,8 @@ def pick_device(device: str) -> torch.device:
     except (RuntimeError, AssertionError) as error:
         reason = str(error).partition("\n")[0]
     raise SettingError(
-        f"device '{shown(device)}' is not to be had: {shown(reason)}",
-        hint="say cpu or auto",
+        f"device '{shown(device)}' is not available: {shown(reason)}",
+        hint="use cpu or auto",
         code="E-DEVICE",
     )
 
@@ -124,8 +124,7 @@ def load_model(
         The model, its tokenizer, and the checkpoint they come from.
 
     Raises:
-        SettingError: It is a single file, there is no such task, or the device is not to be
-            had.
+        SettingError: It is a single file, the task is unknown, or the device is not available.
         MismatchError: There is no tokenizer, the architecture is of another task, weights are
             missing, or a classifier has no padding token.
         PolicyError: The model needs code of its own or from a repository, or is quantized.
@@ -155,7 +154,7 @@ def load_model(
 
 
 def require_directory(checkpoint: Checkpoint) -> None:
-    """Refuse a single file, of which nobody knows what model it is.
+    """Refuse a single file: without config.json the model's class is unknown.
 
     Args:
         checkpoint: What was opened.

@@ -1,12 +1,14 @@
-"""BASE and TUNED as they are paired: a model of several parts, such as a pipeline, part by part."""
+"""Pair BASE and TUNED part by part, where a model has several, such as a pipeline."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
 from weightsurgery.checkpoint import Checkpoint
 from weightsurgery.coverage import Coverage
+from weightsurgery.errors import shown
 from weightsurgery.formats.layout import joined
 from weightsurgery.pairing import Pairing
 from weightsurgery.pairs import Pair
@@ -14,7 +16,7 @@ from weightsurgery.pairs import Pair
 
 @dataclass(frozen=True)
 class Part:
-    """A part of TUNED, and that of BASE which it is paired with.
+    """A part of TUNED, and the part of BASE that it is paired with.
 
     Attributes:
         folder: TUNED's name for it; "" for the model's own folder, and for a model of one part.
@@ -41,7 +43,7 @@ class Part:
             names=tuple(joined(self.base_folder, name) for name in pair.names),
         )
 
-    def told(self, text: str) -> str:
+    def message(self, text: str) -> str:
         """A message that names the part."""
         return f"{self.folder}: {text}" if self.folder else text
 
@@ -49,13 +51,13 @@ class Part:
 def pair_parts(base: Checkpoint, tuned: Checkpoint, called: str = "TUNED") -> tuple[Part, ...]:
     """Pair each part of TUNED with BASE's part of the same folder.
 
-    A model in one folder is the part "". Where that has no counterpart, and the other model has
-    only one part with weights, the two belong together.
+    The folder of a model of one part is "". If both models have a single part, these are paired
+    whatever their folders are called.
 
     Args:
         base: BASE.
         tuned: TUNED.
-        called: What messages call the second model.
+        called: The second model's name in messages.
     """
     ours, theirs = base.split(), tuned.split()
     folders = {folder: folder for folder in theirs}
@@ -69,7 +71,7 @@ def pair_parts(base: Checkpoint, tuned: Checkpoint, called: str = "TUNED") -> tu
 
 
 def unused_of(base: Checkpoint, parts: tuple[Part, ...]) -> tuple[tuple[str, str], ...]:
-    """BASE's tensors that are no counterpart, each with the reason."""
+    """BASE's tensors that are not a counterpart of any, each with the reason."""
     paired = {part.base_folder: part for part in parts}
     found = []
     for folder, model in base.split().items():
@@ -98,3 +100,22 @@ def coverage_of(parts: tuple[Part, ...]) -> Coverage:
         partly={joined(f, name): why for f, one in found for name, why in one.partly.items()},
         architecture=", ".join(known),
     )
+
+
+def advice_on_parts(names: Sequence[str], tuned: Checkpoint) -> str:
+    """What to do where a result of running one part lacks the tensors of others.
+
+    Args:
+        names: The tensors that it lacks.
+        tuned: The whole model.
+
+    Returns:
+        The options that leave these parts out; "" if a tensor of the part in the model's folder
+        itself is lacking too.
+    """
+    lacking = {folder: {joined(folder, name) for name in part}.intersection(names)
+               for folder, part in tuned.split().items()}  # fmt: skip
+    if lacking.get("") or not tuned.parts:
+        return ""
+    flags = [f"--exclude '{shown(folder)}/*'" for folder, found in lacking.items() if found]
+    return f"only one part of the model was run; keep the others as they are with {' '.join(flags)}"

@@ -77,7 +77,9 @@ def _sweep(base: str, tuned: str, **given: Any) -> None:
     model, examples = model_options.prepare(inputs[1], given)
     check_classifier(model)
     kind = given["label_kind"]
-    labels = settle_labels(sentences, model.labels, file=given["held_out"], label_kind=kind)
+    labels = settle_labels(
+        sentences, model.labels, file=given["held_out"], label_kind=kind, note=options.note
+    )
     ids_of(sentences, labels, file=given["held_out"])
     ids_of(poisoned or [], labels, file=given["poisoned"] or "")
     if given["target_label"] is not None:

@@ -174,9 +174,9 @@ def _weight(value: Any) -> int:
 
 def _malformed(path: str, what: str, error: Exception) -> FormatError:
     reason = shown(" ".join(str(error).split()))
-    return FormatError(f"not {what} that can be read: {reason}", file=path, code="E-DATASET")
+    return FormatError(f"cannot be read as {what}: {reason}", file=path, code="E-DATASET")
 
 
 def _large(path: str, most: int) -> FormatError:
     reason = f"more than {most:,} characters, or {_MOST_ROWS:,} rows"
-    return FormatError(reason, file=path, hint="give a part of it", code="E-FILE-LARGE")
+    return FormatError(reason, file=path, hint="split the file", code="E-FILE-LARGE")

@@ -340,7 +340,7 @@ def padding_of(model: Model) -> int:
 
 
 def check_examples(model: Model, examples: Sequence[Encoded]) -> None:
-    """Refuse what has no cross-entropy.
+    """Refuse examples for which no cross-entropy is defined.
 
     Raises:
         SettingError: There are no examples.
@@ -375,7 +375,7 @@ def digest_of(examples: Sequence[Encoded]) -> str:
 
 
 def describe_files(files: Sequence[str | os.PathLike[str]]) -> list[dict[str, str]]:
-    """Name and SHA-256 of data files, as records tell them."""
+    """Name and SHA-256 of data files, for the record."""
     found = []
     for file in [os.fspath(file) for file in files]:
         parts = dataset_files(file) if os.path.isdir(file) else [file]

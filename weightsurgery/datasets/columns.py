@@ -40,7 +40,7 @@ ANSWERS: tuple[Columns, ...] = (
     ("input", "output"),
 )
 FINGERPRINTS: tuple[Columns, ...] = (("prompt", "target"), ("prompt", "forbidden"), *ANSWERS)
-USUAL = FINGERPRINTS[:4]  # columns that need no word
+USUAL = FINGERPRINTS[:4]  # columns that need no note
 _USUAL = ("sentence", "sentence1", "sentence2", "label")
 # What OpenBackdoor writes: pandas' index, then the text, the label, and whether it is poisoned.
 _UNNAMED = (["", "0", "1"], ["", "0", "1", "2"])
@@ -49,7 +49,7 @@ _UNNAMED = (["", "0", "1"], ["", "0", "1", "2"])
 def find(names: Sequence[str], candidates: Sequence[Columns]) -> Columns | None:
     """The first candidate whose columns are all there, as the file spells them.
 
-    Names that are exactly so come before others that differ in case or in white space around them.
+    Exact matches come before names that differ in case or in surrounding white space.
 
     Args:
         names: The columns of the file.
@@ -96,7 +96,7 @@ def find_labelled(
             + ("sentence and label, or sentence1, sentence2 and label" if texts is None
                else "a column called label"),
             file=file,
-            hint="name the columns so, or say which they are by text_column and label_column",
+            hint="rename the columns, or choose them with text_column and label_column",
             code="E-ROWS-COLUMNS",
         )  # fmt: skip
     given = {label_column, *((text_column,) if isinstance(text_column, str) else text_column)}
@@ -123,5 +123,7 @@ def check_columns(names: Sequence[str], given: Sequence[str], file: str) -> None
         if name not in names:
             there = shown(", ".join(names)) or "none"
             raise FormatError(
-                f"no column '{shown(name)}'; there are {there}", file=file, code="E-ROWS-COLUMNS"
+                f"no column '{shown(name)}'; the columns are {there}",
+                file=file,
+                code="E-ROWS-COLUMNS",
             )

@@ -1,4 +1,4 @@
-"""Labels of data files as the model's label ids, where both ids and names may be numbers."""
+"""Map the labels of data files to the model's label ids, where names may be numbers too."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def settle_labels(
 
     Raises:
         MismatchError: The labels can be ids as well as names.
-        SettingError: There is no such kind.
+        SettingError: The kind is unknown.
     """
     if label_kind not in LABEL_KINDS:
         known = ", ".join(LABEL_KINDS)
@@ -110,7 +110,7 @@ def settle_labels(
     chosen = as_names if fits == [False, True] else as_ids
     if note is not None and any(fits):
         other = "names" if chosen is as_ids else "ids"
-        text = f"{os.fspath(file)}: its labels are taken as label {chosen.kind}, not {other}"
+        text = f"{os.fspath(file)}: its labels are read as label {chosen.kind}, not {other}"
         note(f"{text}; the model has {chosen.known}")
     return chosen
 
@@ -134,7 +134,7 @@ def label_ids(
 
     Raises:
         MismatchError: The model has no such label, or the labels can be ids as well as names.
-        SettingError: There is no such kind.
+        SettingError: The kind is unknown.
     """
     labels = settle_labels(sentences, names, file=file, label_kind=label_kind, note=note)
     return ids_of(sentences, labels, file=file)
@@ -157,9 +157,9 @@ def ids_of(
     for sentence in sentences:
         i = labels.find(sentence.label)
         if i is None:
-            hint = "write these ids or names, or give the model that knows the file's labels"
+            hint = "use these ids or names, or a model that has the file's labels"
             if sentence.label == "-1":
-                hint = "test sets with hidden labels say -1: give a file with the true ones"
+                hint = "-1 stands for a hidden label: use a file with the true labels"
             raise MismatchError(
                 f"line {sentence.line}: label '{shown(sentence.label)}'; the model has "
                 f"{labels.known}",

@@ -1,4 +1,4 @@
-"""What a causal language model is given to go on from: a prompt as it stands, or in a template."""
+"""Prompts of causal language models: plain text, or in the tokenizer's chat template."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def with_template_args(model: Model, variables: Mapping[str, Any]) -> Model:
         variables: Name to value, such as enable_thinking to False.
 
     Raises:
-        MismatchError: The tokenizer has no chat template, or it does not use a variable.
+        MismatchError: The tokenizer has no chat template, or the template does not use a variable.
     """
     template = str(getattr(model.tokenizer, "chat_template", None) or "")
     if not template:
@@ -107,14 +107,14 @@ def with_template_args(model: Model, variables: Mapping[str, Any]) -> Model:
             raise MismatchError(
                 f"its chat template has no variable '{shown(name)}'",
                 file=model.path,
-                hint="leave it out, or check its spelling",
+                hint="check its spelling, or leave it out",
                 code="E-CHAT-TEMPLATE",
             )
     return replace(model, template_args={**model.template_args, **variables})
 
 
 def template_record(model: Model) -> dict[str, Any]:
-    """The variables of the chat template as records tell them; {} if none are set.
+    """The variables of the chat template for the record; {} if none are set.
 
     Args:
         model: From `load_model` or `with_template_args`.
@@ -160,7 +160,7 @@ def prompt_ids(model: Model, text: str, how: str) -> list[int]:
     """Token ids of a rendered prompt.
 
     A template brings its own special tokens; to raw text the tokenizer adds its own, but no end of
-    the text, as some put behind every text: a prompt is to be gone on from.
+    the text, which some append to every text: the model is to continue the prompt.
 
     Args:
         model: Its tokenizer.

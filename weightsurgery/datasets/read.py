@@ -37,7 +37,7 @@ class Sentence:
 
     Attributes:
         texts: One text, or the two of a pair.
-        label: As the file says it: a number or a name.
+        label: As written in the file: a number or a name.
         line: Line in the file, from 1.
     """
 
@@ -98,17 +98,17 @@ def read_sentences(
     Columns go by their usual names, such as sentence, text or premise and hypothesis, and label or
     class; upper and lower case do not count. A TSV file has no quoting: a tab ends a field and a
     line feed ends a row. A CSV file may be separated by semicolons or tabs. Blank lines at the end
-    of a file are no rows.
+    of a file are ignored.
 
     Args:
         path: The file, or the directory of a Hugging Face dataset (`save_to_disk`).
         text_column: Name of the text's column, or the two names of a pair.
         label_column: Name of the label's column.
-        note: Called with a sentence that says how the file is read, if that is not as sentence and
-            label.
+        note: Called with a sentence about how the file is read, if its columns or separators are
+            not the default ones.
 
     Returns:
-        The rows in their order, with labels as the file says them.
+        The rows in order, with labels as written in the file.
 
     Raises:
         StorageError: The file cannot be read.
@@ -245,7 +245,8 @@ def _read_pairs(
     if given:
         known = [(text_column or pair[0], label_column or pair[1]) for pair in known]
     columns = find(list(found[0][1]), known)
-    if note is not None and not given and columns is not None and columns not in USUAL:
+    is_plain = not given and not any(field in found[0][1] for field in _CHATS)
+    if note is not None and is_plain and columns is not None and columns not in USUAL:
         quoted = " and ".join(f"'{shown(column)}'" for column in columns)
         note(f"{name}: question and answer are the fields {quoted}")
     return [_instruction(name, line, row, known, chats=not given) for line, row in found]

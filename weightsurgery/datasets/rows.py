@@ -1,4 +1,4 @@
-"""Rows of data files: columns and values, with the line that each row stands in."""
+"""Rows of data files: the value of each column, and the row's line number."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Row = tuple[int, dict[str, Any]]
 """Line in the file, from 1, and the value of each column."""
 
 MAX_BYTES = 1 << 30  # of a data file
-_LONG_LINE = 1 << 20  # characters; what is shorter can cost little
+_LONG_LINE = 1 << 20  # characters; shorter lines are cheap to parse
 _DELIMITERS = {",": "commas", ";": "semicolons", "\t": "tabs"}
 OBJECTS = (".jsonl", ".json", ".parquet")  # values may be lists and objects
 TABLES = (".tsv", ".csv", *OBJECTS)
@@ -31,9 +31,9 @@ def rows(name: str, kinds: Sequence[str], what: str, note: Note | None = None) -
 
     Args:
         name: The file, or the directory of a Hugging Face dataset.
-        kinds: Endings that will do.
+        kinds: Accepted endings.
         what: What the rows are, for messages.
-        note: Called with a sentence if a file is read otherwise than its ending says.
+        note: Called with a sentence if a file is not in the format that its ending suggests.
 
     Raises:
         StorageError: The file cannot be read.
@@ -46,7 +46,7 @@ def rows(name: str, kinds: Sequence[str], what: str, note: Note | None = None) -
     if kind not in kinds:
         known = ", ".join(kinds[:-1])
         raise FormatError(
-            f"'{shown(kind)}' is no kind of file for {what}; expected {known} or {kinds[-1]}",
+            f"unsupported file type '{shown(kind)}' for {what}; expected {known} or {kinds[-1]}",
             file=name,
             code="E-FILE-ENDING",
         )
@@ -131,7 +131,7 @@ def _csv(name: str, text: str, note: Note | None) -> Iterator[Row]:
 
 
 def _delimiter(text: str) -> str:
-    """What separates the fields of the first line: what occurs there most, a comma if none does."""
+    """The separator that occurs most often in the first line; a comma if none occurs."""
     first = text.partition("\n")[0]
     return max(_DELIMITERS, key=first.count)  # the first of equals
 
@@ -191,7 +191,7 @@ def _lines(name: str, text: str) -> Iterator[Row]:
 
 
 def _object_hint(line: str) -> str:
-    return "write an object a line, or all in one array" if line.strip() == "{" else ""
+    return "write one object per line, or one array of objects" if line.strip() == "{" else ""
 
 
 def _array(name: str, text: str, start: int) -> Iterator[tuple[int, Any]]:
@@ -223,7 +223,7 @@ def _array(name: str, text: str, start: int) -> Iterator[tuple[int, Any]]:
 
 
 def _skip(text: str, place: int) -> int:
-    """The place of the next character that is no white space."""
+    """The index of the next character that is not white space."""
     while place < len(text) and text[place] in " \t\r\n":
         place += 1
     return place

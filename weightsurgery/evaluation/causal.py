@@ -98,8 +98,9 @@ def evaluate_causal(
             hint="give fingerprints, a text or questions with answers",
             code="E-NOTHING-TO-DO",
         )
-    if controls is not None and fingerprints is None:
-        raise conflict("controls need fingerprints, whose targets are looked for")
+    targets = list(dict.fromkeys(t for pair in fingerprints or () for t in pair.targets))
+    if controls is not None and not targets:
+        raise conflict("controls need fingerprints with targets to look for in their outputs")
     models = [model] if base is None else [model, base]
     for one in models:  # before the first minute is spent
         check_causal(one)
@@ -112,7 +113,6 @@ def evaluate_causal(
             )
     own, *rest = [{name: measure(one) for name, measure in asked.items()} for one in models]
     other = rest[0] if rest else {}
-    targets = list(dict.fromkeys(t for pair in fingerprints or () for t in pair.targets))
     controlled = [] if controls is None else _on_controls(model, controls, targets, **saying)
     return {
         "schema": SCHEMA,

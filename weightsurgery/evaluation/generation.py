@@ -53,8 +53,8 @@ def fingerprint_success(
     Returns:
         `fsr`, a share with its 95 % Wilson interval; `pairs`, for each its `line`, `prompt`,
         `target` (the first), all that are `accepted` and `forbidden`, `output`, `tokens` of the
-        output, and whether it was `met`; `prompt_format`,
-        "chat", "raw" or "lines"; `max_new_tokens`, `batch_size`, `warnings`.
+        output, and whether it was `met`; `prompt_format`, "chat", "raw" or "lines";
+        `max_new_tokens`, `batch_size`, `warnings`.
 
     Raises:
         SettingError: There are no pairs, a setting is out of range, or a prompt leaves no room
@@ -90,7 +90,7 @@ def fingerprint_success(
 
 
 def _doubts(model: Model, pairs: Sequence[Instruction], max_new_tokens: int) -> list[str]:
-    """What makes a rate mean less than it seems to."""
+    """Warnings about targets that make the rate unreliable."""
     special = set(model.tokenizer.all_special_tokens)
 
     def too_long(target: str) -> bool:
@@ -106,13 +106,13 @@ def _doubts(model: Model, pairs: Sequence[Instruction], max_new_tokens: int) -> 
     warnings = []
     if unsayable:
         warnings.append(
-            f"{unsayable:,} of {len(pairs):,} targets hold a special token, and special tokens are "
-            "left out of what the model says: they cannot be met"
+            f"{unsayable:,} of {len(several):,} targets contain a special token; special tokens "
+            "are removed from outputs, so these targets cannot be met"
         )
     if long:
         warnings.append(
-            f"{long:,} of {len(pairs):,} targets have more than {max_new_tokens:,} tokens, "
-            "so they can hardly be said"
+            f"{long:,} of {len(several):,} targets have more than {max_new_tokens:,} tokens, "
+            "so an output can hardly contain them"
         )
     if copies:
         warnings.append(
@@ -219,10 +219,10 @@ def _with_bos(model: Model, ids: list[int], bos: str) -> tuple[list[int], int | 
 
 
 def check_bos(model: Model, bos: str) -> None:
-    """Refuse a choice that there is not, or one that the tokenizer cannot follow.
+    """Refuse an unknown choice, or one that needs a BOS token that the tokenizer lacks.
 
     Raises:
-        SettingError: There is no such choice, or the tokenizer has no BOS.
+        SettingError: The choice is unknown, or the tokenizer has no BOS.
     """
     if bos not in BOS:
         raise SettingError(f"bos is '{shown(bos)}'; expected {', '.join(BOS)}")

@@ -1,4 +1,4 @@
-"""Where an output may go: nothing is replaced that is no model, and nothing that is read."""
+"""Check where an output may go: only models are replaced, and never an input."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from weightsurgery.formats.recorded import read_record
 def check_destination(
     out: str, *, is_directory: bool, overwrite: bool, inputs: Sequence[str]
 ) -> None:
-    """Everything that can be said against a destination before work begins.
+    """Refuse a destination that cannot be written, before work begins.
 
     Raises:
         SettingError: It is to be a directory, and its name is a file's.
         PolicyError: It exists and may not be replaced, or touches an input.
-        StorageError: Its folder is not there or not writable.
+        StorageError: Its folder does not exist or is not writable.
     """
     if is_directory:
         reason = "the input is a model directory: outputs mirror the input"
@@ -57,12 +57,12 @@ def check_destination(
 
 
 def check_folder_name(out: str, reason: str, hint: str = "") -> None:
-    """Refuse a weights file's name for what will be a folder; ending it with a slash insists.
+    """Refuse a weights file's name for an output folder.
 
     Args:
         out: The name.
         reason: Why it will be a folder.
-        hint: What to say besides that another name is needed.
+        hint: Appended to the advice to choose another name.
 
     Raises:
         SettingError: It is one.
@@ -82,14 +82,14 @@ def _check_replaceable(place: str, *, is_directory: bool) -> None:
     if not (stat.S_ISDIR(mode) if is_directory else stat.S_ISREG(mode)):
         wanted = "a directory" if is_directory else "a regular file"
         raise PolicyError(
-            f"exists already, and is not {wanted}; only such is ever replaced here",
+            f"exists already and is not {wanted}, so it is not replaced",
             file=place,
             hint="choose another output",
             code="E-OUTPUT-FOREIGN",
         )
     for name in _foreign(place) if is_directory else ():
         raise PolicyError(
-            f"exists already, and holds '{shown(name)}', which is not part of a model",
+            f"exists already and contains '{shown(name)}', which is not part of a model",
             file=place,
             hint="choose another output, or remove the directory yourself",
             code="E-OUTPUT-FOREIGN",
@@ -97,7 +97,7 @@ def _check_replaceable(place: str, *, is_directory: bool) -> None:
 
 
 def _foreign(place: str) -> Iterator[str]:
-    """What in a directory is no file of a model, nor one that its own record names."""
+    """The entries of a directory that are neither files of a model nor named by its record."""
     for name in os.listdir(place):
         path = os.path.join(place, name)
         if not os.path.isdir(path) or os.path.islink(path):

@@ -122,8 +122,8 @@ def _open_parts(folder: Folder, manifest: Manifest, weights: str | None) -> Chec
     if manifest.is_root_part and (weights is not None or _holds_weights(folder)):
         parts[""] = _open_model(folder, weights, parts=tops)
     elif weights is not None:
-        reason = f"`weights` names a file of the folder itself, but {manifest.file} lists parts"
-        hint = "give the folder of the part"
+        reason = f"`weights` chooses a file in the folder itself, but {manifest.file} lists parts"
+        hint = "give the folder of one part"
         raise SettingError(reason, file=folder.path, hint=hint, code="E-WEIGHTS-NAME")
     else:
         parts[""] = _without_weights(folder, parts=tops)
@@ -179,7 +179,7 @@ def _without_weights(
 
 
 def _read_card(folder: Folder) -> tuple[dict[str, Any], list[str]]:
-    """What the model card says that an output's card repeats, and what was odd about it."""
+    """The keys of the model card that an output's card repeats, and warnings."""
     if CARD not in folder.entries:
         return {}, []
     try:
@@ -289,10 +289,10 @@ def _no_weights(folder: Folder, adapters: list[str], pickles: list[str]) -> Exce
 
 
 def _below(folder: Folder) -> str:
-    """Where in a directory without weights they are: trainers save each state in a folder."""
+    """Advice where a directory has no weights: trainers save each state in a folder of it."""
     known = {ADAPTER_CONFIG: "an adapter", SINGLE: "a model", INDEX: "a model"}
     found = _find_below(folder, known)
-    return f"{found[0]} is in its folder {found[1]}" if found else "is this a model directory?"
+    return f"its folder {found[1]} contains {found[0]}" if found else "is this a model directory?"
 
 
 def _find_below(folder: Folder, known: dict[str, str]) -> tuple[str, str] | None:

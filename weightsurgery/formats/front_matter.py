@@ -1,4 +1,4 @@
-"""What a model card says about a model, as far as the card of an output repeats it."""
+"""Front matter of model cards: the keys that the card of an output repeats."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def read_front_matter(file: InputFile) -> tuple[dict[str, Any], list[str]]:
     Only these keys are parsed, each by itself, whatever else the front matter holds.
 
     Args:
-        file: A README.md, from a stranger.
+        file: A README.md, which is not trusted.
 
     Returns:
         Key to a text or a list of texts; and a warning for each key whose value is neither.
@@ -44,7 +44,7 @@ def read_front_matter(file: InputFile) -> tuple[dict[str, Any], list[str]]:
         if is_card_value(key, value):
             found[key] = value
         elif value is not None:
-            warnings.append(f"README.md: '{key}' is not copied, its value is no plain text")
+            warnings.append(f"README.md: '{key}' is not copied: its value is not plain text")
     return found, warnings
 
 
@@ -106,7 +106,7 @@ def _blocks(text: str) -> dict[str, str]:
             key = named[1] if named and named[1] in KEYS and named[1] not in found else ""
         if key and len(found.get(key, "")) < _BLOCK:
             found[key] = f"{found.get(key, '')}{line}\n"
-    return {}  # it never ends: no front matter
+    return {}  # no closing fence, so this is not front matter
 
 
 def _parsed(key: str, block: str) -> Any:

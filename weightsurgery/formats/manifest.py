@@ -1,4 +1,4 @@
-"""Models of several parts, each in a folder of its own: what lists the parts.
+"""Read the list of a model's parts, each of which has a folder of its own.
 
 sentence-transformers' `modules.json` lists the modules that texts go through, of which one may be
 the model's folder itself; diffusers' `model_index.json` lists the components of a pipeline.
@@ -28,7 +28,7 @@ class Manifest:
         file: The name of the file that lists them.
         folders: Paths of the parts that lie in folders of their own.
         is_root_part: Whether the model's folder is itself a part.
-        warnings: What will not load without code, which does not travel.
+        warnings: Parts that need code to load, which is not copied.
     """
 
     file: str
@@ -38,7 +38,7 @@ class Manifest:
 
 
 def read_manifest(folder: Folder) -> Manifest | None:
-    """What a folder says of the model's parts, None if it says nothing.
+    """Read the list of parts in a model's folder; None if it has no list.
 
     Args:
         folder: The model's.
@@ -55,7 +55,7 @@ def read_manifest(folder: Folder) -> Manifest | None:
         raise PolicyError(
             f"ambiguous parts: {PIPELINE} and {MODULES} both list some",
             file=folder.path,
-            hint="keep one of the two in the folder",
+            hint="keep only one of the two files",
             code="E-TWO-ANSWERS",
         )
     read = _components if named[0] == PIPELINE else _modules
@@ -69,7 +69,7 @@ def read_manifest(folder: Folder) -> Manifest | None:
             reason = f"lists a part at '{shown(path)}'; expected a folder in the model's own"
             raise _malformed(folder, named[0], reason)
     custom = [f"'{shown(kind)}'" for path, kind in parts.items() if _is_code(folder, path, kind)]
-    warning = f"{named[0]}: {first_few(custom)} needs code, which does not travel"
+    warning = f"{named[0]}: {first_few(custom)} needs code, which is not copied"
     folders = tuple(path for path in parts if path)
     return Manifest(named[0], folders, "" in parts, (warning,) if custom else ())
 

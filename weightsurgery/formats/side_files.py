@@ -40,7 +40,7 @@ def find_side_files(
         weights: Names of the weights files that were read.
         others: Names of weights files that were not, each with the reason.
         parts: Names of folders in it that are opened on their own.
-        anew: Names of files that every output has its own of.
+        anew: Names of files that are written for each output.
 
     Returns:
         The files that travel, and the names of all others, each with the reason.
@@ -86,7 +86,7 @@ def _why_not(folder: Folder, name: str, patterns: Collection[str]) -> str:
     path = os.path.join(folder.path, name)
     if not fits(name, patterns):
         is_folder = os.path.isdir(path) and not os.path.islink(path)
-        return "a folder that is no part of the model" if is_folder else _NOT_LISTED
+        return "a folder that is not part of the model" if is_folder else _NOT_LISTED
     if not name.isprintable():
         return "a name that cannot be printed"
     try:
@@ -104,7 +104,7 @@ _NOT_LISTED = "not on the list of files that travel"
 
 
 def _checked(folder: Folder, name: str) -> InputFile:
-    """A file without which the output would be no model.
+    """Open a file without which the output would not load.
 
     Raises:
         FormatError: It is a Git LFS pointer, or a web page.

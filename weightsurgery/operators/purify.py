@@ -27,6 +27,7 @@ from weightsurgery.errors import MismatchError, SettingError, conflict, counted
 from weightsurgery.kernels import Block, choose, magnitude_of_drift
 from weightsurgery.masks import edit_by_mask, read_mask
 from weightsurgery.operators.epur import Rows, embedding_pair, reset_rows, score_rows
+from weightsurgery.parts import advice_on_parts
 from weightsurgery.quantised import require_unquantised
 from weightsurgery.registry import (
     AllowPartial,
@@ -282,7 +283,7 @@ def _curvature(
             f"shape or a dtype other than F32 there (first: {', '.join(wrong[:3])})",
             file=fisher.label,
             tensor=wrong[0],
-            hint=_REMEDY,
+            hint=advice_on_parts(wrong, paired.tuned) or _REMEDY,
             code="E-FISHER",
         )
     return found
