@@ -193,9 +193,13 @@ def _text(name: str) -> str:
 
 
 def describe_input(source: Checkpoint, hashes: Mapping[str, str]) -> dict[str, Any]:
-    """An opened checkpoint: its name, and its files with size and SHA-256 (null if not taken)."""
+    """An opened checkpoint: its name, and its files with size and SHA-256 (null if not taken).
+
+    With `key` where one of several state dicts was asked for.
+    """
     return {
         "name": public_name(source),
+        **({} if source.key is None else {"key": source.key}),
         "files": [
             {"name": _text(file.name), "size": file.size, "sha256": hashes.get(file.path)}
             for file in (*source.files, *source.side_files)
