@@ -133,6 +133,7 @@ BAD: dict[str, tuple[Callable[[], bytes], type[SurgeryError], str]] = {
         "local header says something else",
     ),
     "encrypted": (lambda: in_directory(8, "<H", 1), FormatError, "flags 0x1"),
+    "a folder": (lambda: in_directory(38, "<I", 0x10), FormatError, "marked as a folder"),
     "sizes differ": (lambda: in_directory(20, "<I", 3), FormatError, "3 bytes stored for 4"),
     "size of 4 GB": (
         lambda: in_directory(20, "<Q", 0xFFFFFFF0FFFFFFF0),
@@ -331,6 +332,7 @@ WRONG: dict[str, tuple[bytes, str, str]] = {
     "state of a number": (b"\x80\x02K\x01}b.", "E-PICKLE-LOAD", "a state for what has none"),
     "items of a number": (b"\x80\x02K\x01K\x01a.", "E-PICKLE-LOAD", "not a list"),
     "half an item": (b"\x80\x02}(K\x01u.", "E-PICKLE-LOAD", "not a dictionary"),
+    "protocol 1": (pickle.dumps({"a": 1}, 1), "E-PICKLE-LOAD", "protocol 0 or 1; expected 2"),
     "protocol 6": (b"\x80\x06}.", "E-PICKLE-LOAD", "protocol 6"),
     "an instance of protocol 0": (b"\x80\x02(iposix\nsystem\n.", "E-PICKLE-LOAD", "opcode b'i'"),
     "an extension": (b"\x80\x02\x82\x01.", "E-PICKLE-LOAD", "opcode b'.x82'"),
@@ -364,6 +366,26 @@ WRONG: dict[str, tuple[bytes, str, str]] = {
         b"\x80\x02ctorch._utils\n_rebuild_parameter\nK\x01\x85R.",
         "E-PICKLE-LOAD",
         "not a tensor",
+    ),
+    "tensors of tensors of tensors": (
+        b"\x80\x02ctorch._tensor\n_rebuild_from_type_v2\nq\x05ctorch\nTensor\nq\x06)q\x07"
+        + b"0(h\x05h\x06h\x07Ntq\x07" * 5000
+        + b"0U\x01ah\x05h\x07Rs.",
+        "E-PICKLE-LOAD",
+        "a tensor of class torch.Tensor, made by torch._tensor._rebuild_from_type_v2",
+    ),
+    "a tensor that is a dictionary": (
+        state_dict(
+            b"ctorch._tensor\n_rebuild_from_type_v2\n(ccollections\nOrderedDict\n"
+            b"ctorch\nTensor\n)NtR"
+        ),
+        "E-PICKLE-LOAD",
+        "a tensor of class torch.Tensor, made by collections.OrderedDict",
+    ),
+    "a name that is an object": (
+        b"\x80\x02}cargparse\nNamespace\n)R" + tensor() + b"s.",
+        "E-PICKLE-LOAD",
+        "name is 'argparse.Namespace'; expected text",
     ),
     "a name that is a number": (
         b"\x80\x02}K\x03" + tensor() + b"s.",
@@ -462,6 +484,10 @@ OLD: dict[str, tuple[Callable[[bytes], bytes], str]] = {
     "trailing": (lambda b: b + b"\0", "its storages end at byte"),
     "another size": (lambda b: b[:-24] + struct.pack("<q4f", 5, 1, 2, 3, 4), "expected 16"),
     "a size beyond all": (lambda b: b[:-24] + b"\xff" * 24, "expected 16"),
+    "a key that takes 2**70 steps to print": (
+        lambda b: b[: b.rindex(b"\x80\x02]")] + b"\x80\x02])" + b"q\1h\1\x86" * 70 + b"a.",
+        "a storage whose key is not text",
+    ),
 }
 
 

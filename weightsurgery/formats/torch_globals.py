@@ -199,8 +199,10 @@ def _from_type(given: tuple[Any, ...], charge: Charge) -> Any:
     function, kind, arguments = given[:3]
     if kind.name in _SUBCLASSES:
         return Foreign(f"a {kind.name.rpartition('.')[2]}, of which one process saves a part")
-    if kind.name not in _CLASSES or function.make is None or type(arguments) is not tuple:
-        raise DamagedError(f"a tensor of class {kind.name}")
+    # Of tensors alone: a call of this function itself could go on to any depth.
+    known = kind.name in _CLASSES and function.name.startswith("torch._utils._rebuild_")
+    if not known or function.make is None or type(arguments) is not tuple:
+        raise DamagedError(f"a tensor of class {kind.name}, made by {function.name}")
     return function.make(arguments, charge)
 
 

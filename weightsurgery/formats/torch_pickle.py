@@ -72,7 +72,7 @@ def _open(file: InputFile, key: str | None) -> tuple[dict[str, TensorView], list
         swapped = False
     else:
         raise FormatError(
-            "not a PyTorch file: neither a zip archive nor a pickle",
+            "not a PyTorch file: neither a zip archive nor a pickle of protocol 2 to 5",
             file=file.path,
             code="E-PICKLE-ARCHIVE",
         )
@@ -170,7 +170,9 @@ def _open_old(file: InputFile) -> tuple[Any, dict[str, _Place]]:
     if type(keys) is not list:
         raise _bad(file, "it does not list its storages")
     for key in keys:
-        storage = storages.found.get(key) if type(key) is str else None
+        if type(key) is not str:  # whose text could be of any length
+            raise _bad(file, "it lists a storage whose key is not text")
+        storage = storages.found.get(key)
         if storage is None or key in places:
             raise _bad(file, f"it lists storage {shown(key)}, which it does not have, or twice")
         if at + 8 > file.size:
@@ -209,7 +211,7 @@ def _view(
         return kind(reason, file=file.path, tensor=str(name), code=code)
 
     if type(name) is not str or name == "__metadata__":
-        reason = f"a tensor's name is {shown(name)!r}; expected text"
+        reason = f"a tensor's name is '{shown(name)}'; expected text"
         raise FormatError(reason, file=file.path, code="E-PICKLE-LOAD")
     if isinstance(entry, Foreign):
         raise bad(PolicyError, f"{entry.name}; expected plain numbers", "E-PICKLE-UNFIT")

@@ -24,6 +24,7 @@ _END, _LOCATOR, _END64 = (struct.Struct(f) for f in ("<4s4H2IH", "<4sIQI", "<4sQ
 _CENTRAL, _LOCAL = struct.Struct("<4s6H3I5H2I"), struct.Struct("<4s5H3I2H")
 _MOST16, _MOST32 = 0xFFFF, 0xFFFFFFFF
 _DESCRIBED, _UTF8 = 0x0008, 0x0800  # the flags that torch sets: sizes follow the data; UTF-8 names
+_FOLDER = 0x10  # the attribute of MS-DOS
 _RECORDS = re.compile(
     r"data\.pkl|data/[0-9]+|version|byteorder|\.data/serialization_id"
     r"|\.format_version|\.storage_alignment"
@@ -160,6 +161,8 @@ def _read_directory(file: InputFile, begin: int, size: int, count: int) -> list[
             raise _bad(file, name, "compressed; torch.save stores, and expanding could be a bomb")
         if flags & ~(_DESCRIBED | _UTF8) or entry[13] or lengths[2]:
             raise _bad(file, name, f"flags {flags:#x}, a comment or another part; expected none")
+        if entry[15] & _FOLDER:  # torch reads nothing, and gives whatever the memory held
+            raise _bad(file, name, "marked as a folder; expected a file")
         if plain != stored:
             raise _bad(file, name, f"{stored:,} bytes stored for {plain:,}; expected equal numbers")
         records.append(_Record(name, flags, crc, plain, offset))

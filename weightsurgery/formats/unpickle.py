@@ -19,7 +19,7 @@ BUDGET = 150_000_000  # bytes that the pickle and the values made of it may take
 MAX_DEPTH = 1000  # of containers in containers
 # Bytes that each costs at most: an opcode, a text, a memo, an item of a dictionary, an object.
 _STEP, _TEXT, _MEMO, _ENTRY, _BOX = 80, 60, 112, 112, 160
-_STOP = ord(".")
+_PROTO, _STOP = 0x80, ord(".")
 _LONGEST_INTEGER = 255  # bytes
 _LARGEST_KEY = 1 << 60  # larger integers may share their hash
 
@@ -36,6 +36,9 @@ class Opaque:
 
     def __init__(self, name: str) -> None:
         self.name = name
+
+    def __str__(self) -> str:
+        return self.name
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +81,7 @@ class Budget:
             raise PolicyError(
                 f"its pickle would take more than {BUDGET:,} bytes of memory to read",
                 file=self.file,
-                hint="no model comes near; the file may be made to exhaust memory",
+                hint="30,000 tensors take as much; save weights apart from the optimizer, in shards",
                 code="E-PICKLE-LIMIT",
             )
 
@@ -103,6 +106,8 @@ class _Machine:
 
     def run(self) -> Any:
         data, steps, budget = self.data, _STEPS, self.budget
+        if data[self.at] != _PROTO:
+            raise DamagedError("no protocol, or protocol 0 or 1; expected 2 to 5")
         while True:
             code = data[self.at]
             self.at += 1
@@ -423,6 +428,6 @@ def _refuse(reason: str, machine: _Machine, error: Exception) -> NoReturn:
     raise FormatError(
         f"its pickle cannot be read at byte {machine.at:,}: {reason}",
         file=machine.file,
-        hint="the download may be incomplete",
+        hint="the file may be incomplete; torch.save writes protocols 2 to 5",
         code="E-PICKLE-LOAD",
     ) from error
