@@ -10,8 +10,8 @@ from __future__ import annotations
 from typing import Any
 
 from weightsurgery.errors import FormatError, PolicyError, SettingError, counted, first_few, shown
+from weightsurgery.formats.pickle_values import Opaque
 from weightsurgery.formats.torch_globals import Foreign, Tensor
-from weightsurgery.formats.unpickle import Opaque
 
 TOP = "."  # the name of the outermost dictionary
 _DEEPEST = 4

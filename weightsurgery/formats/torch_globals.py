@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from weightsurgery.dtypes import DTYPES, DType
+from weightsurgery.formats.pickle_values import Charge, DamagedError, Global, Opaque
 from weightsurgery.formats.safetensors import MAX_DIMENSION, MAX_ELEMENTS, MAX_RANK
-from weightsurgery.formats.unpickle import Charge, DamagedError, Global, Opaque
 
 _ENTRY = 112  # bytes that an item of a dictionary costs at most
 
@@ -102,7 +102,12 @@ class Storage:
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """A storage, or a run of its elements, which files before PyTorch 1.6 have."""
+    """A storage, or a run of its elements, which files before PyTorch 1.6 have.
+
+    Attributes:
+        storage: The storage.
+        start: The first element of the run.
+    """
 
     storage: Storage
     start: int

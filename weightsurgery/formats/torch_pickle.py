@@ -20,6 +20,7 @@ from weightsurgery.dtypes import DType
 from weightsurgery.errors import FormatError, PolicyError, SurgeryError, counted, shown
 from weightsurgery.formats.files import InputFile
 from weightsurgery.formats.json_cost import collector_paused
+from weightsurgery.formats.pickle_values import Budget, Charge, DamagedError, Global
 from weightsurgery.formats.placeholders import LONGEST_LOOK, refuse_placeholder
 from weightsurgery.formats.state_dicts import choose
 from weightsurgery.formats.strided import gather, is_contiguous
@@ -32,7 +33,7 @@ from weightsurgery.formats.torch_globals import (
     TorchType,
 )
 from weightsurgery.formats.torch_zip import MAX_PICKLE, read_archive
-from weightsurgery.formats.unpickle import Budget, Charge, DamagedError, Global, unpickle
+from weightsurgery.formats.unpickle import unpickle
 from weightsurgery.kernels import Block
 
 _MAGIC, _VERSION = 0x1950A86A20F9469CFC6C, 1001  # of files before PyTorch 1.6
@@ -101,7 +102,11 @@ class _Storages:
         self.found: dict[str, Storage] = {}
 
     def load(self, given: Any, charge: Charge) -> Part:
-        """What stands for a persistent id: ("storage", type, key, location, count[, view])."""
+        """What stands for a persistent id: ("storage", type, key, location, count[, view]).
+
+        Raises:
+            PolicyError: The storage is saved under two types.
+        """
         if type(given) is not tuple or not 5 <= len(given) <= 6 or given[0] != "storage":
             raise DamagedError("a persistent id that is not a storage")
         kind, key, location, count = given[1:5]

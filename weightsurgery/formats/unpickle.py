@@ -10,80 +10,24 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any, NoReturn
 
 from weightsurgery.errors import FormatError, PolicyError, shown
+from weightsurgery.formats.pickle_values import (
+    BUDGET,
+    Budget,
+    Charge,
+    DamagedError,
+    Global,
+    Opaque,
+)
 
-BUDGET = 150_000_000  # bytes that the pickle and the values made of it may take
 MAX_DEPTH = 1000  # of containers in containers
 # Bytes that each costs at most: an opcode, a text, a memo, an item of a dictionary, an object.
 _STEP, _TEXT, _MEMO, _ENTRY, _BOX = 80, 60, 112, 112, 160
 _PROTO, _STOP = 0x80, ord(".")
 _LONGEST_INTEGER = 255  # bytes
 _LARGEST_KEY = 1 << 60  # larger integers may share their hash
-
-Charge = Callable[[int], None]  # takes bytes from the budget
-
-
-class Opaque:
-    """An object that is of no interest here; of it only the class's name is kept.
-
-    It is equal to itself alone, so that it can be a key whatever it stands for.
-    """
-
-    __slots__ = ("name",)
-
-    def __init__(self, name: str) -> None:
-        self.name = name
-
-    def __str__(self) -> str:
-        return self.name
-
-
-@dataclass(frozen=True, slots=True)
-class Global:
-    """A class or function that a pickle may name.
-
-    Attributes:
-        name: With its module.
-        make: What stands for a call of it: takes the arguments and what charges for memory.
-        value: What the name itself stands for, such as a dtype.
-    """
-
-    name: str
-    make: Callable[[tuple[Any, ...], Charge], Any] | None = None
-    value: Any = None
-
-
-class DamagedError(Exception):
-    """The pickle breaks a rule of the format, or describes what cannot be."""
-
-
-class Budget:
-    """The memory that reading a file's pickles may still take.
-
-    Args:
-        file: The file, for the message.
-    """
-
-    def __init__(self, file: str) -> None:
-        self.file, self.left = file, BUDGET
-
-    def charge(self, cost: int) -> None:
-        """Take bytes, before they are needed.
-
-        Raises:
-            PolicyError: There are no more.
-        """
-        self.left -= cost
-        if self.left < 0:
-            raise PolicyError(
-                f"its pickle would take more than {BUDGET:,} bytes of memory to read",
-                file=self.file,
-                hint="30,000 tensors take as much; save weights apart from the optimizer, in shards",
-                code="E-PICKLE-LIMIT",
-            )
 
 
 class _Machine:
@@ -259,6 +203,11 @@ class _Machine:
         self.stack.append(self.memo[index])
 
     def global_named(self, name: str) -> None:
+        """Push what stands for a global.
+
+        Raises:
+            PolicyError: It is not on the list.
+        """
         found = self.known.get(name)
         if found is None:
             raise PolicyError(
