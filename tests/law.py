@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import copy
 import math
-import os
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,8 +14,6 @@ from tests.stored import WORDS, Models, Zoo, differing, load, outputs_of, unwrap
 from weightsurgery import epur, interpolate, mix, open_checkpoint, purify, save
 from weightsurgery.alignment import align
 from weightsurgery.checkpoint import Checkpoint
-from weightsurgery.formats import confined, pickled
-from weightsurgery.formats.files import InputFile
 from weightsurgery.masks import changed_mask
 from weightsurgery.token_counts import TokenCounts
 
@@ -65,8 +61,7 @@ def judge(zoo: Zoo, name: str, way: str, side: str) -> Iterator[Verdict]:
     folders = [zoo.folder(name, way if side == one else "saved", one) for one in ("base", "tuned")]
     with tempfile.TemporaryDirectory(dir=zoo.root) as scratch:
         try:
-            with _pickles_in_this_process():
-                base, tuned = (open_checkpoint(folder, allow_pickle=True) for folder in folders)
+            base, tuned = (open_checkpoint(folder) for folder in folders)
             saved = open_checkpoint(zoo.folder(name, "saved", "tuned"))
         except Exception as error:
             yield from (Verdict(check, "error", _said(error)) for check in CHECKS)
@@ -80,23 +75,6 @@ def judge(zoo: Zoo, name: str, way: str, side: str) -> Iterator[Verdict]:
                 yield run(case, check)
             except Exception as error:
                 yield Verdict(check, "error", _said(error))
-
-
-@contextmanager
-def _pickles_in_this_process() -> Iterator[None]:
-    """The confined child takes a second to import torch; these pickles are our own."""
-
-    def convert(file: InputFile, made: str, _private: str) -> None:
-        tensors, warnings = confined._tensors(confined._load(os.dup(file.fileno())))
-        told = {"shared": confined._shared(tensors), "warnings": warnings}
-        confined._write(tensors, told, made)
-
-    before = pickled._convert
-    pickled._convert = convert
-    try:
-        yield
-    finally:
-        pickled._convert = before
 
 
 def _said(error: Exception) -> str:

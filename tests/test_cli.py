@@ -368,7 +368,7 @@ def spoil(kind: str) -> list[str]:
         ("malformed", 3, "tuned.safetensors"),
         ("other model", 4, "could be paired"),
         ("exists", 5, "--overwrite"),
-        ("pickle", 5, "pickle"),
+        ("pickle", 3, "zip archive"),
         ("absent", 6, "no such file"),
     ],
 )

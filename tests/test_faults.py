@@ -215,9 +215,7 @@ def test_nothing_else_writes_files() -> None:
     assert found == {
         "architecture/generate.py": ["FACTS.write_text"],  # run by hand, by developers
         "cli/__init__.py": ["os.open"],  # /dev/null, when the reader of stdout has gone
-        "formats/confined.py": ["open ['xb']", "os.fdopen"],  # the confined child's product
         "formats/files.py": ["os.open"],  # inputs, to read
-        "formats/pickled.py": ["open ['wb']"],  # what the child complains of, in a private folder
         "report/sweep.py": ["figure.savefig"],  # into memory
     }
     assert {"os.write", "os.fsync", "os.unlink", "os.rename"} <= {*modules["formats/disk.py"]}

@@ -122,7 +122,6 @@ def test_outer_libraries_stay_in_their_rooms(path: Path) -> None:
         "huggingface_hub": {"formats"},
         "safetensors": {"formats"},
         "torch": {
-            "formats",
             "adapters",
             "batching",
             "models",
@@ -147,14 +146,6 @@ def test_outer_libraries_stay_in_their_rooms(path: Path) -> None:
     assert not used & known
     others = used - allowed.keys() - {"weightsurgery", "numpy", "ml_dtypes", "tomli"}
     assert others <= sys.stdlib_module_names
-
-
-@pytest.mark.parametrize("path", [p for p in FILES if room_of(p) == "formats"], ids=str)
-def test_of_the_formats_only_the_confined_child_imports_torch(path: Path) -> None:
-    """It is a program of its own, which imports nothing of ours in turn."""
-    names = {name.split(".")[0] for name in imports_of(path)}
-    assert ("torch" in names) == (path.name == "confined.py")
-    assert path.name != "confined.py" or "weightsurgery" not in names
 
 
 @EVERY

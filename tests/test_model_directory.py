@@ -209,7 +209,7 @@ def test_weights_chosen_must_be_weights(tmp_path: Path, name: str) -> None:
     model = hostile.folder(
         tmp_path / "model", {**ONE, "pytorch_model.bin": b"\x80\x02" + bytes(99)}
     )
-    with pytest.raises((FormatError, PolicyError), match=r"found JSON|can run code") as told:
+    with pytest.raises((FormatError, PolicyError), match=r"found JSON|cannot be read") as told:
         open_checkpoint(model, weights=name)
     hostile.check_told(told.value, file=model / name)
 
@@ -408,9 +408,8 @@ def test_must_refuse_shards_and_something_else(tmp_path: Path) -> None:
         open_checkpoint(model)
     (model / "adapter_config.json").unlink()
     (model / "pytorch_model-00001-of-00002.bin").write_bytes(b"")
-    for allowed in (False, True):
-        with pytest.raises(PolicyError, match=rf"{SHARDS[0]} and pytorch_model-00001"):
-            open_checkpoint(model, allow_pickle=allowed)
+    with pytest.raises(PolicyError, match=rf"{SHARDS[0]} and pytorch_model-00001"):
+        open_checkpoint(model)
 
 
 def test_tensors_of_shards_without_index_must_differ(tmp_path: Path) -> None:

@@ -141,6 +141,7 @@ class Checkpoint(Mapping[str, TensorView]):
         tensors: The tensors by name.
         label: What to call the checkpoint in messages: the path or hub id as the user gave it.
         hub_id: `org/name@commit` for what came from the hub, else "".
+        key: Name of the state dict that was asked for, of several in a PyTorch file.
         metadata: The safetensors header's `__metadata__`.
         layout: Shard file name of each tensor; empty for a single unnamed file.
         is_directory: True for a model directory, False for one file.
@@ -160,6 +161,7 @@ class Checkpoint(Mapping[str, TensorView]):
     tensors: Mapping[str, TensorView]
     label: str = ""
     hub_id: str = ""
+    key: str | None = None
     metadata: Mapping[str, str] = field(default_factory=dict)
     layout: Mapping[str, str] = field(default_factory=dict)
     is_directory: bool = False

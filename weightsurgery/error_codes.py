@@ -131,47 +131,41 @@ _FILES: Rows = {
     "E-HUB": (StorageError, "neither on this disk nor on the hub", "check the name"),
 }
 _PICKLE: Rows = {
-    "E-PICKLE": (PolicyError, "a pickle, whose opening can run code", "convert it to safetensors"),
+    "E-PICKLE": (PolicyError, "a program (TorchScript), not weights", "save its state dict"),
     "E-PICKLE-ARCHIVE": (
         FormatError,
-        "a PyTorch archive that breaks a rule of its format",
+        "not a PyTorch file, or an archive that breaks a rule of its format",
         "download it again, or do not trust it",
     ),
     "E-PICKLE-REFUSED": (
         PolicyError,
-        "it asks for more than weights need",
-        "do not load it in any other way",
+        "a PyTorch file needs a class or function that weights do not need",
+        "whoever made it can save the state dict alone",
     ),
     "E-PICKLE-UNFIT": (
         PolicyError,
-        "it holds several models, or tensors that safetensors cannot hold",
-        "whoever made it can save what is meant, as plain tensors",
+        "a PyTorch file has a tensor that safetensors cannot hold",
+        "whoever made it can save it as a plain tensor",
     ),
     "E-PICKLE-LIMIT": (
         PolicyError,
-        "loading it took more time, memory or disk than weights need",
+        "reading a PyTorch file would take more memory or disk than weights need",
         "it may be made to; do not trust it",
     ),
-    "E-PICKLE-LOAD": (FormatError, "torch cannot load it, or finds no tensors", _AGAIN),
-    "E-PICKLE-PRODUCT": (
+    "E-PICKLE-LOAD": (
         FormatError,
-        "the process that loaded it wrote no valid safetensors file",
-        "do not trust it",
+        "a PyTorch file is cut or damaged, or holds no tensors",
+        _AGAIN,
     ),
-    "E-PICKLE-UNABLE": (
+    "E-PICKLE-SEVERAL": (
+        PolicyError,
+        "a PyTorch file holds several state dicts",
+        "choose one with `--key NAME`",
+    ),
+    "E-KEY-NAME": (
         SettingError,
-        "torch is not installed, or this system cannot limit memory",
-        "convert it on Linux, with torch installed",
-    ),
-    "E-PICKLE-ROOM": (
-        StorageError,
-        "the temporary directory has no room for the converted weights",
-        "set TMPDIR to a directory with room",
-    ),
-    "E-PICKLE-TMPDIR": (
-        StorageError,
-        "TMPDIR is no directory that can be written to",
-        "set it to one with room, or unset it",
+        "`--key` names a state dict that the file does not have",
+        "see the message",
     ),
 }
 _INDEX: Rows = {

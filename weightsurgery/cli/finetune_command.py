@@ -43,7 +43,7 @@ def _finetune(
         raise click.UsageError("--patience needs --held-out", click.get_current_context())
     Hyperparameters(**settings)  # refuses before any work, as do the next two lines
     sizes: dict[str, Any] = {"overwrite": overwrite, "max_shard_size": max_shard_size}
-    read = options.open_one(model, weights)
+    read = options.open_all([model], weights)[0]
     make_plan(read, out, engine=Engine(), **sizes)
     opened = model_options.load(read, given)
     reading = {"max_length": max_length, **model_options.reading(opened.task, given)}

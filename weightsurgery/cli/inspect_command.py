@@ -17,7 +17,7 @@ def _inspect(
     max_memory: int | None,
     as_json: bool,
 ) -> None:
-    checkpoint = options.open_one(path, weights)
+    checkpoint = options.open_all([path], weights)[0]
     with options.running(workers, max_memory=max_memory, inputs=[checkpoint]) as engine:
         description = inspect(checkpoint, values=values, engine=engine)
     options.warn(description["warnings"])

@@ -17,7 +17,7 @@ from weightsurgery.checkpoint import Checkpoint
 from weightsurgery.cli.name_options import read_map
 from weightsurgery.cli.progress import drawing
 from weightsurgery.cli.words import in_flags
-from weightsurgery.errors import SettingError, SurgeryError, shown
+from weightsurgery.errors import PolicyError, SettingError, SurgeryError, shown
 from weightsurgery.formats import open_checkpoint
 from weightsurgery.formats.plan import fit_workers, parse_size
 from weightsurgery.formats.vocabulary import read_vocabulary
@@ -42,7 +42,7 @@ class Command(click.Command):
     def __init__(self, name: str, *, params: list[click.Parameter], **given: Any) -> None:
         # Whoever opens models offers --weights, and with it what else opening goes by.
         at = params.index(WEIGHTS) + 1 if WEIGHTS in params else len(params)
-        added = [ALLOW_PICKLE, FOLLOW_LINKS] if WEIGHTS in params else []
+        added = [KEY, ALLOW_PICKLE, FOLLOW_LINKS] if WEIGHTS in params else []
         super().__init__(name, params=[*params[:at], *added, *params[at:]], **given)
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
@@ -75,15 +75,17 @@ class Command(click.Command):
         ]
         if taken:
             click.echo(f"from {path}: {', '.join(taken)}", err=True)
+        ctx.params.pop("allow_pickle", None)
         ctx.meta[_MAY] = {n: ctx.params.pop(n, False) for n in _TRUSTING}  # for `open_one`
+        ctx.meta[_KEY] = ctx.params.pop("key", None)  # for `open_all`
         try:
             return super().invoke(ctx)
         except SurgeryError as error:
             raise in_flags(error, self.params) from error
 
 
-_MAY = "weightsurgery.may"
-_TRUSTING = ("allow_pickle", "follow_links")  # parameters that trust an input with more
+_MAY, _KEY = "weightsurgery.may", "weightsurgery.key"
+_TRUSTING = ("follow_links",)  # parameters that trust an input with more
 _TYPED = click.core.ParameterSource.COMMANDLINE
 
 
@@ -181,10 +183,15 @@ WEIGHTS = click.Option(
     metavar="FILE",
     help="Weights file to open if a directory contains several.",
 )
+KEY = click.Option(
+    ["--key"],
+    metavar="NAME",
+    help="State dict to read if a PyTorch file contains several, such as ema.",
+)
 ALLOW_PICKLE = click.Option(
     ["--allow-pickle"],
     is_flag=True,
-    help="Open PyTorch's pickled checkpoints (.bin, .pt, .pth, .ckpt) in a confined process.",
+    help="No longer needed: PyTorch files (.bin, .pt, .pth, .ckpt) are read without running code.",
 )
 FOLLOW_LINKS = click.Option(
     ["--follow-links"],
@@ -258,45 +265,61 @@ def open_pair(
     return named, opened[1]
 
 
-def open_one(path: str, weights: str | None = None) -> Checkpoint:
+def open_one(path: str, weights: str | None = None, key: str | None = None) -> Checkpoint:
     """Open a checkpoint as the command's options allow it.
 
     Args:
         path: As for `open_checkpoint`.
         weights: The weights file to use.
+        key: The state dict to use.
     """
-    return open_checkpoint(path, weights=weights, **trusted())
+    return open_checkpoint(path, weights=weights, key=key, follow_links=trusted()["follow_links"])
 
 
 def trusted() -> dict[str, bool]:
-    """How the running command may open inputs: `allow_pickle` and `follow_links`."""
+    """How the running command may open inputs: `follow_links`."""
     found: dict[str, bool] = click.get_current_context().meta.get(_MAY, {})
     return found
 
 
 def open_all(paths: Sequence[str], weights: str | None) -> list[Checkpoint]:
-    """Open checkpoints; `weights` is for whichever of them has that file.
+    """Open checkpoints; `weights` and --key are for whichever of them have what is so called.
 
     Raises:
-        SettingError: None of them is a directory with a file called `weights`.
+        SettingError: None of them is a directory with a file called `weights`, or none is a PyTorch
+            file with a state dict of that name.
     """
-    found = [_open_with(path, weights) for path in paths]
-    refusals = [one for one in found if isinstance(one, SettingError)]
-    if len(refusals) == len(paths):
-        # What a directory lacks says more than that a file is no directory.
-        raise min(refusals, key=lambda refusal: os.path.isfile(refusal.file or ""))
-    return [
-        open_one(path) if isinstance(one, SettingError) else one
-        for path, one in zip(paths, found, strict=True)
-    ]
+    key = click.get_current_context().meta.get(_KEY)
+    chosen = {n: v for n, v in (("weights", weights), ("key", key)) if v is not None}
+    refusals: dict[str, list[SettingError]] = {name: [] for name in chosen}
+    found = [_open_with(path, chosen, refusals) for path in paths]
+    for refused in refusals.values():
+        if len(refused) == len(paths):
+            # What a directory lacks says more than that a file is no directory.
+            raise min(refused, key=lambda refusal: os.path.isfile(refusal.file or ""))
+    return found
 
 
-def _open_with(path: str, weights: str | None) -> Checkpoint | SettingError:
-    """The checkpoint, or why `weights` cannot be chosen there."""
+_OF_CHOICE = {"E-WEIGHTS-NAME": "weights", "E-KEY-NAME": "key"}
+
+
+def _open_with(
+    path: str, chosen: Mapping[str, str], refusals: Mapping[str, list[SettingError]]
+) -> Checkpoint:
+    """A checkpoint, by what of `chosen` it has; why it has not the rest is added to `refusals`."""
     try:
-        return open_one(path, weights)
+        return open_one(path, **chosen)
     except SettingError as error:
-        return error
+        name = _OF_CHOICE.get(error.code, "")
+        if name not in chosen:
+            raise
+        refusals[name].append(error)
+        rest = {n: v for n, v in chosen.items() if n != name}
+        try:
+            return _open_with(path, rest, refusals)
+        except PolicyError as other:
+            # That a file holds several says less than that it has none of the name that was given.
+            raise (error if other.code == "E-PICKLE-SEVERAL" else other) from other
 
 
 @contextmanager

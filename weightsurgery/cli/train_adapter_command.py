@@ -36,7 +36,7 @@ def _train_adapter(
 ) -> None:
     lora_options.check_checkpoints(click.get_current_context())
     settings = lora_options.settings_of(preset, given)
-    read = options.open_one(model, weights)
+    read = options.open_all([model], weights)[0]
     require_directory(read)
     task_of(read, expected=CAUSAL)
     inputs = input_paths(read)

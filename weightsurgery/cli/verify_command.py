@@ -29,7 +29,7 @@ def _verify(
     if (base is None) != (tuned is None):
         raise click.UsageError("--base and --tuned go together", context)
     if base is None or tuned is None:
-        options.refuse_typed(context, ["mask", "weights"], "needs --base and --tuned")
+        options.refuse_typed(context, ["mask", "weights", "key"], "needs --base and --tuned")
         pair = {}
     else:
         pair = dict(zip(("base", "tuned"), options.open_all([base, tuned], weights), strict=True))

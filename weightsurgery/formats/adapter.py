@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import threading
 from collections.abc import Collection, Mapping
 from typing import Any
@@ -23,7 +22,6 @@ from weightsurgery.formats.layout import (
     fits,
 )
 from weightsurgery.formats.record import public_name
-from weightsurgery.formats.safetensors import refuse_pickle
 from weightsurgery.formats.strict_json import dump, parse_object
 
 _MAX_CONFIG = 100_000_000  # bytes
@@ -50,15 +48,12 @@ def open_adapter(folder: Folder) -> Checkpoint:
 
     Raises:
         FormatError: A file is missing or breaks its format's rules.
-        PolicyError: Its weights are a pickle that is not allowed, or there are others beside them.
+        PolicyError: There are other weights beside them, or as for `open_torch`.
         StorageError: A file cannot be read.
     """
     entries = folder.entries
-    pickled = folder.allow_pickle and ADAPTER not in entries and _PICKLED in entries
+    pickled = ADAPTER not in entries and _PICKLED in entries
     if ADAPTER not in entries and not pickled:
-        pickles = [name for name in sorted(entries) if name.startswith("adapter_model.")]
-        if pickles and not folder.allow_pickle:
-            raise refuse_pickle(os.path.join(folder.path, pickles[0]))
         reason = f"{ADAPTER_CONFIG} without {ADAPTER}"
         raise FormatError(reason, file=folder.path, code="E-NO-WEIGHTS")
     chosen = _PICKLED if pickled else ADAPTER
@@ -98,6 +93,7 @@ def open_adapter(folder: Folder) -> Checkpoint:
     return Checkpoint(
         tensors,
         label=folder.label,
+        key=folder.key,
         metadata=weights.metadata,
         layout=layout,
         is_directory=True,

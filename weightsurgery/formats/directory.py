@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterable
 from dataclasses import replace
 from typing import Any
 
-from weightsurgery.checkpoint import Checkpoint, united
+from weightsurgery.checkpoint import Checkpoint, FileRef, united
 from weightsurgery.errors import FormatError, PolicyError, SettingError, SurgeryError, shown
 from weightsurgery.formats.adapter import is_adapter, open_adapter
 from weightsurgery.formats.config import without_leftovers
@@ -19,6 +19,7 @@ from weightsurgery.formats.layout import (
     DIFFUSERS_INDEX,
     DIFFUSERS_SINGLE,
     INDEX,
+    PICKLE_ENDINGS,
     PICKLED_WEIGHTS,
     PICKLES,
     PIPELINE,
@@ -28,7 +29,6 @@ from weightsurgery.formats.layout import (
     fits,
 )
 from weightsurgery.formats.manifest import Manifest, read_manifest
-from weightsurgery.formats.safetensors import refuse_pickle
 from weightsurgery.formats.sharded import (
     MAX_JSON,
     Shards,
@@ -49,7 +49,7 @@ def open_directory(
     *,
     label: str,
     weights: str | None = None,
-    allow_pickle: bool = False,
+    key: str | None = None,
     follow_links: bool = False,
 ) -> Checkpoint:
     """Open a model directory: headers, index and config are read and checked, weights are not.
@@ -61,25 +61,28 @@ def open_directory(
         directory: The directory.
         label: What to call it in messages.
         weights: Name of the weights file (or index) to use where there are several answers.
-        allow_pickle: Open pickled weights too.
+        key: Name of the state dict to read in PyTorch files.
         follow_links: Follow symbolic links that lead out of the directory.
 
     Raises:
         FormatError: A file of it breaks its format's rules, or shards or parts are missing.
-        PolicyError: Two files claim to be the weights, only a pickle is there and that is not
-            allowed, `weights` is one shard of several, or a link leads out of the directory.
-        SettingError: There is no file called `weights`.
+        PolicyError: Two files claim to be the weights, `weights` is one shard of several, or a
+            link leads out of the directory.
+        SettingError: There is no file called `weights`, or no state dict called `key`.
         StorageError: A file cannot be read.
     """
-    folder = list_folder(
-        directory, label=label, allow_pickle=allow_pickle, follow_links=follow_links
-    )
+    folder = list_folder(directory, label=label, key=key, follow_links=follow_links)
     if weights is None and is_adapter(folder.entries):
-        return open_adapter(folder)
-    manifest = read_manifest(folder)
-    if manifest is None:
-        return _open_model(folder, weights)
-    return _open_parts(folder, manifest, weights)
+        opened = open_adapter(folder)
+    else:
+        manifest = read_manifest(folder)
+        opened = (
+            _open_model(folder, weights)
+            if manifest is None
+            else _open_parts(folder, manifest, weights)
+        )
+    refuse_key(key, label, opened.files)
+    return replace(opened, key=key)
 
 
 def _open_model(
@@ -188,6 +191,20 @@ def _read_card(folder: Folder) -> tuple[dict[str, Any], list[str]]:
         return {}, [f"{CARD}: not read: {error.reason}"]
 
 
+def refuse_key(key: str | None, label: str, files: Iterable[FileRef] = ()) -> None:
+    """Refuse the name of a state dict where no PyTorch file was read.
+
+    Raises:
+        SettingError: There is such a name, and no such file.
+    """
+    if key is not None and not any(file.name.endswith(PICKLE_ENDINGS) for file in files):
+        raise SettingError(
+            "`key` names a state dict of a PyTorch file, but this is safetensors",
+            file=label,
+            code="E-KEY-NAME",
+        )
+
+
 def _read_config(folder: Folder) -> dict[str, Any]:
     if "config.json" not in folder.entries:
         return {}
@@ -216,17 +233,11 @@ def _open_weights(folder: Folder, config: dict[str, Any], weights: str | None) -
 
 def _choose(folder: Folder, config: dict[str, Any]) -> str | list[str]:
     """The weights file or the index; the names of all shards where there is no index."""
-    entries, pickled = folder.entries, folder.allow_pickle
-    known = (
-        SINGLE,
-        INDEX,
-        DIFFUSERS_SINGLE,
-        DIFFUSERS_INDEX,
-        *(PICKLED_WEIGHTS if pickled else ()),
-    )
+    entries = folder.entries
+    known = (SINGLE, INDEX, DIFFUSERS_SINGLE, DIFFUSERS_INDEX, *PICKLED_WEIGHTS)
     answers: list[str | list[str]] = [name for name in known if name in entries]
     if not answers:
-        shards = find_set(folder, ".safetensors") or (pickled and find_set(folder, ".bin"))
+        shards = find_set(folder, ".safetensors") or find_set(folder, ".bin")
         answers += [shards] if shards else []
     pickles = [name for name in entries if fits(name, PICKLES)]
     if any(a in PICKLED_WEIGHTS or a[0] in pickles for a in answers):
@@ -274,8 +285,6 @@ def _no_weights(folder: Folder, adapters: list[str], pickles: list[str]) -> Exce
             hint="take it from where the adapter is from: it tells the factors' scale",
             code="E-NO-WEIGHTS",
         )
-    if pickles and not folder.allow_pickle:
-        return refuse_pickle(os.path.join(folder.path, pickles[0]))
     indexes = [name for name in folder.entries if name.endswith(".index.json")]
     seen = [*adapters, *indexes, *others, *pickles]
     choice = indexes[0] if len(indexes) == 1 else "FILE"

@@ -54,10 +54,6 @@ class InputFile:
         self.size = found.st_size
         self._hash: RunningHash | None = None
 
-    def fileno(self) -> int:
-        """The descriptor, for a process that is to read the very file that was opened."""
-        return self._fd
-
     def read_into(self, buffer: Any, offset: int) -> None:
         """Fill a writable buffer with the bytes at `offset`; nobody may change them afterwards.
 

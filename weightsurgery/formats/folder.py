@@ -9,8 +9,8 @@ from weightsurgery.checkpoint import TensorView
 from weightsurgery.errors import PolicyError, StorageError
 from weightsurgery.formats.files import InputFile, open_member
 from weightsurgery.formats.layout import PICKLE_ENDINGS
-from weightsurgery.formats.pickled import open_pickled
-from weightsurgery.formats.safetensors import open_safetensors, refuse_pickle
+from weightsurgery.formats.safetensors import open_safetensors
+from weightsurgery.formats.torch_pickle import open_torch
 
 
 @dataclass(frozen=True)
@@ -38,14 +38,14 @@ class Folder:
         path: The directory.
         label: What to call it in messages.
         entries: The names in it, sorted.
-        allow_pickle: Whether pickled weights may be opened.
+        key: Name of the state dict to read in PyTorch files; None where each has one.
         follow_links: Whether symbolic links may lead out of it.
     """
 
     path: str
     label: str
     entries: tuple[str, ...]
-    allow_pickle: bool = False
+    key: str | None = None
     follow_links: bool = False
 
     def open(self, name: str) -> InputFile:
@@ -62,16 +62,15 @@ class Folder:
         """Open a weights file and check its header; no weights are read.
 
         Raises:
-            PolicyError: It is a pickle that is not allowed, or as for `open`.
+            PolicyError: As for `open`, or for `open_torch`.
             StorageError: It cannot be opened or read.
             FormatError: It breaks a rule of its format.
+            SettingError: It is a PyTorch file without a state dict called `key`.
         """
         file = self.open(name)
         if not name.endswith(PICKLE_ENDINGS):
             return Weights(file, *open_safetensors(file), [])
-        if not self.allow_pickle:
-            raise refuse_pickle(file.path)
-        tensors, warnings = open_pickled(file)
+        tensors, warnings = open_torch(file, self.key)
         return Weights(file, tensors, {}, warnings)
 
     def enter(self, path: str) -> Folder | None:
@@ -98,10 +97,7 @@ class Folder:
         if not os.path.isdir(place):
             return None
         return list_folder(
-            place,
-            label=f"{self.label}/{path}",
-            allow_pickle=self.allow_pickle,
-            follow_links=self.follow_links,
+            place, label=f"{self.label}/{path}", key=self.key, follow_links=self.follow_links
         )
 
     def holds(self, name: str) -> bool:
@@ -110,7 +106,7 @@ class Folder:
 
 
 def list_folder(
-    directory: str, *, label: str, allow_pickle: bool = False, follow_links: bool = False
+    directory: str, *, label: str, key: str | None = None, follow_links: bool = False
 ) -> Folder:
     """A directory and the names in it.
 
@@ -122,4 +118,4 @@ def list_folder(
     except OSError as error:
         reason = f"cannot list: {error.strerror}"
         raise StorageError(reason, file=directory, code="E-FILE-OPEN") from error
-    return Folder(directory, label, tuple(entries), allow_pickle, follow_links)
+    return Folder(directory, label, tuple(entries), key, follow_links)

@@ -34,16 +34,16 @@ def is_hub_id(text: str) -> bool:
     return _ID.fullmatch(text) is not None and not is_path
 
 
-def snapshots(text: str, *, pickles: bool = False) -> Iterator[str]:
+def snapshots(text: str) -> Iterator[str]:
     """Local snapshot directories of a hub id: what the cache has, then what the hub has.
 
-    The first may be incomplete; asking for the second downloads what is missing. Where the cache
+    The first may be incomplete; asking for the second downloads what is missing, and for the third
+    PyTorch files too, for a model that has no others. Where the cache
     lies, whether the network may be used, and which token is sent are huggingface_hub's business
     (HF_HOME, HF_HUB_CACHE, HF_HUB_OFFLINE, HF_TOKEN).
 
     Args:
         text: The hub id.
-        pickles: Whether to fetch pickled weights too, where there are no others.
 
     Raises:
         StorageError: It is not in the cache and could not be downloaded.
@@ -61,8 +61,7 @@ def snapshots(text: str, *, pickles: bool = False) -> Iterator[str]:
         with contextlib.suppress(LocalEntryNotFoundError):
             yield str(fetch(local_files_only=True))
         yield str(fetch())
-        if pickles:
-            yield str(fetch(allow_patterns=[*wanted, *PICKLES]))
+        yield str(fetch(allow_patterns=[*wanted, *PICKLES]))
     except Exception as error:  # an id it does not like, HTTP, proxies, disk: many kinds
         reason = shown(str(error).strip().partition("\n")[0] or type(error).__name__)
         raise StorageError(

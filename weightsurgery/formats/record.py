@@ -195,10 +195,12 @@ def _text(name: str) -> str:
 def describe_input(source: Checkpoint, hashes: Mapping[str, str]) -> dict[str, Any]:
     """An opened checkpoint: its name, its files with size and SHA-256 (null if not taken).
 
-    And what its model card says, where that says anything which an output's card repeats.
+    With `key` where one of several state dicts was asked for, and with what its model card says
+    where an output's card repeats it.
     """
     return {
         "name": public_name(source),
+        **({} if source.key is None else {"key": source.key}),
         "files": [
             {"name": _text(file.name), "size": file.size, "sha256": hashes.get(file.path)}
             for file in (*source.files, *source.side_files)

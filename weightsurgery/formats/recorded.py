@@ -170,6 +170,8 @@ def _input_faults(inputs: Any) -> Iterator[str]:
         files = given.get("files") if isinstance(given, dict) else None
         if not isinstance(files, list) or not isinstance(given.get("name"), str):
             yield f"inputs[{number}] is no name and files"
+        elif not isinstance(given.get("key", ""), str):
+            yield f"inputs[{number}].key is no text"
         elif not all(_is_file(f) and isinstance(f.get("name"), str) for f in files):
             yield f"a file of inputs[{number}] is no name, size and SHA-256"
         elif not _is_card(given.get("card", {})):

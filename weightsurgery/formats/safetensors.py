@@ -15,7 +15,7 @@ import numpy as np
 from weightsurgery.buffers import empty
 from weightsurgery.checkpoint import Checkpoint, TensorView
 from weightsurgery.dtypes import DTYPES, DType
-from weightsurgery.errors import FormatError, PolicyError, counted, shown
+from weightsurgery.errors import FormatError, counted, shown
 from weightsurgery.formats.files import InputFile
 from weightsurgery.formats.json_cost import collector_paused
 from weightsurgery.formats.placeholders import refuse_placeholder
@@ -29,29 +29,14 @@ MAX_ELEMENTS = 1 << 60
 _Entry = tuple[DType, tuple[int, ...], tuple[int, int]]  # its offsets are the last two
 _FIELDS = {"dtype", "shape", "data_offsets"}
 _INTEGERS = {int}  # types, not isinstance: True is an int too
-_CONVERT = (
-    "pass --allow-pickle (allow_pickle=True) to load it in a confined process, or turn it into "
-    "safetensors once with `wsurg convert --allow-pickle`"
-)
 _DIRECTORY = "give the model's directory, or the .safetensors file in it"
-_ZIP = "a PyTorch zip archive; opening its pickle can run code"
-_PICKLE = "a Python pickle; opening it can run code"
-_RENAME = "if it is a PyTorch checkpoint, call it .bin and pass --allow-pickle (allow_pickle=True)"
-_OTHER_KINDS = {
-    b"{": (FormatError, "JSON", _DIRECTORY, "E-FILE-OTHER"),
-    b"gguf": (FormatError, "a GGUF file", "convert it to safetensors first", "E-FILE-OTHER"),
-    b"pk\x03\x04": (PolicyError, _ZIP, _RENAME, "E-PICKLE"),
-    **{
-        bytes((0x80, protocol)): (PolicyError, _PICKLE, _RENAME, "E-PICKLE")
-        for protocol in range(2, 6)
-    },
+_RENAME = "if it is a PyTorch checkpoint, give it the ending .bin or .pt"
+_OTHER_KINDS = {  # first bytes, in lower case, to: what it is, what to do
+    b"{": ("JSON", _DIRECTORY),
+    b"gguf": ("a GGUF file", "convert it to safetensors first"),
+    b"pk\x03\x04": ("a zip archive", _RENAME),
+    **{bytes((0x80, protocol)): ("a Python pickle", _RENAME) for protocol in range(2, 6)},
 }
-
-
-def refuse_pickle(path: str) -> PolicyError:
-    """The error for weights that only a pickle holds."""
-    reason = "a PyTorch pickle; opening it can run code"
-    return PolicyError(reason, file=path, hint=_CONVERT, code="E-PICKLE")
 
 
 def open_safetensors(file: InputFile) -> tuple[dict[str, TensorView], dict[str, str]]:
@@ -62,7 +47,6 @@ def open_safetensors(file: InputFile) -> tuple[dict[str, TensorView], dict[str, 
 
     Raises:
         FormatError: A rule of the format is broken, or the file is something else.
-        PolicyError: The file is a pickle.
     """
     with collector_paused():
         return _open(file)
@@ -140,10 +124,10 @@ def _read_header(file: InputFile) -> tuple[dict[str, Any], int]:
 def _refuse_other_kinds(file: InputFile, start: bytes) -> None:
     expected = "a safetensors file"
     refuse_placeholder(start, file=file.path, expected=expected)
-    for magic, (kind, what, hint, code) in _OTHER_KINDS.items():
+    for magic, (what, hint) in _OTHER_KINDS.items():
         if start.lstrip().startswith(magic):
             reason = f"expected {expected}, found {what}"
-            raise kind(reason, file=file.path, hint=hint, code=code)
+            raise FormatError(reason, file=file.path, hint=hint, code="E-FILE-OTHER")
 
 
 def _is_text(start: bytes) -> bool:

@@ -204,7 +204,7 @@ def open_files(folder: Folder, names: Iterable[str]) -> Shards:
 
     Raises:
         FormatError: One breaks its format's rules, or a tensor is in two.
-        PolicyError: One is a pickle that is not allowed, or a link that leads out.
+        PolicyError: One is a link that leads out, or as for `open_torch`.
         StorageError: One cannot be read.
     """
     found = Shards(folder)
@@ -233,7 +233,7 @@ def open_indexed(folder: Folder, index: str) -> Shards:
     Raises:
         FormatError: The index or a shard breaks its format's rules, a shard is missing, or a
             tensor is in two.
-        PolicyError: One is a pickle that is not allowed, or a link that leads out.
+        PolicyError: One is a link that leads out, or as for `open_torch`.
         StorageError: One cannot be read.
     """
     file, listed, total = read_index(folder, index)

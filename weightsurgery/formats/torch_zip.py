@@ -2,8 +2,7 @@
 
 Layout: local records one after the other, each with its data; then the central directory, the
 64-bit end record with its locator, and the end record. torch's own reader believes the central
-directory alone; here the local headers must say the same, and nothing may lie between. What the
-pickle makes of the records is torch's affair; one that it does not use is no fault.
+directory alone; here the local headers must say the same, and nothing may lie between.
 """
 
 from __future__ import annotations
@@ -11,24 +10,25 @@ from __future__ import annotations
 import re
 import struct
 import zlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from weightsurgery.errors import FormatError, PolicyError, counted, shown
 from weightsurgery.formats.files import InputFile
 
-MAX_RECORDS = 1_000_000
-MAX_DIRECTORY = 100_000_000  # bytes of the central directory
-MAX_PICKLE = 100_000_000  # bytes of data.pkl: names, shapes and strides
-_CHUNK = 1 << 22
+MAX_RECORDS = 50_000  # a model of 10,000 tensors with its optimizer has 40,000
+MAX_DIRECTORY = 10_000_000  # bytes of the central directory
+MAX_PICKLE = 50_000_000  # bytes of data.pkl: names, shapes and strides
+MAX_OTHER = 1_000_000  # bytes of another record that holds no tensor
 _END, _LOCATOR, _END64 = (struct.Struct(f) for f in ("<4s4H2IH", "<4sIQI", "<4sQ2H2I4Q"))
 _CENTRAL, _LOCAL = struct.Struct("<4s6H3I5H2I"), struct.Struct("<4s5H3I2H")
 _MOST16, _MOST32 = 0xFFFF, 0xFFFFFFFF
 _DESCRIBED, _UTF8 = 0x0008, 0x0800  # the flags that torch sets: sizes follow the data; UTF-8 names
+_FOLDER = 0x10  # the attribute of MS-DOS
 _RECORDS = re.compile(
-    r"data\.pkl|data/\d+|version|byteorder|\.data/serialization_id"
+    r"data\.pkl|data/[0-9]+|version|byteorder|\.data/serialization_id"
     r"|\.format_version|\.storage_alignment"
 )
-_ONLY_SAVED = "save it again with torch.save, or convert it where you trust it"
 
 
 @dataclass(frozen=True)
@@ -50,37 +50,52 @@ class _Record:
     offset: int
 
 
-def check_archive(file: InputFile) -> None:
-    """Check a PyTorch zip archive from the first byte to the last, without unpickling anything.
+@dataclass(frozen=True)
+class Archive:
+    """A checked archive.
+
+    Attributes:
+        pickle: The bytes of data.pkl.
+        storages: Key of a storage to the place of its bytes: offset in the file, and length.
+        swapped: Whether the numbers are stored with their first byte first.
+    """
+
+    pickle: bytes
+    storages: Mapping[str, tuple[int, int]]
+    swapped: bool
+
+
+def read_archive(file: InputFile) -> Archive:
+    """Check a PyTorch zip archive from the first byte to the last, but for the tensors' bytes.
 
     Args:
         file: The archive.
 
     Raises:
-        PolicyError: It is a pickle of the time before PyTorch 1.6, which is no archive, or it
-            holds a program (TorchScript).
+        PolicyError: It holds a program (TorchScript).
         FormatError: A rule is broken: one root, plain and unique names that torch.save writes,
-            uncompressed records, sizes and checksums that are right, local headers that equal the
-            central directory, nothing before, between or behind.
+            uncompressed records, sizes that are right, local headers that equal the central
+            directory, nothing before, between or behind; the checksums of all but the tensors.
         ChangedError: It became shorter meanwhile.
         StorageError: It cannot be read.
     """
-    start = file.read_bytes(0, min(file.size, 4))
-    if start[:1] == b"\x80" or start[:1] == b"(":
-        raise PolicyError(
-            "a pickle from before PyTorch 1.6, not a zip archive; it cannot be checked",
-            file=file.path,
-            hint=_ONLY_SAVED,
-            code="E-PICKLE",
-        )
-    if start != b"PK\x03\x04":
-        raise FormatError("not a PyTorch zip archive", file=file.path, code="E-PICKLE-ARCHIVE")
     begin, size, count = _read_end(file)
     records = _read_directory(file, begin, size, count)
     _check_names(file, records)
-    _check_tiling(file, records, begin)
-    for record in records:
-        _check_crc(file, record)
+    places = _check_tiling(file, records, begin)
+    storages: dict[str, tuple[int, int]] = {}
+    others: dict[str, bytes] = {}
+    for record, place in zip(records, places, strict=True):
+        name = record.name.partition("/")[2]
+        if name.startswith("data/"):
+            storages[name.removeprefix("data/")] = (place, record.size)
+        else:
+            others[name] = _read_checked(file, record, place)
+    order = others.get("byteorder", b"little")
+    if order not in (b"little", b"big"):
+        reason = f"zip archive: byteorder is '{shown(order.decode('latin-1'))}'"
+        raise FormatError(reason, file=file.path, code="E-PICKLE-ARCHIVE")
+    return Archive(others["data.pkl"], storages, order == b"big")
 
 
 def _read_end(file: InputFile) -> tuple[int, int, int]:
@@ -146,6 +161,8 @@ def _read_directory(file: InputFile, begin: int, size: int, count: int) -> list[
             raise _bad(file, name, "compressed; torch.save stores, and expanding could be a bomb")
         if flags & ~(_DESCRIBED | _UTF8) or entry[13] or lengths[2]:
             raise _bad(file, name, f"flags {flags:#x}, a comment or another part; expected none")
+        if entry[15] & _FOLDER:  # torch reads nothing, and gives whatever the memory held
+            raise _bad(file, name, "marked as a folder; expected a file")
         if plain != stored:
             raise _bad(file, name, f"{stored:,} bytes stored for {plain:,}; expected equal numbers")
         records.append(_Record(name, flags, crc, plain, offset))
@@ -199,8 +216,9 @@ def _check_names(file: InputFile, records: list[_Record]) -> None:
             raise _bad(file, record.name, "not a name that torch.save writes")
         if record.name.lower() in seen:  # torch looks names up without regard to case
             raise _bad(file, record.name, "there are two of this name")
-        if rest == "data.pkl" and record.size > MAX_PICKLE:
-            raise _bad(file, record.name, f"{record.size:,} bytes; the limit is {MAX_PICKLE:,}")
+        limit = MAX_PICKLE if rest == "data.pkl" else MAX_OTHER
+        if not rest.startswith("data/") and record.size > limit:
+            raise _bad(file, record.name, f"{record.size:,} bytes; the limit is {limit:,}")
         roots.add(root)
         seen.add(record.name.lower())
     if len(roots) > 1:
@@ -213,30 +231,40 @@ def _check_names(file: InputFile, records: list[_Record]) -> None:
         raise FormatError("zip archive: no data.pkl in it", file=file.path, code="E-PICKLE-ARCHIVE")
 
 
-def _check_tiling(file: InputFile, records: list[_Record], begin: int) -> None:
-    """Local records lie one behind the other, from the first byte to the central directory."""
-    at = 0
+def _check_tiling(file: InputFile, records: list[_Record], begin: int) -> list[int]:
+    """Local records lie one behind the other, from the first byte to the central directory.
+
+    Returns:
+        Where each record's data begin.
+    """
+    at, places = 0, {}
     for record in sorted(records, key=lambda record: record.offset):
         if record.offset != at:
             raise _bad(file, record.name, f"at offset {record.offset:,}; expected {at:,}")
-        at = _check_local(file, record, begin)
+        places[record.name], at = _check_local(file, record, begin)
     if at != begin:
         raise FormatError(
             "zip archive: bytes before its central directory",
             file=file.path,
             code="E-PICKLE-ARCHIVE",
         )
+    return [places[record.name] for record in records]
 
 
-def _check_local(file: InputFile, record: _Record, begin: int) -> int:
-    """Compare a local header with the central directory; gives the end of what follows it."""
+def _check_local(file: InputFile, record: _Record, begin: int) -> tuple[int, int]:
+    """Compare a local header with the central directory.
+
+    Returns:
+        Where the data begin, and the end of what follows them.
+    """
     at = record.offset
     if at + _LOCAL.size > begin:
         raise _bad(file, record.name, "its local header is cut")
     magic, _, flags, method, _, _, crc, stored, plain, length, extra = _LOCAL.unpack(
         file.read_bytes(at, _LOCAL.size)
     )
-    end: int = at + _LOCAL.size + length + extra + record.size
+    place: int = at + _LOCAL.size + length + extra
+    end = place + record.size
     if end > begin:
         raise _bad(file, record.name, "it is longer than the archive")
     name = file.read_bytes(at + _LOCAL.size, length)
@@ -247,25 +275,21 @@ def _check_local(file: InputFile, record: _Record, begin: int) -> int:
     if not same or crc not in (record.crc, *open_) or stored not in sizes or plain not in sizes:
         raise _bad(file, record.name, "its local header says something else")
     if not flags & _DESCRIBED:
-        return end
+        return place, end
     for form in ("<4s3I", "<4sI2Q"):
         width = struct.calcsize(form)
         if end + width <= begin:
             found = struct.unpack(form, file.read_bytes(end, width))
             if found == (b"PK\x07\x08", record.crc, record.size, record.size):
-                return end + width
+                return place, end + width
     raise _bad(file, record.name, "what follows its data says something else")
 
 
-def _check_crc(file: InputFile, record: _Record) -> None:
-    name, extra = struct.unpack("<2H", file.read_bytes(record.offset + 26, 4))
-    at = record.offset + _LOCAL.size + name + extra
-    end, crc, buffer = at + record.size, 0, bytearray(min(_CHUNK, record.size))
-    while at < end:
-        part = memoryview(buffer)[: min(_CHUNK, end - at)]
-        file.read_into(part, at)
-        crc, at = zlib.crc32(part, crc), at + len(part)
+def _read_checked(file: InputFile, record: _Record, place: int) -> bytes:
+    data = file.read_bytes(place, record.size)
+    crc = zlib.crc32(data)
     if crc != record.crc:
         raise _bad(
             file, record.name, f"its checksum is {crc:08x}; the archive says {record.crc:08x}"
         )
+    return data

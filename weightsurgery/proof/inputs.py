@@ -11,7 +11,7 @@ from typing import Any
 from weightsurgery.checkpoint import Checkpoint, FileRef
 from weightsurgery.errors import FormatError, MismatchError, SettingError, first_few, shown
 from weightsurgery.formats import open_checkpoint
-from weightsurgery.formats.layout import is_plain_path
+from weightsurgery.formats.layout import PICKLE_ENDINGS, is_plain_path
 from weightsurgery.formats.record import describe_input
 from weightsurgery.formats.recorded import Recorded
 from weightsurgery.formats.sharded import parse_shard_name
@@ -207,11 +207,11 @@ def _open(path: str, entry: Mapping[str, Any], follow_links: bool) -> Checkpoint
     weights = None
     shard = parse_shard_name(first)
     whole = shard is not None and shard.count > 1  # of a model without an index: all are opened
-    endings = (".safetensors", ".index.json")
+    endings = (".safetensors", ".index.json", *PICKLE_ENDINGS)
     if first.endswith(endings) and not first.startswith("adapter_model.") and not whole:
         chosen = is_plain_path(first, 1) and os.path.isdir(path)
         weights = first if chosen and os.path.lexists(os.path.join(path, first)) else None
-    return open_checkpoint(path, weights=weights, follow_links=follow_links)
+    return open_checkpoint(path, weights=weights, key=entry.get("key"), follow_links=follow_links)
 
 
 def _differences(
