@@ -234,6 +234,10 @@ TRAININGS: dict[str, tuple[Any, str]] = {
         "'callbacks.ema.shadow'",
     ),
     "one deep inside": ({"a": {"b": {"c": W}}, "n": 1}, "read the state dict 'a.b.c'; skipped 'n'"),
+    "tensors below its tensors": (
+        {"model": {**W, "more": {"x": torch.ones(1)}}},
+        "skipped entries that are not tensors: 'more' (dict)",
+    ),
     "others among tensors": (
         {**W, "step": 3, "_extra_state": io.BytesIO(b"x")},
         "skipped entries that are not tensors: 'step' (int), '_extra_state' (_io.BytesIO)",

@@ -150,7 +150,7 @@ _PICKLE: Rows = {
     "E-PICKLE-LIMIT": (
         PolicyError,
         "reading a PyTorch file would take more memory or disk than weights need",
-        "it may be made to; do not trust it",
+        "it may be made to exhaust them; if you trust it, save the weights alone, in several files",
     ),
     "E-PICKLE-LOAD": (
         FormatError,

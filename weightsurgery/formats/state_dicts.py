@@ -64,7 +64,7 @@ def choose(root: Any, key: str | None, file: str) -> tuple[dict[Any, Any], list[
         )
     chosen = found[key]
     entries = {name: value for name, value in chosen.items() if isinstance(value, Tensor | Foreign)}
-    return entries, [*_skipped(root, found, key), *_others(chosen)]
+    return entries, [*_skipped(root, found, key), *_others(chosen, key)]
 
 
 def _levels(root: Any) -> list[dict[str, dict[Any, Any]]]:
@@ -119,19 +119,16 @@ def _skipped(root: dict[Any, Any], found: dict[str, Any], key: str) -> list[str]
     return [f"read the state dict '{shown(key)}'; skipped {_listed([*others, *inner])}"]
 
 
-def _others(chosen: dict[Any, Any]) -> list[str]:
+def _others(chosen: dict[Any, Any], key: str) -> list[str]:
     """A warning of entries of the state dict that are not tensors."""
     names = [
         f"'{shown(name)}' ({describe(value)})"
         for name, value in chosen.items()
-        if not isinstance(value, Tensor | Foreign) and not _has_own_name(value)
+        if not isinstance(value, Tensor | Foreign)
+        # `_skipped` tells of a state dict beside the tensors of the outermost.
+        and not (key == TOP and type(value) is dict and _holds_tensors(value))
     ]
     return [f"skipped entries that are not tensors: {_listed(names)}"] if names else []
-
-
-def _has_own_name(value: Any) -> bool:
-    """Whether `_skipped` tells of it: a state dict beside the tensors of the outermost."""
-    return type(value) is dict and _holds_tensors(value)
 
 
 def describe(value: Any) -> str:
