@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import copy
 import json
+import shutil
 import sys
 import tempfile
 import warnings
@@ -18,7 +19,7 @@ from typing import Any
 
 from tests.architectures import ARCHITECTURES, VOCABULARY, inputs_of, random_model, seed_of
 from tests.law import Verdict
-from tests.stored import load, outputs_of
+from tests.stored import Unstorable, load, outputs_of, store_otherwise
 from weightsurgery import apply_adapter, extract_adapter, open_checkpoint, save, verify_adapter
 from weightsurgery.errors import PolicyError
 from weightsurgery.models import Quiet
@@ -53,6 +54,8 @@ def judge(name: str, variant: str, scratch: Path) -> Iterator[Verdict]:
     """
     if variant == "extract":
         return judge_extraction(name, scratch)
+    if variant == "renamed":
+        return judge_names(name, scratch)
     return (judge_head if variant in HEADS else judge_merge)(name, variant, scratch)
 
 
@@ -114,6 +117,54 @@ def _is_as_peft_merges(case: _Case, found: Any, make: Callable[[Any], Settings])
     except RuntimeError:
         return False
     return bool(torch.allclose(found, merged, rtol=1e-4, atol=_ROUNDING))
+
+
+def judge_names(name: str, scratch: Path) -> Iterator[Verdict]:
+    """Whether an adapter merges when BASE, the adapter or both have other names than are usual.
+
+    Args:
+        name: The architecture.
+        scratch: A folder of its own.
+
+    Raises:
+        Unadaptable: There are no other names that transformers loads, or no such adapter.
+    """
+    case = _prepared(name, scratch)
+    expected = _adapted(case, _all_linear)
+    try:
+        names = store_otherwise(case.model, case.base, scratch / "other-base")
+    except Unstorable as error:
+        raise Unadaptable(str(error)) from error
+    _rename(scratch / "adapter", scratch / "other-adapter", names)
+    pairs = [("other-base", "adapter"), ("base", "other-adapter"), ("other-base", "other-adapter")]
+    for base, adapter in pairs:
+        check = f"{adapter} on {base}"
+        try:
+            given = open_checkpoint(scratch / base), open_checkpoint(scratch / adapter)
+            save(apply_adapter(*given, force_base=True), scratch / "out", overwrite=True)
+            found = outputs_of(load(scratch / "out", type(case.model)), case.inputs)
+        except PolicyError as error:
+            if error.code in ("E-TIED-SHARED", "E-TIED-HEAD"):
+                raise Unadaptable(f"refused: {error}") from error
+            yield Verdict(check, "error", _said(error))
+        except Exception as error:
+            yield Verdict(check, "error", _said(error))
+        else:
+            yield Verdict(check, "pass" if _are_near(found, expected) else "fail", "other outputs")
+
+
+def _rename(adapter: Path, to: Path, names: Mapping[str, str]) -> None:
+    """Copy an adapter, with other names of what it adapts."""
+    from safetensors.numpy import load_file, save_file
+
+    to.mkdir()
+    shutil.copy(adapter / "adapter_config.json", to)
+    modules = {n.removesuffix(".weight"): o.removesuffix(".weight") for n, o in names.items()}
+    renamed = {}
+    for name, array in load_file(adapter / "adapter_model.safetensors").items():
+        module, _, rest = name.removeprefix("base_model.model.").partition(".lora_")
+        renamed[f"base_model.model.{modules.get(module, module)}.lora_{rest}"] = array
+    save_file(renamed, to / "adapter_model.safetensors")
 
 
 def judge_extraction(name: str, scratch: Path) -> Iterator[Verdict]:
@@ -376,7 +427,7 @@ VARIANTS: dict[str, Callable[[Any], Settings]] = {
     "experts": _experts,
     "biases": _biases,
 }
-EVERY = (*VARIANTS, *HEADS, "extract")
+EVERY = (*VARIANTS, *HEADS, "renamed", "extract")
 
 
 def _said(error: Exception) -> str:

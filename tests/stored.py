@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 import math
 import re
@@ -366,11 +367,47 @@ def _old_spelling(name: str, multimodal: bool) -> str:
     return name
 
 
-def _write_v4(to: Path, model: Any, saved: Path, prefixes: bool, legacy: bool) -> None:
+def _old_state(model: Any, prefixes: bool, legacy: bool) -> State:
     state = reverted(model, untied(model), prefixes=prefixes)
     if legacy:
         multimodal = any(name.startswith("model.language_model.") for name in state)
         state = {_old_spelling(name, multimodal): tensor for name, tensor in state.items()}
+    return state
+
+
+def store_otherwise(model: Any, saved: Path, folder: Path) -> dict[str, str]:
+    """Store a model under other names that transformers loads back: older ones, or those in memory.
+
+    Args:
+        model: As it is loaded.
+        saved: Where it is stored as transformers saves it.
+        folder: Where to store it.
+
+    Returns:
+        The names in memory of tensors that are stored as they are to the names that transformers
+        saves them under, if the model is stored under those in memory, and else to the older names.
+
+    Raises:
+        Unstorable: There are no such names.
+    """
+    kept = untied(model)
+    olds = [_old_state(model, *how) for how in itertools.product((True, False), repeat=2)]
+    for state in (*olds, kept):
+        if set(state) == set(_read(saved)):
+            continue
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        _write(folder, state, saved)
+        if not _not_loaded(folder, model):
+            shown = state if state is not kept else olds[1]
+            places = {tensor.data_ptr(): name for name, tensor in kept.items()}
+            found = ((places.get(t.data_ptr()), name) for name, t in shown.items())
+            return {own: name for own, name in found if own}
+    raise Unstorable(SAME_NAMES)
+
+
+def _write_v4(to: Path, model: Any, saved: Path, prefixes: bool, legacy: bool) -> None:
+    state = _old_state(model, prefixes, legacy)
     if set(state) == set(_read(saved)):
         raise Unstorable(SAME_NAMES)
     _write(to, state, saved)

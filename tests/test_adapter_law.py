@@ -34,9 +34,10 @@ FAST = {
     "llama-tied": ("grown", "classifier", "extract"),
     "mixtral": ("all-linear", "experts", "extract"),
     "bart": ("embeddings",),
-    "qwen2-5-vl": ("dora", "extract"),
+    "qwen2-5-vl": ("dora", "renamed", "extract"),
+    "gemma3": ("renamed",),
 }
-_SHORT = (*FAST, "qwen2-moe", "gpt-oss", "mamba", "gemma3", "wav2vec2")
+_SHORT = (*FAST, "qwen2-moe", "gpt-oss", "mamba", "wav2vec2")
 
 
 def _cases() -> Iterator[Any]:

@@ -128,19 +128,21 @@ def test_a_map_that_fits_nothing_is_refused(
         verify_adapter(from_arrays(base), [adapter], from_arrays(base), **settings)
 
 
-@pytest.mark.parametrize("way", ["pair", "file", "both"])
+@pytest.mark.parametrize("way", ["pair", "file", "both", "prefix"])
 def test_the_commands_take_pairs_and_files(
     way: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     arrays = cases.model("llama", dtype="f4")
     base = cases.write_directory(tmp_path / "base", arrays)
-    adapter = renamed(cases.adapter(arrays, "llama"), "model.layers", "net.blocks")
+    new = "policy/model.layers" if way == "prefix" else "net.blocks"
+    adapter = renamed(cases.adapter(arrays, "llama"), "model.layers", new)
     config = cases.adapter_config("llama", base_model_name_or_path="base")
     cases.write_adapter(tmp_path / "adapter", adapter, config)
     (tmp_path / "map.json").write_text(json.dumps({"net": "model", "net.blocks": "model.layers"}))
     pair = ["--map", "net.blocks=model.layers"]
     file = ["--map", tmp_path / "map.json"]
-    names = {"pair": pair, "file": file, "both": [*file, *pair]}[way]
+    prefix = ["--strip-prefix", "policy/"]
+    names = {"pair": pair, "file": file, "both": [*file, *pair], "prefix": prefix}[way]
     given, out = (base, tmp_path / "adapter"), tmp_path / "out"
     assert cases.wsurg("apply-adapter", *given, "-o", out) == 4
     assert cases.wsurg("apply-adapter", *given, "-o", out, *names) == 0

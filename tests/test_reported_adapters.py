@@ -146,7 +146,7 @@ def test_weights_beside_an_adapter_are_merged(front: str, tmp_path: Path) -> Non
 def test_weights_beside_an_adapter_that_fit_nothing_are_refused_by_name(tmp_path: Path) -> None:
     base, adapter = on_disk(tmp_path)
     save_file({"v_head.weight": np.ones((1, 6), "f4")}, adapter / "value_head.safetensors")
-    with pytest.raises(MismatchError, match=r"value_head\.safetensors: tensor 'v_head\.weight'"):
+    with pytest.raises(MismatchError, match=r"value_head\.safetensors: .*; move the file out"):
         apply_adapter(open_checkpoint(base), open_checkpoint(adapter))
     (adapter / "value_head.safetensors").rename(adapter / "non_lora.bin")
     with pytest.raises(FormatError, match=r"non_lora\.bin: not a PyTorch file"):

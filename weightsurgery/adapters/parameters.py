@@ -198,6 +198,8 @@ class Parameters:
             )
         place = self.adapter.layout.get(view.name, ADAPTER)
         reason, hint = explain(self._matcher, name, self.adapter, is_mapped=own != name)
+        if place != ADAPTER:
+            hint = hint or "move the file out of the folder to merge the adapter without it"
         raise MismatchError(
             f"BASE has no '{shown(name)}' that it could adapt{reason}",
             file=self.adapter.label if place == ADAPTER else f"{self.adapter.label}/{place}",
