@@ -17,6 +17,7 @@ from weightsurgery.formats.json_cost import MEMORY, parsing_cost
 from weightsurgery.formats.layout import (
     ADAPTER,
     CARD,
+    MODULES,
     index_name,
     is_adapter_layout,
     joined,
@@ -178,8 +179,14 @@ def shards_of(checkpoint: Checkpoint, out: str, limit: int | None = None) -> tup
             header_bytes(views, metadata),
         )
         for folder, part in parts.items()
-        for name, views in _groups(part, out, limit)
+        for name, views in _groups(part, out, limit if _may_split(part, checkpoint) else None)
     )
+
+
+def _may_split(part: Checkpoint, whole: Checkpoint) -> bool:
+    """Whether the library opens several files: not for sentence-transformers' own modules."""
+    is_sentences = any(file.name == MODULES for file in whole.side_files)
+    return "model_type" in part.config or not is_sentences
 
 
 def small_files(
