@@ -367,7 +367,7 @@ def test_parts_without_weights_are_refused(tmp_path: Path) -> None:
 def test_weights_names_a_file_of_the_folder_itself(tmp_path: Path) -> None:
     found = open_checkpoint(sentences(tmp_path / "a", 0), weights="model.safetensors")
     assert "2_Dense/linear.weight" in found
-    with pytest.raises(SettingError, match="lists parts"):
+    with pytest.raises(SettingError, match=r"in no part that model_index\.json lists"):
         open_checkpoint(pipeline(tmp_path / "b", 0), weights="v1-5-pruned.safetensors")
 
 
@@ -470,3 +470,130 @@ def test_overwrite_never_takes_folders_that_the_record_does_not_name(tmp_path: P
     os.remove(out / "wsurg-record.json")
     with pytest.raises(PolicyError, match="not part of a model"):
         save(model, out, overwrite=True)
+
+
+def test_what_is_no_component_is_no_part(tmp_path: Path) -> None:
+    model = pipeline(tmp_path / "model", 0)
+    listed = json.loads((model / "model_index.json").read_bytes())
+    (model / "model_index.json").write_text(json.dumps({**listed, "_ignore_files": ["a", "b"]}))
+    assert list(open_checkpoint(model).parts) == ["unet", "text_encoder"]
+
+
+def test_several_controlnets_are_parts(tmp_path: Path) -> None:
+    model = pipeline(tmp_path / "model", 0)
+    listed = json.loads((model / "model_index.json").read_bytes())
+    several = {"controlnet": ["multicontrolnet", "MultiControlNetModel"]}
+    (model / "model_index.json").write_text(json.dumps(listed | several))
+    names = ["controlnet", "controlnet_1", "controlnet_2"]
+    for name in names:
+        tree(model / name, {"config.json": {}, UNET: weights("a")})
+    tree(model / "controlnet_4", {"config.json": {}, UNET: weights("a")})
+    opened = open_checkpoint(model)
+    assert list(opened.parts) == ["unet", "text_encoder", *names]
+    save(opened, tmp_path / "out")
+    assert (tmp_path / "out" / "controlnet_2" / UNET).exists()
+
+
+@pytest.mark.parametrize(
+    ("weights_option", "text_encoder", "vae"),
+    [
+        ("model.safetensors", "model.safetensors", UNET),
+        (UNET, "model.safetensors", UNET),
+        ("model.fp16.safetensors", "model.fp16.safetensors", UNET.replace("model.", "model.fp16.")),
+    ],
+)
+def test_one_name_chooses_in_every_part(
+    tmp_path: Path, weights_option: str, text_encoder: str, vae: str
+) -> None:
+    model = pipeline(tmp_path / "model", 0)
+    listed = json.loads((model / "model_index.json").read_bytes())
+    listed["vae"] = ["diffusers", "AutoencoderKL"]
+    (model / "model_index.json").write_text(json.dumps(listed))
+    half = UNET.replace("model.", "model.fp16.")
+    tree(model / "vae", {UNET: weights("a"), half: weights("a"), "x.bin": b""})
+    tree(model / "vae", {UNET.replace(".safetensors", ".bin"): b""})
+    names = ("model.safetensors", "model.fp16.safetensors", "pytorch_model.bin")
+    tree(model / "text_encoder", {name: weights("a") for name in names})
+    with pytest.raises(PolicyError, match="--weights"):
+        open_checkpoint(model)
+    opened = open_checkpoint(model, weights=weights_option)
+    assert opened.layout["text_encoder/a"] == f"text_encoder/{text_encoder}"
+    assert opened.layout["vae/a"] == f"vae/{vae}"
+    assert {opened.layout[f"unet/{name}"] for name in "ab"} == {f"unet/{n}" for n in UNET_SHARDS}
+    save(convert(opened), tmp_path / "out")
+    # A variant is written under the name that is loaded without asking for one.
+    assert {"vae/" + UNET, "text_encoder/model.safetensors"} <= files_of(tmp_path / "out")
+    assert verify(tmp_path / "out")["proved"]
+
+
+@pytest.mark.parametrize(
+    ("lost", "instead", "told"),
+    [
+        ("2_Dense", {}, "'2_Dense' is a folder that is missing"),
+        ("2_Dense", {"2_Dense": b""}, "'2_Dense' is not a folder"),
+        ("2_Dense/model.safetensors", {}, "2_Dense: no weights that can be read"),
+        ("model.safetensors", {}, "no weights that can be read"),
+        ("model.safetensors", {"model.onnx": b""}, r"convert model\.onnx to safetensors"),
+    ],
+)
+def test_a_module_without_its_weights_is_refused(
+    tmp_path: Path, lost: str, instead: dict[str, Any], told: str
+) -> None:
+    model = sentences(tmp_path / "model", 0)
+    os.rename(model / lost, tmp_path / "lost")
+    tree(model, instead)
+    with pytest.raises(FormatError, match=told):
+        open_checkpoint(model)
+
+
+@pytest.mark.parametrize("config", [{"architectures": ["T5"]}, {"_class_name": "UNet"}])
+@pytest.mark.parametrize("other", ["model.onnx", "model.fp16.bin", None])
+def test_a_component_without_its_weights_is_refused(
+    tmp_path: Path, config: dict[str, Any], other: str | None
+) -> None:
+    model = pipeline(tmp_path / "model", 0)
+    (model / "text_encoder" / "model.safetensors").unlink()
+    tree(model / "text_encoder", {"config.json": config, **({other: b""} if other else {})})
+    with pytest.raises(FormatError, match="no weights that can be read") as told:
+        open_checkpoint(model)
+    assert (other or "incomplete") in told.value.hint
+    assert told.value.code == "E-NO-WEIGHTS"
+
+
+def test_an_adapter_as_a_part_is_refused(tmp_path: Path) -> None:
+    model = sentences(tmp_path / "model", 0, root="0_Transformer")
+    (model / "0_Transformer" / "model.safetensors").rename(
+        model / "0_Transformer" / "adapter_model.safetensors"
+    )
+    tree(model / "0_Transformer", {"adapter_config.json": {}})
+    with pytest.raises(FormatError, match="an adapter, without the weights"):
+        open_checkpoint(model)
+
+
+@pytest.mark.parametrize("name", ["2_Dense/linear.weight", "2_Dense/other"])
+def test_tensors_named_as_if_in_another_part_are_refused(tmp_path: Path, name: str) -> None:
+    model = sentences(tmp_path / "model", 0)
+    (model / "model.safetensors").write_bytes(weights(name, "a"))
+    with pytest.raises(FormatError, match="which is another part") as told:
+        open_checkpoint(model)
+    assert told.value.code == "E-PARTS"
+
+
+@pytest.mark.parametrize(
+    "path", ["README.md", "wsurg-record.json", "tokenizer.json", "model.safetensors", ".wsurg-x"]
+)
+def test_parts_named_like_files_of_the_model_are_refused(tmp_path: Path, path: str) -> None:
+    listed = [module("0_Transformer", "Transformer"), module(path, "Dense")]
+    files = {f"{part}/model.safetensors": weights("a") for part in ("0_Transformer", path)}
+    model = tree(tmp_path / "model", {"modules.json": listed, **files})
+    with pytest.raises(FormatError, match="the name of a file of the model"):
+        open_checkpoint(model)
+
+
+def test_modules_that_are_one_file_are_not_split(tmp_path: Path) -> None:
+    model = sentences(tmp_path / "model", 0)
+    (model / "2_Dense" / "model.safetensors").write_bytes(weights("linear.weight", "linear.bias"))
+    save(open_checkpoint(model), tmp_path / "out", max_shard_size=1)
+    files = files_of(tmp_path / "out")
+    assert "2_Dense/model.safetensors" in files
+    assert "model.safetensors.index.json" in files

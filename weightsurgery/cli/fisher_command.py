@@ -12,7 +12,8 @@ from weightsurgery.cli import model_options, options
 from weightsurgery.dtypes import DTYPES
 from weightsurgery.errors import shown
 from weightsurgery.formats import save
-from weightsurgery.formats.plan import check_outputs_apart, make_plan
+from weightsurgery.formats.destination import check_outputs_apart
+from weightsurgery.formats.plan import make_plan
 from weightsurgery.report.curvature import curvature_tables
 from weightsurgery.report.tables import show
 from weightsurgery.stream import Engine

@@ -13,13 +13,12 @@ from weightsurgery.checkpoint import Checkpoint
 from weightsurgery.cli import name_options, options
 from weightsurgery.cli.companion import companion_of
 from weightsurgery.formats import save
-from weightsurgery.formats.destination import check_destination
-from weightsurgery.formats.plan import (
+from weightsurgery.formats.destination import (
+    check_destination,
     check_file_name,
     check_outputs_apart,
-    input_paths,
-    make_plan,
 )
+from weightsurgery.formats.plan import input_paths, make_plan
 from weightsurgery.masks import changed_mask
 from weightsurgery.registry import OPERATORS, Operator, Setting
 from weightsurgery.report.outcome import plan_tables

@@ -7,7 +7,7 @@ import stat
 from collections.abc import Collection, Iterator, Sequence
 
 from weightsurgery.errors import PolicyError, SettingError, StorageError, SurgeryError, shown
-from weightsurgery.formats.apart import check_apart
+from weightsurgery.formats.apart import check_apart, is_within
 from weightsurgery.formats.layout import BESIDE, FILE_ENDINGS, RECORD, WEIGHTS, fits
 from weightsurgery.formats.place import record_name, recover
 from weightsurgery.formats.recorded import read_record
@@ -120,3 +120,42 @@ def _recorded(place: str) -> Collection[str]:
         return read_record(os.path.join(place, RECORD)).files.keys()
     except SurgeryError:
         return ()
+
+
+def check_file_name(out: str) -> None:
+    """Refuse a name for a single file of weights that says something else.
+
+    Raises:
+        SettingError: It does not end in .safetensors.
+    """
+    if not out.endswith(".safetensors"):
+        raise SettingError(
+            f"'{shown(out)}' does not end in .safetensors, but this output is a single file",
+            hint="give a name that ends in .safetensors",
+            code="E-OUTPUT-NAME",
+        )
+
+
+def check_outputs_apart(outs: Sequence[tuple[str, bool]]) -> None:
+    """Refuse several outputs of one run that would overwrite each other.
+
+    Args:
+        outs: Path of each, and whether it will be a directory.
+
+    Raises:
+        PolicyError: Two are the same file, or one lies in another.
+    """
+    taken: list[str] = []
+    for out, is_directory in outs:
+        target = os.path.abspath(out)
+        record = os.path.join(os.path.dirname(target), record_name(target, is_directory=False))
+        places = [os.path.realpath(p) for p in ([target] if is_directory else [target, record])]
+        for place in places:
+            if any(is_within(place, other) or is_within(other, place) for other in taken):
+                raise PolicyError(
+                    "two outputs of this run would lie in the same place",
+                    file=out,
+                    hint="give each a place of its own",
+                    code="E-OUTPUT-OVERLAP",
+                )
+        taken += places

@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
 from weightsurgery.checkpoint import Checkpoint, FileRef, united
-from weightsurgery.errors import FormatError, PolicyError, SettingError, SurgeryError, shown
+from weightsurgery.errors import (
+    FormatError,
+    PolicyError,
+    SettingError,
+    SurgeryError,
+    first_few,
+    shown,
+)
 from weightsurgery.formats.adapter import is_adapter, open_adapter
 from weightsurgery.formats.config import without_leftovers
 from weightsurgery.formats.folder import Folder, list_folder
@@ -18,15 +25,19 @@ from weightsurgery.formats.layout import (
     CARD,
     DIFFUSERS_INDEX,
     DIFFUSERS_SINGLE,
+    DIFFUSERS_STEM,
     INDEX,
     PICKLE_ENDINGS,
+    PICKLED,
     PICKLED_WEIGHTS,
     PICKLES,
     PIPELINE,
     RECORD,
     SINGLE,
+    STEM,
     WEIGHTS,
     fits,
+    joined,
 )
 from weightsurgery.formats.manifest import Manifest, read_manifest
 from weightsurgery.formats.sharded import (
@@ -42,6 +53,10 @@ from weightsurgery.formats.side_files import find_side_files
 from weightsurgery.formats.strict_json import parse_config
 
 _MOST_LOOKED_AT = 1000
+_STEMS = (STEM, DIFFUSERS_STEM, PICKLED.partition(".")[0])
+_OF_A_MODEL = {"architectures", "_class_name"}  # keys of a config.json
+_OTHER_FORMATS = (*PICKLE_ENDINGS, ".onnx", ".msgpack", ".h5", ".gguf")
+_INCOMPLETE = "the download may be incomplete"
 
 
 def open_directory(
@@ -118,40 +133,87 @@ def _open_parts(folder: Folder, manifest: Manifest, weights: str | None) -> Chec
 
     Raises:
         FormatError: No part has weights, or a component's folder is missing.
-        SettingError: `weights` is named, and the folder itself is no part.
+        SettingError: No part has a file called `weights`.
     """
-    tops = _first_names(manifest.folders)
+    folders = {path: folder.enter(path) if path else folder for path in ("", *manifest.folders)}
+    listed = {path: inner for path, inner in folders.items() if path or manifest.is_root_part}
+    chosen = {path: _named_as(inner, weights) for path, inner in listed.items() if inner}
+    if weights is not None and not any(chosen.values()):
+        raise SettingError(
+            f"weights file not found: {shown(weights)}, in no part that {manifest.file} lists",
+            file=folder.path,
+            code="E-WEIGHTS-NAME",
+        )
     parts: dict[str, Checkpoint] = {}
-    if manifest.is_root_part and (weights is not None or _holds_weights(folder)):
-        parts[""] = _open_model(folder, weights, parts=tops)
-    elif weights is not None:
-        reason = f"`weights` chooses a file in the folder itself, but {manifest.file} lists parts"
-        hint = "give the folder of one part"
-        raise SettingError(reason, file=folder.path, hint=hint, code="E-WEIGHTS-NAME")
-    else:
-        parts[""] = _without_weights(folder, parts=tops)
-    for path in manifest.folders:
-        inner, below = folder.enter(path), _first_names(manifest.folders, f"{path}/")
-        if inner is not None and _holds_weights(inner):
-            parts[path] = _open_model(inner, parts=below, anew=())
-        elif inner is not None:
-            parts[path] = _without_weights(inner, parts=below, anew=())
-        elif manifest.file == PIPELINE:
-            raise FormatError(
-                f"the folder '{shown(path)}' is missing; {PIPELINE} lists it",
-                file=folder.path,
-                hint="the download may be incomplete",
-                code="E-PARTS",
-            )
+    for path, inner in folders.items():
+        below = _first_names(manifest.folders, joined(path, ""))
+        anew = () if path else (CARD, RECORD)
+        if inner is None:
+            if manifest.file == PIPELINE or path in manifest.weighty or folder.holds(path):
+                what = "is not a folder" if folder.holds(path) else "is a folder that is missing"
+                raise _incomplete(folder, f"'{shown(path)}' {what}", manifest)
+        elif path in listed and _holds_weights(inner):
+            parts[path] = _open_model(inner, chosen[path], parts=below, anew=anew)
+        elif path in manifest.weighty or (path and _read_config(inner).keys() & _OF_A_MODEL):
+            raise _incomplete(inner, "no weights that can be read", manifest, inner.entries)
+        else:
+            parts[path] = _without_weights(inner, parts=below, anew=anew)
+    _refuse_mixed(folder, parts)
     if not any(parts.values()):
         raise FormatError(
             f"none of the parts that {manifest.file} lists has weights",
             file=folder.path,
-            hint="the download may be incomplete",
+            hint=_INCOMPLETE,
             code="E-NO-WEIGHTS",
         )
     whole = united(parts, label=folder.label)
     return replace(whole, warnings=(*whole.warnings, *manifest.warnings))
+
+
+def _incomplete(
+    folder: Folder, reason: str, manifest: Manifest, entries: Collection[str] = ()
+) -> FormatError:
+    """A part is listed whose weights the library would look for in vain."""
+    others = [shown(name) for name in entries if name.endswith(_OTHER_FORMATS)]
+    return FormatError(
+        f"{reason}; {manifest.file} lists it",
+        file=folder.path,
+        hint=f"convert {first_few(others)} to safetensors" if others else _INCOMPLETE,
+        code="E-NO-WEIGHTS" if entries else "E-PARTS",
+    )
+
+
+def _named_as(folder: Folder, weights: str | None) -> str | None:
+    """A part's file of that name, or the one that is called so in this kind of part.
+
+    `model.fp16.safetensors` of a text encoder is `diffusion_pytorch_model.fp16.safetensors` in a
+    unet, and an index where there are shards.
+    """
+    if weights is None:
+        return None
+    stem = next((one for one in _STEMS if weights.startswith(f"{one}.")), None)
+    same = [f"{one}{weights.removeprefix(stem)}" for one in _STEMS] if stem else []
+    indexes = [f"{name}.index.json" for name in (weights, *same)]
+    return next((name for name in (weights, *same, *indexes) if name in folder.entries), None)
+
+
+def _refuse_mixed(folder: Folder, parts: Mapping[str, Checkpoint]) -> None:
+    """Refuse tensors that are called as if they were in a part below their own.
+
+    Raises:
+        FormatError: There is one.
+    """
+    for path, part in parts.items():
+        front = joined(path, "")
+        inner = [f for f in parts if f.startswith(front) and f != path and parts[f]]
+        below = tuple(f"{f.removeprefix(front)}/" for f in inner)
+        for name in filter(lambda name: name.startswith(below), part):
+            raise FormatError(
+                f"a name in the folder '{shown(name.partition('/')[0])}', which is another part",
+                file=joined(folder.path, path) if path else folder.path,
+                tensor=name,
+                code="E-PARTS",
+            )
 
 
 def _first_names(paths: Iterable[str], front: str = "") -> set[str]:
@@ -285,9 +347,18 @@ def _no_weights(folder: Folder, adapters: list[str], pickles: list[str]) -> Exce
             hint="take it from where the adapter is from: it tells the factors' scale",
             code="E-NO-WEIGHTS",
         )
+    if adapters and not others:  # of a model's own folder, it would have been opened
+        return FormatError(
+            "an adapter, without the weights that it is for",
+            file=folder.path,
+            hint="merge it with the library that made it, or apply it to its base with "
+            "`wsurg apply-adapter`",
+            code="E-NO-WEIGHTS",
+        )
     indexes = [name for name in folder.entries if name.endswith(".index.json")]
     seen = [*adapters, *indexes, *others, *pickles]
-    choice = indexes[0] if len(indexes) == 1 else "FILE"
+    named = indexes or others
+    choice = named[0] if len(named) == 1 else "FILE"
     return FormatError(
         f"no {SINGLE} and no {INDEX} in this directory"
         + (f"; it holds {', '.join(map(shown, seen[:5]))}" if seen else ""),

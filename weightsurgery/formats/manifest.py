@@ -8,16 +8,34 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import Any
 
 from weightsurgery.errors import FormatError, PolicyError, first_few, shown
 from weightsurgery.formats.folder import Folder
-from weightsurgery.formats.layout import MODULES, PIPELINE, ROUTER, is_plain_path, joined
+from weightsurgery.formats.layout import (
+    BESIDE,
+    MODULES,
+    PIPELINE,
+    RECORD,
+    ROUTER,
+    WEIGHTS,
+    fits,
+    is_plain_path,
+    joined,
+)
 from weightsurgery.formats.strict_json import parse
 
 _MAX_BYTES = 10_000_000
 _MOST_PARTS = 200
 _DEPTH = 3  # names in a part's path
+_FILES = (*BESIDE, *WEIGHTS, RECORD)
+# sentence-transformers' modules that have weights.
+_WITH_WEIGHTS = (
+    *(".Transformer", ".MLMTransformer", ".CLIPModel", ".Dense", ".LSTM", ".CNN", ".LayerNorm"),
+    *(".WordEmbeddings", ".WordWeights", ".StaticEmbedding", ".WeightedLayerPooling"),
+    ".SparseAutoEncoder",
+)
 
 
 @dataclass(frozen=True)
@@ -28,12 +46,14 @@ class Manifest:
         file: The name of the file that lists them.
         folders: Paths of the parts that lie in folders of their own.
         is_root_part: Whether the model's folder is itself a part.
+        weighty: Paths of the parts that the library loads weights from, as far as the list tells.
         warnings: Parts that need code to load, which is not copied.
     """
 
     file: str
     folders: tuple[str, ...]
     is_root_part: bool
+    weighty: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
 
 
@@ -64,14 +84,18 @@ def read_manifest(folder: Folder) -> Manifest | None:
         return None
     if len(parts) > _MOST_PARTS:
         raise _malformed(folder, named[0], f"lists more than {_MOST_PARTS} parts")
-    for path in parts:
-        if path and not (is_plain_path(path, _DEPTH) and path.isprintable() and "\\" not in path):
+    for path in filter(None, parts):
+        if not (is_plain_path(path, _DEPTH) and path.isprintable() and "\\" not in path):
             reason = f"lists a part at '{shown(path)}'; expected a folder in the model's own"
+            raise _malformed(folder, named[0], reason)
+        if path.startswith(".") or fits(path.partition("/")[0], _FILES):
+            reason = f"lists a part at '{shown(path)}', which is the name of a file of the model"
             raise _malformed(folder, named[0], reason)
     custom = [f"'{shown(kind)}'" for path, kind in parts.items() if _is_code(folder, path, kind)]
     warning = f"{named[0]}: {first_few(custom)} needs code, which is not copied"
     folders = tuple(path for path in parts if path)
-    return Manifest(named[0], folders, "" in parts, (warning,) if custom else ())
+    weighty = tuple(path for path, kind in parts.items() if kind.endswith(_WITH_WEIGHTS))
+    return Manifest(named[0], folders, "" in parts, weighty, (warning,) if custom else ())
 
 
 def _components(folder: Folder) -> Iterator[tuple[str, str]]:
@@ -84,9 +108,12 @@ def _components(folder: Folder) -> Iterator[tuple[str, str]]:
     if not isinstance(content, dict):
         raise _malformed(folder, PIPELINE, "expected an object")
     for name, told in content.items():
-        several = isinstance(told, list) and len(told) == 2
+        several = isinstance(told, list) and len(told) == 2 and not name.startswith("_")
         if several and all(isinstance(text, str) for text in told):
             yield name, told[0]
+            # Several ControlNets are one component, in controlnet/, controlnet_1/, and so on.
+            more = (f"{name}_{i}" for i in range(1, _MOST_PARTS) if "Multi" in told[1])
+            yield from ((one, told[0]) for one in takewhile(folder.holds, more))
 
 
 def _modules(folder: Folder) -> Iterator[tuple[str, str]]:

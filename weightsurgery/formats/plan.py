@@ -9,14 +9,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from weightsurgery.checkpoint import BLOCK, Checkpoint, TensorView
-from weightsurgery.errors import PolicyError, SettingError, StorageError, conflict, shown
-from weightsurgery.formats.apart import is_within
+from weightsurgery.errors import SettingError, StorageError, conflict, shown
 from weightsurgery.formats.code_keys import is_config, travelling
-from weightsurgery.formats.destination import check_destination
+from weightsurgery.formats.destination import check_destination, check_file_name
 from weightsurgery.formats.json_cost import MEMORY, parsing_cost
 from weightsurgery.formats.layout import (
     ADAPTER,
     CARD,
+    MODULES,
     index_name,
     is_adapter_layout,
     joined,
@@ -178,8 +178,14 @@ def shards_of(checkpoint: Checkpoint, out: str, limit: int | None = None) -> tup
             header_bytes(views, metadata),
         )
         for folder, part in parts.items()
-        for name, views in _groups(part, out, limit)
+        for name, views in _groups(part, out, limit if _may_split(part, checkpoint) else None)
     )
+
+
+def _may_split(part: Checkpoint, whole: Checkpoint) -> bool:
+    """Whether the library opens several files: not for sentence-transformers' own modules."""
+    is_sentences = any(file.name == MODULES for file in whole.side_files)
+    return "model_type" in part.config or not is_sentences
 
 
 def small_files(
@@ -299,20 +305,6 @@ def fit_workers(
     return workers, need(workers)
 
 
-def check_file_name(out: str) -> None:
-    """Refuse a name for a single file of weights that says something else.
-
-    Raises:
-        SettingError: It does not end in .safetensors.
-    """
-    if not out.endswith(".safetensors"):
-        raise SettingError(
-            f"'{shown(out)}' does not end in .safetensors, but this output is a single file",
-            hint="give a name that ends in .safetensors",
-            code="E-OUTPUT-NAME",
-        )
-
-
 def _check_kind(checkpoint: Checkpoint, out: str, max_shard_size: int | None) -> None:
     try:
         out.encode()
@@ -371,28 +363,3 @@ def _named(groups: list[dict[str, TensorView]], stem: str) -> list[tuple[str, li
         (f"{stem}-{i:05d}-of-{len(groups):05d}.safetensors", file_order(group))
         for i, group in enumerate(groups, 1)
     ]
-
-
-def check_outputs_apart(outs: Sequence[tuple[str, bool]]) -> None:
-    """Refuse several outputs of one run that would overwrite each other.
-
-    Args:
-        outs: Path of each, and whether it will be a directory.
-
-    Raises:
-        PolicyError: Two are the same file, or one lies in another.
-    """
-    taken: list[str] = []
-    for out, is_directory in outs:
-        target = os.path.abspath(out)
-        record = os.path.join(os.path.dirname(target), record_name(target, is_directory=False))
-        places = [os.path.realpath(p) for p in ([target] if is_directory else [target, record])]
-        for place in places:
-            if any(is_within(place, other) or is_within(other, place) for other in taken):
-                raise PolicyError(
-                    "two outputs of this run would lie in the same place",
-                    file=out,
-                    hint="give each a place of its own",
-                    code="E-OUTPUT-OVERLAP",
-                )
-        taken += places
