@@ -465,9 +465,9 @@ computed one example at a time. *Coverage* is the share of trainable parameters 
 
 `apply-adapter` is tested on the same architectures with the adapters that PEFT saves of them
 (all linear layers, DoRA, a grown vocabulary, embeddings, fused experts, biases): what transformers
-loads from the merge computes what PEFT computes with the adapter. `extract-adapter` is tested in the
-other direction, at full rank. An adapter of one of several modules that share a tensor is refused.
-These are the other exceptions:
+loads from the merge computes what PEFT computes with the adapter. `extract-adapter` is tested in
+the other direction, at full rank. An adapter of one of several modules that share a tensor is
+refused. These are the other exceptions:
 
 | architecture | adapter | why |
 |---|---|---|
