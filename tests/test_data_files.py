@@ -241,6 +241,13 @@ def test_a_file_that_is_not_parquet_is_told(arrow: Any, tmp_path: Path) -> None:
         read_sentences(write(tmp_path, "a.parquet", "PAR1 nothing PAR1"))
 
 
+def test_two_columns_of_one_name_are_refused(arrow: Any, tmp_path: Path) -> None:
+    table = arrow.table([["x"], ["y"], [1]], names=["text", "text", "label"])
+    arrow.parquet.write_table(table, tmp_path / "a.parquet")
+    with pytest.raises(FormatError, match=r"a\.parquet: two columns are called 'text'; rename one"):
+        read_sentences(tmp_path / "a.parquet")
+
+
 def test_more_than_the_limit_is_refused(
     arrow: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

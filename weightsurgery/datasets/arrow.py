@@ -7,7 +7,7 @@ counted row by row, so that a small file cannot become a large one without a lim
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from weightsurgery.errors import FormatError, first_few, not_installed, shown
@@ -123,6 +123,15 @@ def dataset_files(path: str) -> list[str]:
     return [os.path.join(path, name) for name in names]
 
 
+def repeated(names: Sequence[str]) -> str | None:
+    """The first name that occurs twice; None if all differ.
+
+    Args:
+        names: Of columns.
+    """
+    return next((one for i, one in enumerate(names) if one in names[:i]), None)
+
+
 def _import_pyarrow() -> Any:
     try:
         import pyarrow
@@ -149,6 +158,14 @@ def _rows(
             raise _malformed(path, what, error) from None
         if batch is None:
             return
+        twice = repeated(batch.schema.names)
+        if twice is not None:
+            raise FormatError(
+                f"two columns are called '{shown(twice)}'",
+                file=path,
+                hint="rename one",
+                code="E-ROWS-COLUMNS",
+            )
         for i in range(batch.num_rows):
             number += 1
             try:

@@ -9,7 +9,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from weightsurgery.datasets.arrow import read_dataset, read_parquet
+from weightsurgery.datasets.arrow import read_dataset, read_parquet, repeated
 from weightsurgery.errors import FormatError, counted, shown
 from weightsurgery.formats.files import InputFile
 from weightsurgery.formats.json_cost import MEMORY, MEMORY_OF_MANY, parsing_cost
@@ -138,7 +138,7 @@ def _delimiter(text: str) -> str:
 
 def _header(name: str, header: list[str]) -> list[str]:
     """The names of columns; two of one name are ambiguous."""
-    twice = next((one for i, one in enumerate(header) if one in header[:i]), None)
+    twice = repeated(header)
     if twice is not None:
         raise bad_row(
             name, 1, f"two columns are called '{shown(twice)}'", "rename one",

@@ -96,7 +96,10 @@ def _bases(checkpoint: Checkpoint) -> dict[str, Any]:
         return _named_bases(named, "adapter")
     named = [source.hub_id for source in checkpoint.sources()]
     if not any(named):
-        return {key: told[key] for key in ("base_model", "base_model_relation") if key in told}
+        kept = {key: told[key] for key in ("base_model", "base_model_relation") if key in told}
+        if kept.get("base_model_relation") == "adapter":  # whole weights are not one
+            del kept["base_model_relation"]
+        return kept
     return _named_bases(named, "merge" if sum(map(bool, named)) > 1 else "")
 
 
