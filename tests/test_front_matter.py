@@ -69,6 +69,14 @@ def test_bases_license_counts_where_tuned_states_none(tmp_path: Path) -> None:
     assert not record["warnings"]
 
 
+def test_a_model_is_no_adapter_of_its_base(tmp_path: Path) -> None:
+    """Such as one whose adapter was merged, and whose card is still the adapter's."""
+    stale = b"---\nbase_model: org/one\nbase_model_relation: adapter\n---\n"
+    front, _ = mixed(tmp_path, None, stale)
+    assert front["base_model"] == "org/one"
+    assert "base_model_relation" not in front
+
+
 @pytest.mark.parametrize("card", [None, b"", b"---\n", b"---\nlicense: x\n", b"# Model"])
 def test_no_card_says_nothing(tmp_path: Path, card: bytes | None) -> None:
     front, record = mixed(tmp_path, card, card)
