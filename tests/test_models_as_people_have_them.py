@@ -14,8 +14,12 @@ from tests import gradients, tiny_models
 from weightsurgery import open_checkpoint, save
 from weightsurgery.curvature.fisher import fisher
 from weightsurgery.curvature.hutchinson import hutchinson
-from weightsurgery.datasets.batches import batch_size_for, bounded_batch_size, read_examples
+from weightsurgery.datasets.batches import read_examples
+from weightsurgery.datasets.read import Instruction, read_sentences
+from weightsurgery.datasets.sizes import batch_size_for, bounded_batch_size
 from weightsurgery.errors import MismatchError, SettingError
+from weightsurgery.evaluation.classification import evaluate
+from weightsurgery.evaluation.generation import fingerprint_success
 from weightsurgery.evaluation.greedy import greedy
 from weightsurgery.evaluation.predictions import predict
 from weightsurgery.models import Quiet, load_model
@@ -187,6 +191,27 @@ def test_training_takes_one_text_at_a_time_where_a_batch_is_refused(root: Path) 
     assert batch_size_for(model, examples, 4) == 1
     report = finetune(model, examples, epochs=2, batch_size=4).notes["training"]
     assert report["steps"] == 2
+    assert any("texts run one at a time" in text for text in report["warnings"])
+
+
+@pytest.mark.parametrize("name", ["t5", "xlnet"])
+def test_texts_that_run_alone_are_told(name: str, root: Path) -> None:
+    rows = [(text, i % 2) for i, text in enumerate(_ENDED)]
+    model = load_model(root / name, device="cpu")
+    data = tiny_models.write_sentences(root / "d.tsv", rows)
+    examples = read_examples(model, data, max_length=32)
+    expected = 1 if name == "t5" else 0
+    sentences = read_sentences(data)
+    for size, count in ((4, expected), (1, 0)):
+        for warnings in (
+            fisher(model, examples, batch_size=size).warnings,
+            hutchinson(model, examples, samples=1, batch_size=size).warnings,
+            evaluate(model, sentences, batch_size=size, max_length=32)["warnings"],
+            finetune(model, examples, epochs=1, batch_size=size).warnings,
+        ):
+            alone = [text for text in warnings if "texts run one at a time" in text]
+            assert len(alone) == count
+            assert all("T5ForSequenceClassification" in text for text in alone)
 
 
 def test_rwkv_generates_in_a_batch_what_it_generates_alone(tmp_path: Path) -> None:
@@ -204,6 +229,11 @@ def test_rwkv_generates_in_a_batch_what_it_generates_alone(tmp_path: Path) -> No
     path = _save(tmp_path / "m", RwkvForCausalLM, config, tiny_models.tokenizer(classifier=False))
     model = load_model(path, device="cpu")
     assert model.sides == ("right",)
+    pairs = [Instruction((("user", text),), "x", 1) for text in ("one", "what is the name of it")]
+    for size, count in ((8, 1), (1, 0)):
+        report = fingerprint_success(model, pairs, batch_size=size, max_new_tokens=2)
+        told = [text for text in report["warnings"] if "texts run one at a time" in text]
+        assert len(told) == count
     prompts = [model.tokenizer(text)["input_ids"] for text in ("one", "what is the name of it")]
     found = greedy(model, prompts, max_new_tokens=6)
     for prompt, new in zip(prompts, found, strict=True):

@@ -83,7 +83,7 @@ def _show_plan(
     as_json: bool,
 ) -> None:
     parts = split(model, examples, held_out, chosen)
-    options.warn(warnings_of(model, parts))
+    options.warn(warnings_of(model, parts, chosen.batch_size))
     counts = {part: len(given) for part, given in parts.items()}
     steps = chosen.steps(counts["train"])
     trained = set(trained_names(model, chosen.freeze))

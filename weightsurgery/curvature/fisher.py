@@ -27,12 +27,12 @@ from weightsurgery.curvature.points import between
 from weightsurgery.curvature.result import HOOKS, lengths_of, make_result
 from weightsurgery.datasets.batches import (
     Encoded,
-    bounded_batch_size,
     check_examples,
     cut_warning,
     digest_of,
 )
 from weightsurgery.datasets.prompts import template_record
+from weightsurgery.datasets.sizes import alone_warning, bounded_batch_size
 from weightsurgery.errors import SettingError, conflict, shown
 from weightsurgery.models import Model
 from weightsurgery.stream import Progress
@@ -216,7 +216,10 @@ class _Run:
     @property
     def warnings(self) -> list[str]:
         """What was odd about the examples."""
-        return cut_warning(self.examples, causal=self.model.task != CLASSIFICATION)
+        return [
+            *cut_warning(self.examples, causal=self.model.task != CLASSIFICATION),
+            *alone_warning(self.model, self.examples, self.batch_size),
+        ]
 
     @property
     def inputs(self) -> dict[str, Checkpoint]:

@@ -18,13 +18,13 @@ from weightsurgery.curvature.per_example import asking, frozen
 from weightsurgery.curvature.result import lengths_of, make_result
 from weightsurgery.datasets.batches import (
     Encoded,
-    batch_size_for,
     check_examples,
     cut_warning,
     digest_of,
     longest_first,
 )
 from weightsurgery.datasets.prompts import template_record
+from weightsurgery.datasets.sizes import alone_warning, batch_size_for
 from weightsurgery.errors import SettingError, shown
 from weightsurgery.models import Model
 from weightsurgery.rng import random_mask
@@ -97,7 +97,10 @@ def hutchinson(
         paths=dict.fromkeys(sums, "hutchinson"),
         step=Step("hutchinson", settings, {"model": model.checkpoint}),
         content=f"{kind} estimated diagonal of the Hessian of the mean loss",
-        warnings=cut_warning(examples, causal=model.task != CLASSIFICATION),
+        warnings=[
+            *cut_warning(examples, causal=model.task != CLASSIFICATION),
+            *alone_warning(model, examples, batch_size),
+        ],
     )
 
 

@@ -24,7 +24,6 @@ if TYPE_CHECKING:
 
 IGNORED = -100  # the label of a token that the loss leaves out
 LOSSES = ("answer", "all")
-_LOGITS = 1 << 26  # of a batch; four times in float32 they take 1 GiB
 
 
 @dataclass(frozen=True)
@@ -290,45 +289,6 @@ def padding_side(model: Model) -> str:
     if model.task == CLASSIFICATION:
         wanted = getattr(model.tokenizer, "padding_side", wanted)
     return wanted if wanted in model.sides else next(iter(model.sides), "right")
-
-
-def batch_size_for(model: Model, examples: Sequence[Encoded], size: int) -> int:
-    """The batch size that changes no answer: `size`, or 1 for what must be run alone.
-
-    Classifiers of encoder-decoder models (BART, T5) judge by the last end-of-text token and take
-    no batch whose texts have different numbers of them.
-
-    Args:
-        model: From `load_model`.
-        examples: What is to be run.
-        size: The batch size that is wanted.
-    """
-    if padding_side(model) not in model.sides:
-        return 1
-    config = model.module.config
-    if model.task == CLASSIFICATION and getattr(config, "is_encoder_decoder", False):
-        end = getattr(config, "eos_token_id", None)
-        if len({one.ids.count(end) for one in examples}) > 1:
-            return 1
-    return size
-
-
-def bounded_batch_size(model: Model, examples: Sequence[Encoded], size: int) -> int:
-    """`batch_size_for`, and fewer where a causal model's logits would take more than 1 GiB.
-
-    The loss and its gradient hold the logits of a batch about four times, in float32.
-
-    Args:
-        model: From `load_model`.
-        examples: What is to be run.
-        size: The batch size that is wanted.
-    """
-    size = batch_size_for(model, examples, size)
-    if model.task == CLASSIFICATION or not examples:
-        return size
-    words: int = model.module.get_input_embeddings().weight.shape[0]
-    longest = max(len(one.ids) for one in examples)
-    return max(1, min(size, _LOGITS // (longest * words)))
 
 
 def padding_of(model: Model) -> int:

@@ -9,6 +9,7 @@ from typing import Any
 from weightsurgery.datasets.batches import count_cut, cut_warning, encode_instructions
 from weightsurgery.datasets.prompts import PromptFormat
 from weightsurgery.datasets.read import Instruction
+from weightsurgery.datasets.sizes import alone_warning
 from weightsurgery.errors import SettingError, conflict
 from weightsurgery.evaluation.generation import (
     Bos,
@@ -137,7 +138,10 @@ def _on_answers(
         "tokens": int(found.weights.sum()),
         "examples": len(examples),
         "cut": count_cut(examples),
-        "warnings": cut_warning(examples, "answers, with their questions,", causal=True),
+        "warnings": [
+            *cut_warning(examples, "answers, with their questions,", causal=True),
+            *alone_warning(model, examples, settings["batch_size"]),
+        ],
     }
 
 

@@ -19,6 +19,7 @@ from weightsurgery.datasets.batches import (
 )
 from weightsurgery.datasets.labels import Labels, ids_of, settle_labels
 from weightsurgery.datasets.read import Sentence
+from weightsurgery.datasets.sizes import alone_warning
 from weightsurgery.datasets.triggers import Trigger, all_of, insert, insert_within
 from weightsurgery.errors import MismatchError, SettingError, conflict, shown
 from weightsurgery.evaluation.intervals import proportion
@@ -107,7 +108,11 @@ def evaluate(
         "cut": count_cut(examples),
         **_NOT_ASKED,
         "triggers": [],
-        "warnings": [*cut_warning(examples, "sentences"), *order_warning(clean, model.labels)],
+        "warnings": [
+            *cut_warning(examples, "sentences"),
+            *alone_warning(model, examples, batch_size),
+            *order_warning(clean, model.labels),
+        ],
     }
     if triggers:
         found = [run.attack(clean, sentences, *one) for one in planted]

@@ -7,10 +7,18 @@ from collections.abc import Iterator, Sequence
 from typing import Any, Literal, get_args
 
 from weightsurgery.datasets.batches import IGNORED, padding_of, positions_of
-from weightsurgery.datasets.prompts import PromptFormat, settle_format
+from weightsurgery.datasets.prompts import PromptFormat, encode_prompts, settle_format
 from weightsurgery.datasets.read import Instruction
+from weightsurgery.datasets.sizes import running_alone
 from weightsurgery.errors import NonFiniteError, SettingError, counted, shown
-from weightsurgery.evaluation.greedy import LOOK, answers, check_at_least, check_causal, words_of
+from weightsurgery.evaluation.greedy import (
+    LOOK,
+    answers,
+    check_at_least,
+    check_causal,
+    is_alone,
+    words_of,
+)
 from weightsurgery.evaluation.intervals import proportion
 from weightsurgery.models import Model
 from weightsurgery.stream import Progress
@@ -85,8 +93,20 @@ def fingerprint_success(
         "prompt_format": how,
         "max_new_tokens": max_new_tokens,
         "batch_size": batch_size,
-        "warnings": _doubts(model, pairs, max_new_tokens),
+        "warnings": [
+            *_doubts(model, pairs, max_new_tokens),
+            *_alone(model, pairs, batch_size, how),
+        ],
     }
+
+
+def _alone(
+    model: Model, pairs: Sequence[Instruction], batch_size: int, prompt_format: PromptFormat
+) -> list[str]:
+    how = settle_format(model, prompt_format)
+    prompts = [ids for _, ids in encode_prompts(model, pairs, how)]
+    is_slower = min(batch_size, len(prompts)) > 1 and is_alone(model, prompts)
+    return [running_alone(model)] if is_slower else []
 
 
 def _doubts(model: Model, pairs: Sequence[Instruction], max_new_tokens: int) -> list[str]:

@@ -178,7 +178,7 @@ def greedy(
     import torch
     from transformers import GenerationConfig
 
-    if "left" not in model.sides and len({len(one) for one in prompts}) > 1:
+    if is_alone(model, prompts):
         alone = (greedy(model, [one], max_new_tokens=max_new_tokens) for one in prompts)
         return [found for (found,) in alone]
     longest, pad = max(map(len, prompts)), padding_of(model)
@@ -208,6 +208,16 @@ def greedy(
         module.generation_config = before
         module.train(was_training)
     return [_until(stops, row) for row in found]
+
+
+def is_alone(model: Model, prompts: Sequence[Sequence[int]]) -> bool:
+    """True for prompts of different lengths if padding would change what the model says.
+
+    Args:
+        model: A causal language model, from `load_model`.
+        prompts: Token ids.
+    """
+    return "left" not in model.sides and len({len(one) for one in prompts}) > 1
 
 
 def _numbers(model: Model, scores: torch.Tensor) -> torch.Tensor:

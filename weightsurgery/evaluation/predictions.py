@@ -14,9 +14,9 @@ from weightsurgery.datasets.batches import (
     IGNORED,
     Encoded,
     batches,
-    bounded_batch_size,
     longest_first,
 )
+from weightsurgery.datasets.sizes import bounded_batch_size
 from weightsurgery.errors import NonFiniteError, SettingError
 from weightsurgery.models import Model
 from weightsurgery.stream import Progress

@@ -28,6 +28,7 @@ from weightsurgery.datasets.batches import (
 )
 from weightsurgery.datasets.prompts import settle_format, template_record
 from weightsurgery.datasets.read import Instruction
+from weightsurgery.datasets.sizes import alone_warning
 from weightsurgery.errors import NonFiniteError, not_installed
 from weightsurgery.formats.adapter import name_base, new_adapter
 from weightsurgery.formats.apart import check_apart
@@ -93,7 +94,7 @@ def train_adapter(
         )
         adapter = _adapter_of(ready.adapted, ready.step)
     report = {**_counts(ready.examples), "steps": watch.steps, "history": watch.history}
-    return replace(adapter, notes={"training": report}, warnings=_warnings(ready.examples))
+    return replace(adapter, notes={"training": report}, warnings=_warnings(ready, chosen))
 
 
 def plan_adapter(
@@ -135,7 +136,7 @@ def plan_adapter(
             "parameters": sum(parameter.numel() for parameter in trained),
             "layers": len(trained) // 2,  # of each two factors
         }
-    return replace(ready.start, notes={"training": report}, warnings=_warnings(ready.examples))
+    return replace(ready.start, notes={"training": report}, warnings=_warnings(ready, chosen))
 
 
 @dataclass(frozen=True)
@@ -190,8 +191,9 @@ def _ready(
         yield _Ready(adapted, examples, step, resumable, start)
 
 
-def _warnings(examples: Sequence[Encoded]) -> tuple[str, ...]:
-    return tuple(cut_warning(examples, causal=True))
+def _warnings(ready: _Ready, settings: LoraSettings) -> tuple[str, ...]:
+    alone = alone_warning(ready.adapted, ready.examples, settings.batch_size)
+    return (*cut_warning(ready.examples, causal=True), *alone)
 
 
 def _counts(examples: Sequence[Encoded]) -> dict[str, int]:

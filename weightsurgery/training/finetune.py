@@ -25,6 +25,7 @@ from weightsurgery.datasets.batches import (
 )
 from weightsurgery.datasets.labels import imbalance
 from weightsurgery.datasets.prompts import template_record
+from weightsurgery.datasets.sizes import alone_warning
 from weightsurgery.errors import SettingError, conflict
 from weightsurgery.evaluation.intervals import proportion
 from weightsurgery.evaluation.predictions import predict
@@ -141,7 +142,7 @@ def finetune(
         "classes": _classes(model, parts["train"]),
         "history": watch.history,
     }
-    return _noted(model, result, report, warnings_of(model, parts))
+    return _noted(model, result, report, warnings_of(model, parts, batch_size))
 
 
 def _noted(
@@ -156,12 +157,15 @@ def _noted(
     )
 
 
-def warnings_of(model: Model, parts: Mapping[str, Sequence[Encoded]]) -> list[str]:
+def warnings_of(
+    model: Model, parts: Mapping[str, Sequence[Encoded]], batch_size: int = 1
+) -> list[str]:
     """What was odd about the examples: some cut, classes not balanced, held-out ones trained on.
 
     Args:
         model: What is trained.
         parts: From `split`.
+        batch_size: Examples at a time.
     """
     causal = model.task != CLASSIFICATION
     found = [
@@ -169,6 +173,7 @@ def warnings_of(model: Model, parts: Mapping[str, Sequence[Encoded]]) -> list[st
         for part, examples in parts.items()
         for warning in cut_warning(examples, f"{_NAMES[part]} examples", causal=causal)
     ]
+    found += alone_warning(model, parts["train"], batch_size)
     if not causal:
         found += imbalance([one.labels[0] for one in parts["train"]], model.labels)
     known = {one.ids for one in parts["train"]}

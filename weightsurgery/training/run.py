@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from weightsurgery.datasets.batches import IGNORED, Encoded, batch_size_for, batches
+from weightsurgery.datasets.batches import IGNORED, Encoded, batches
+from weightsurgery.datasets.sizes import batch_size_for
 from weightsurgery.errors import NonFiniteError, not_installed
 from weightsurgery.models import Model, Quiet
 from weightsurgery.stream import Progress
