@@ -502,6 +502,23 @@ def test_one_name_chooses_in_every_part(
     assert verify(tmp_path / "out")["proved"]
 
 
+def test_a_variant_in_shards_is_chosen_by_the_same_name(tmp_path: Path) -> None:
+    model = pipeline(tmp_path / "model", 0)
+    for name in UNET_SHARDS:
+        (model / "unet" / name).rename(model / "unet" / name.replace("model-", "model.fp16-"))
+    shards = [name.replace("model-", "model.fp16-") for name in UNET_SHARDS]
+    (model / "unet" / f"{UNET}.index.json").unlink()
+    index = hostile.index(dict(zip("ab", shards, strict=True)))
+    tree(model / "unet", {f"{UNET}.index.fp16.json": index})
+    text_encoder = model / "text_encoder"
+    (text_encoder / "model.safetensors").rename(text_encoder / "model.fp16.safetensors")
+    opened = open_checkpoint(model, weights="model.fp16.safetensors")
+    assert list(opened.parts) == ["unet", "text_encoder"]
+    save(convert(opened), tmp_path / "out")
+    assert not (open_checkpoint(tmp_path / "out").warnings)
+    assert verify(tmp_path / "out")["proved"]
+
+
 @pytest.mark.parametrize(
     ("lost", "instead", "told"),
     [

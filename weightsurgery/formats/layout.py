@@ -9,6 +9,7 @@ SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 STEM, DIFFUSERS_STEM = "model", "diffusion_pytorch_model"
 DIFFUSERS_SINGLE, DIFFUSERS_INDEX = f"diffusion_pytorch_{SINGLE}", f"diffusion_pytorch_{INDEX}"
 INDEXES = (INDEX, DIFFUSERS_INDEX)
+INDEX_NAMES = ("*.index.json", "*.index.*.json")  # the latter of a variant, such as fp16
 ADAPTER, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 RECORD = "wsurg-record.json"
 CARD = "README.md"
