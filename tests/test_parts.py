@@ -497,6 +497,9 @@ def test_one_name_chooses_in_every_part(
     assert opened.layout["vae/a"] == f"vae/{vae}"
     assert {opened.layout[f"unet/{name}"] for name in "ab"} == {f"unet/{n}" for n in UNET_SHARDS}
     save(convert(opened), tmp_path / "out")
+    save(convert(opened), tmp_path / "first")
+    inputs = {"0": model}
+    assert replay(tmp_path / "first", tmp_path / "again", inputs=inputs)["identical"]
     # A variant is written under the name that is loaded without asking for one.
     assert {"vae/" + UNET, "text_encoder/model.safetensors"} <= files_of(tmp_path / "out")
     assert verify(tmp_path / "out")["proved"]
@@ -512,8 +515,9 @@ def test_a_variant_in_shards_is_chosen_by_the_same_name(tmp_path: Path) -> None:
     tree(model / "unet", {f"{UNET}.index.fp16.json": index})
     text_encoder = model / "text_encoder"
     (text_encoder / "model.safetensors").rename(text_encoder / "model.fp16.safetensors")
-    opened = open_checkpoint(model, weights="model.fp16.safetensors")
-    assert list(opened.parts) == ["unet", "text_encoder"]
+    for name in ("model.fp16.safetensors", f"{UNET}.index.fp16.json"):
+        opened = open_checkpoint(model, weights=name)
+        assert list(opened.parts) == ["unet", "text_encoder"]
     save(convert(opened), tmp_path / "out")
     assert not (open_checkpoint(tmp_path / "out").warnings)
     assert verify(tmp_path / "out")["proved"]

@@ -37,6 +37,7 @@ from weightsurgery.formats.layout import (
     SINGLE,
     STEM,
     WEIGHTS,
+    as_single,
     fits,
     joined,
 )
@@ -190,11 +191,12 @@ def _named_as(folder: Folder, weights: str | None) -> str | None:
     """
     if weights is None:
         return None
-    stem = next((one for one in _STEMS if weights.startswith(f"{one}.")), None)
-    *variant, ending = weights.removeprefix(f"{stem}.").split(".")
-    told = ".".join(("index", *variant, "json"))
-    same = [f"{one}{weights.removeprefix(stem)}" for one in _STEMS] if stem else []
-    indexes = [f"{one}.{ending}.{told}" for one in _STEMS] if stem else []
+    single = as_single(weights)
+    stem = next((one for one in _STEMS if single.startswith(f"{one}.")), None)
+    *variant, ending = single.removeprefix(f"{stem}.").split(".")
+    told = ".".join((ending, "index", *variant, "json"))
+    same = [f"{one}{single.removeprefix(stem)}" for one in _STEMS] if stem else []
+    indexes = [f"{one}.{told}" for one in _STEMS] if stem else []
     return next((name for name in (weights, *same, *indexes) if name in folder.entries), None)
 
 
