@@ -22,6 +22,7 @@ from weightsurgery.formats import open_checkpoint, save
 from weightsurgery.formats.journal import Journal
 from weightsurgery.formats.plan import Shard
 from weightsurgery.formats.strict_json import dump
+from weightsurgery.formats.vocabulary import read_vocabulary
 from weightsurgery.inspection import inspect
 from weightsurgery.masks import changed_mask
 from weightsurgery.operators.convert import convert
@@ -29,6 +30,7 @@ from weightsurgery.operators.mix import mix
 from weightsurgery.operators.purify import purify
 from weightsurgery.proof.replay import replay
 from weightsurgery.proof.verification import verify
+from weightsurgery.token_counts import count_corpus
 
 Make = Callable[[Path, int], Path]
 UNET = "diffusion_pytorch_model.safetensors"
@@ -594,3 +596,33 @@ def test_modules_that_are_one_file_are_not_split(tmp_path: Path) -> None:
     files = files_of(tmp_path / "out")
     assert "2_Dense/model.safetensors" in files
     assert "model.safetensors.index.json" in files
+
+
+@pytest.mark.parametrize("folders", [["0_Transformer"], ["tokenizer"], ["tokenizer", "other"]])
+def test_the_only_tokenizer_of_a_model_is_found(tmp_path: Path, folders: list[str]) -> None:
+    make = sentences if folders == ["0_Transformer"] else pipeline
+    model = make(tmp_path / "model", 0, **({"root": "0_Transformer"} if make is sentences else {}))
+    if make is pipeline:
+        (model / "tokenizer" / "vocab.json").unlink()
+        listed = json.loads((model / "model_index.json").read_bytes())
+        listed["other"] = ["transformers", "CLIPTokenizer"]
+        (model / "model_index.json").write_text(json.dumps(listed))
+        (model / "other").mkdir()
+    words = {"a": 0, "cf": 1, "[UNK]": 2}
+    for folder in folders:
+        tokenizer = {
+            "model": {"type": "WordLevel", "vocab": words, "unk_token": "[UNK]"},
+            "pre_tokenizer": {"type": "Whitespace"},
+            "added_tokens": [],
+        }
+        tree(model / folder, {"tokenizer.json": tokenizer})
+    opened = open_checkpoint(model)
+    text = tmp_path / "corpus.txt"
+    text.write_text("a cf a")
+    if len(folders) > 1:
+        assert not read_vocabulary(opened)
+        with pytest.raises(MismatchError, match=r"no tokenizer\.json"):
+            count_corpus(text, opened)
+        return
+    assert read_vocabulary(opened) == {0: "a", 1: "cf", 2: "[UNK]"}
+    assert count_corpus(text, opened).counts == {"a": 2, "cf": 1}
