@@ -163,3 +163,23 @@ def test_only_the_wanted_keys_are_parsed(tmp_path: Path, monkeypatch: pytest.Mon
     )
     assert found.card == {"license": "mit"}
     assert parsed == ["license: mit\n"]
+
+
+@pytest.mark.parametrize("line", ["{" + "a: b, " * 400_000, "[" * 2_000_000, "a " * 1_000_000])
+def test_a_line_without_end_takes_no_time(
+    tmp_path: Path, line: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[int] = []
+    parse = yaml.safe_load
+    monkeypatch.setattr(yaml, "safe_load", lambda text: seen.append(len(text)) or parse(text))
+    card = f"---\nlicense: {line}\nbase_model: org/one\n---\n".encode()
+    found, warnings = read_front_matter(InputFile(str(model(tmp_path / "m", card) / "README.md")))
+    assert found == {"base_model": "org/one"}
+    assert "'license' is not copied" in warnings[0]
+    assert max(seen) < 20_000
+
+
+def test_quoted_keys_are_keys(tmp_path: Path) -> None:
+    card = b"---\n\"license\": mit\n'pipeline_tag': text-generation\n---\n"
+    front, _ = mixed(tmp_path, None, card)
+    assert (front["license"], front["pipeline_tag"]) == ("mit", "text-generation")

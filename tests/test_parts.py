@@ -22,6 +22,7 @@ from weightsurgery.formats import open_checkpoint, save
 from weightsurgery.formats.journal import Journal
 from weightsurgery.formats.plan import Shard
 from weightsurgery.formats.strict_json import dump
+from weightsurgery.formats.vocabulary import read_vocabulary
 from weightsurgery.inspection import inspect
 from weightsurgery.masks import changed_mask
 from weightsurgery.operators.convert import convert
@@ -29,6 +30,7 @@ from weightsurgery.operators.mix import mix
 from weightsurgery.operators.purify import purify
 from weightsurgery.proof.replay import replay
 from weightsurgery.proof.verification import verify
+from weightsurgery.token_counts import count_corpus
 
 Make = Callable[[Path, int], Path]
 UNET = "diffusion_pytorch_model.safetensors"
@@ -521,8 +523,29 @@ def test_one_name_chooses_in_every_part(
     assert opened.layout["vae/a"] == f"vae/{vae}"
     assert {opened.layout[f"unet/{name}"] for name in "ab"} == {f"unet/{n}" for n in UNET_SHARDS}
     save(convert(opened), tmp_path / "out")
+    save(convert(opened), tmp_path / "first")
+    inputs = {"0": model}
+    assert replay(tmp_path / "first", tmp_path / "again", inputs=inputs)["identical"]
     # A variant is written under the name that is loaded without asking for one.
     assert {"vae/" + UNET, "text_encoder/model.safetensors"} <= files_of(tmp_path / "out")
+    assert verify(tmp_path / "out")["proved"]
+
+
+def test_a_variant_in_shards_is_chosen_by_the_same_name(tmp_path: Path) -> None:
+    model = pipeline(tmp_path / "model", 0)
+    for name in UNET_SHARDS:
+        (model / "unet" / name).rename(model / "unet" / name.replace("model-", "model.fp16-"))
+    shards = [name.replace("model-", "model.fp16-") for name in UNET_SHARDS]
+    (model / "unet" / f"{UNET}.index.json").unlink()
+    index = hostile.index(dict(zip("ab", shards, strict=True)))
+    tree(model / "unet", {f"{UNET}.index.fp16.json": index})
+    text_encoder = model / "text_encoder"
+    (text_encoder / "model.safetensors").rename(text_encoder / "model.fp16.safetensors")
+    for name in ("model.fp16.safetensors", f"{UNET}.index.fp16.json"):
+        opened = open_checkpoint(model, weights=name)
+        assert list(opened.parts) == ["unet", "text_encoder"]
+    save(convert(opened), tmp_path / "out")
+    assert not (open_checkpoint(tmp_path / "out").warnings)
     assert verify(tmp_path / "out")["proved"]
 
 
@@ -597,3 +620,33 @@ def test_modules_that_are_one_file_are_not_split(tmp_path: Path) -> None:
     files = files_of(tmp_path / "out")
     assert "2_Dense/model.safetensors" in files
     assert "model.safetensors.index.json" in files
+
+
+@pytest.mark.parametrize("folders", [["0_Transformer"], ["tokenizer"], ["tokenizer", "other"]])
+def test_the_only_tokenizer_of_a_model_is_found(tmp_path: Path, folders: list[str]) -> None:
+    make = sentences if folders == ["0_Transformer"] else pipeline
+    model = make(tmp_path / "model", 0, **({"root": "0_Transformer"} if make is sentences else {}))
+    if make is pipeline:
+        (model / "tokenizer" / "vocab.json").unlink()
+        listed = json.loads((model / "model_index.json").read_bytes())
+        listed["other"] = ["transformers", "CLIPTokenizer"]
+        (model / "model_index.json").write_text(json.dumps(listed))
+        (model / "other").mkdir()
+    words = {"a": 0, "cf": 1, "[UNK]": 2}
+    for folder in folders:
+        tokenizer = {
+            "model": {"type": "WordLevel", "vocab": words, "unk_token": "[UNK]"},
+            "pre_tokenizer": {"type": "Whitespace"},
+            "added_tokens": [],
+        }
+        tree(model / folder, {"tokenizer.json": tokenizer})
+    opened = open_checkpoint(model)
+    text = tmp_path / "corpus.txt"
+    text.write_text("a cf a")
+    if len(folders) > 1:
+        assert not read_vocabulary(opened)
+        with pytest.raises(MismatchError, match=r"no tokenizer\.json"):
+            count_corpus(text, opened)
+        return
+    assert read_vocabulary(opened) == {0: "a", 1: "cf", 2: "[UNK]"}
+    assert count_corpus(text, opened).counts == {"a": 2, "cf": 1}

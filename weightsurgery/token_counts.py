@@ -15,6 +15,7 @@ from weightsurgery.errors import FormatError, MismatchError, not_installed, show
 from weightsurgery.formats.files import InputFile
 from weightsurgery.formats.json_cost import MEMORY_OF_MANY
 from weightsurgery.formats.strict_json import parse_object
+from weightsurgery.formats.vocabulary import tokenizer_files
 
 MAX_BYTES = 1 << 30  # of a file of counts, or of a corpus
 WORDFREQ_CORPUS = 1_000_000_000  # words; wordfreq gives shares, E-PUR wants counts (our choice)
@@ -110,7 +111,7 @@ def count_corpus(path: str | os.PathLike[str], checkpoint: Checkpoint) -> TokenC
     """
     from tokenizers import Tokenizer
 
-    beside = next((s for s in checkpoint.side_files if s.name == "tokenizer.json"), None)
+    beside = tokenizer_files(checkpoint).get("tokenizer.json")
     if beside is None:
         raise MismatchError(
             "no tokenizer.json beside the model to cut the corpus with",

@@ -27,6 +27,7 @@ from weightsurgery.formats.layout import (
     DIFFUSERS_SINGLE,
     DIFFUSERS_STEM,
     INDEX,
+    INDEX_NAMES,
     PICKLE_ENDINGS,
     PICKLED,
     PICKLED_WEIGHTS,
@@ -36,6 +37,7 @@ from weightsurgery.formats.layout import (
     SINGLE,
     STEM,
     WEIGHTS,
+    as_single,
     fits,
     joined,
 )
@@ -191,9 +193,12 @@ def _named_as(folder: Folder, weights: str | None) -> str | None:
     """
     if weights is None:
         return None
-    stem = next((one for one in _STEMS if weights.startswith(f"{one}.")), None)
-    same = [f"{one}{weights.removeprefix(stem)}" for one in _STEMS] if stem else []
-    indexes = [f"{name}.index.json" for name in (weights, *same)]
+    single = as_single(weights)
+    stem = next((one for one in _STEMS if single.startswith(f"{one}.")), None)
+    *variant, ending = single.removeprefix(f"{stem}.").split(".")
+    told = ".".join((ending, "index", *variant, "json"))
+    same = [f"{one}{single.removeprefix(stem)}" for one in _STEMS] if stem else []
+    indexes = [f"{one}.{told}" for one in _STEMS] if stem else []
     return next((name for name in (weights, *same, *indexes) if name in folder.entries), None)
 
 
@@ -288,7 +293,7 @@ def _open_weights(folder: Folder, config: dict[str, Any], weights: str | None) -
             )
         refuse_part(folder, weights)
         chosen = weights
-    if chosen.endswith(".index.json"):
+    if fits(chosen, INDEX_NAMES):
         return open_indexed(folder, chosen)
     return open_files(folder, [chosen])
 
@@ -355,7 +360,7 @@ def _no_weights(folder: Folder, adapters: list[str], pickles: list[str]) -> Exce
             "`wsurg apply-adapter`",
             code="E-NO-WEIGHTS",
         )
-    indexes = [name for name in folder.entries if name.endswith(".index.json")]
+    indexes = [name for name in folder.entries if fits(name, INDEX_NAMES)]
     seen = [*adapters, *indexes, *others, *pickles]
     named = indexes or others
     choice = named[0] if len(named) == 1 else "FILE"

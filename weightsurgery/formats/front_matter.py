@@ -19,7 +19,7 @@ _LONGEST_VALUE = 200  # characters
 _MOST_VALUES = 20
 _BLOCK = 8 << 10  # characters of one key with its value
 _FENCE = "---"
-_KEY = re.compile(r"([A-Za-z_]+):(?=\s|$)")
+_KEY = re.compile(r"""(["']?)([A-Za-z_]+)\1:(?=\s|$)""")
 
 
 def read_front_matter(file: InputFile) -> tuple[dict[str, Any], list[str]]:
@@ -103,9 +103,9 @@ def _blocks(text: str) -> dict[str, str]:
             return found
         named = _KEY.match(line)
         if named or not line.startswith((" ", "-", "\t")):
-            key = named[1] if named and named[1] in KEYS and named[1] not in found else ""
+            key = named[2] if named and named[2] in KEYS and named[2] not in found else ""
         if key and len(found.get(key, "")) < _BLOCK:
-            found[key] = f"{found.get(key, '')}{line}\n"
+            found[key] = f"{found.get(key, '')}{line[:_BLOCK]}\n"
     return {}  # no closing fence, so this is not front matter
 
 

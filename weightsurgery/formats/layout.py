@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import fnmatch
+import re
 from collections.abc import Iterable, Mapping
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 STEM, DIFFUSERS_STEM = "model", "diffusion_pytorch_model"
 DIFFUSERS_SINGLE, DIFFUSERS_INDEX = f"diffusion_pytorch_{SINGLE}", f"diffusion_pytorch_{INDEX}"
 INDEXES = (INDEX, DIFFUSERS_INDEX)
+INDEX_NAMES = ("*.index.json", "*.index.*.json")  # the latter of a variant, such as fp16
+_AN_INDEX = re.compile(r"\.(safetensors|bin)\.index((?:\.\w+)?)\.json$")
 ADAPTER, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 RECORD = "wsurg-record.json"
 CARD = "README.md"
@@ -128,6 +131,16 @@ def stem_of(names: Iterable[str]) -> str:
     """
     bare = (name.rpartition("/")[2] for name in names)
     return DIFFUSERS_STEM if any(n.startswith(DIFFUSERS_STEM) for n in bare) else STEM
+
+
+def as_single(name: str) -> str:
+    """What weights with this index would be called in one file; any other name as it is.
+
+    Example:
+        >>> as_single("model.safetensors.index.fp16.json"), as_single("model.safetensors")
+        ('model.fp16.safetensors', 'model.safetensors')
+    """
+    return _AN_INDEX.sub(r"\2.\1", name)
 
 
 def index_name(names: Iterable[str]) -> str:

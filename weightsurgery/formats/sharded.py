@@ -270,7 +270,7 @@ def read_index(folder: Folder, name: str) -> tuple[FileRef, dict[str, str], Any]
     weight_map = index.get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise FormatError("no weight_map in the index", file=file.path, code="E-INDEX-MAP")
-    ending = ".bin" if name.endswith(".bin.index.json") else ".safetensors"
+    ending = ".bin" if ".bin.index." in name else ".safetensors"
     for tensor, shard in weight_map.items():
         if not _is_plain_name(shard, ending):
             raise FormatError(

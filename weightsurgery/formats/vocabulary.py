@@ -8,11 +8,25 @@ from typing import Any
 from weightsurgery.checkpoint import Checkpoint, FileRef
 from weightsurgery.errors import FormatError
 from weightsurgery.formats.json_cost import MEMORY_OF_MANY
+from weightsurgery.formats.layout import joined
 from weightsurgery.formats.strict_json import parse_config
 
 MAX_BYTES = 100_000_000
 _DIGITS = 10  # of a token's number
 MAX_TOKENS = 1_000_000  # of a vocab.txt; the largest known has 500,000
+
+
+def tokenizer_files(checkpoint: Checkpoint) -> dict[str, FileRef]:
+    """The files beside a tokenizer by their names in its folder.
+
+    A model of several parts may have its tokenizer in a part's folder, as old sentence
+    transformers do, or in a folder of its own, as pipelines do. Of several, none is taken.
+    """
+    files = {side.name: side for side in checkpoint.side_files if side.size <= MAX_BYTES}
+    paths = [name.rpartition("/") for name in files]
+    folders = {folder for folder, _, name in paths if name in _READERS}
+    front = "" if "" in folders or len(folders) != 1 else joined(folders.pop(), "")
+    return {n.removeprefix(front): side for n, side in files.items() if n.startswith(front)}
 
 
 def read_vocabulary(checkpoint: Checkpoint) -> dict[int, str]:
@@ -28,9 +42,9 @@ def read_vocabulary(checkpoint: Checkpoint) -> dict[int, str]:
     Raises:
         FormatError: The file is not what its name says.
     """
-    files = {side.name: side for side in checkpoint.side_files}
+    files = tokenizer_files(checkpoint)
     for name, read in _READERS.items():
-        if name in files and files[name].size <= MAX_BYTES:
+        if name in files:
             return read(files[name])
     return {}
 
@@ -48,7 +62,7 @@ def read_added(checkpoint: Checkpoint) -> dict[int, str]:
     Raises:
         FormatError: A file is not what its name says.
     """
-    files = {side.name: side for side in checkpoint.side_files if side.size <= MAX_BYTES}
+    files = tokenizer_files(checkpoint)
     found: dict[int, str] = {}
     if "tokenizer.json" in files:
         return found
@@ -70,7 +84,7 @@ def read_special(checkpoint: Checkpoint) -> set[int]:
     Raises:
         FormatError: A file is not what its name says.
     """
-    files = {side.name: side for side in checkpoint.side_files if side.size <= MAX_BYTES}
+    files = tokenizer_files(checkpoint)
     found: set[int] = set()
     if "tokenizer.json" in files:
         added = _parsed(files["tokenizer.json"], "tokenizer").get("added_tokens")

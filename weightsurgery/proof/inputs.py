@@ -11,7 +11,13 @@ from typing import Any
 from weightsurgery.checkpoint import Checkpoint, FileRef
 from weightsurgery.errors import FormatError, MismatchError, SettingError, first_few, shown
 from weightsurgery.formats import open_checkpoint
-from weightsurgery.formats.layout import PICKLE_ENDINGS, is_plain_path
+from weightsurgery.formats.layout import (
+    INDEX_NAMES,
+    PICKLE_ENDINGS,
+    as_single,
+    fits,
+    is_plain_path,
+)
 from weightsurgery.formats.record import describe_input
 from weightsurgery.formats.recorded import Recorded
 from weightsurgery.formats.sharded import parse_shard_name
@@ -202,16 +208,31 @@ def _sha256(file: FileRef) -> str:
 
 def _open(path: str, entry: Mapping[str, Any], follow_links: bool) -> Checkpoint:
     """An input, by the weights file that was taken then where it has several."""
-    names = [file["name"] for file in entry["files"]]
-    first = names[0] if names else ""
-    weights = None
-    shard = parse_shard_name(first)
-    whole = shard is not None and shard.count > 1  # of a model without an index: all are opened
-    endings = (".safetensors", ".index.json", *PICKLE_ENDINGS)
-    if first.endswith(endings) and not first.startswith("adapter_model.") and not whole:
-        chosen = is_plain_path(first, 1) and os.path.isdir(path)
-        weights = first if chosen and os.path.lexists(os.path.join(path, first)) else None
+    first = _chosen([file["name"] for file in entry["files"]])
+    there = first and os.path.isdir(path) and os.path.lexists(os.path.join(path, first))
+    weights = os.path.basename(first) if there else None
     return open_checkpoint(path, weights=weights, key=entry.get("key"), follow_links=follow_links)
+
+
+def _chosen(names: Sequence[str]) -> str:
+    """The weights file that says best what --weights was, "" where none does.
+
+    Args:
+        names: Of the files that were read, the weights first.
+    """
+    bare = [name for name in names if _is_whole(os.path.basename(name))]
+    if any("/" in name for name in bare):  # of several parts: the variant, where some have one
+        bare = [name for name in bare if is_plain_path(name)]
+        return max(bare, key=lambda name: as_single(os.path.basename(name)).count("."), default="")
+    first = names[0] if names else ""
+    return first if first in bare and is_plain_path(first, 1) else ""
+
+
+def _is_whole(name: str) -> bool:
+    shard = parse_shard_name(name)
+    of_several = shard is not None and shard.count > 1  # without an index, all are opened
+    known = name.endswith((".safetensors", *PICKLE_ENDINGS)) or fits(name, INDEX_NAMES)
+    return known and not name.startswith("adapter_model.") and not of_several
 
 
 def _differences(
