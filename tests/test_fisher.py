@@ -36,6 +36,7 @@ from weightsurgery.curvature.result import summarise
 from weightsurgery.datasets.batches import Encoded
 from weightsurgery.errors import MismatchError, NonFiniteError, SettingError
 from weightsurgery.models import Model
+from weightsurgery.sliced_loss import token_losses
 
 FAMILIES = ("bert", "gpt2", "llama")
 
@@ -224,14 +225,13 @@ def test_labels_are_drawn_in_proportion(folder: Path) -> None:
     one = examples[0]
     place = one.labels.index(next(label for label in one.labels if label >= 0))
     drawn: list[torch.Tensor] = []
-    original = nn.functional.cross_entropy
 
-    def spy(logits: Any, labels: Any, **settings: Any) -> Any:
-        drawn.append(labels.view(-1, len(one.ids) - 1)[:, place - 1])
-        return original(logits, labels, **settings)
+    def spy(logits: Any, labels: Any) -> Any:
+        drawn.append(labels[:, place])
+        return token_losses(logits, labels)
 
     with pytest.MonkeyPatch.context() as patch, torch.no_grad():
-        patch.setattr(nn.functional, "cross_entropy", spy)
+        patch.setattr("weightsurgery.curvature.losses.token_losses", spy)
         for batch in objective.batches([one] * 4000, 1000):
             objective.losses(batch)
         logits = model.module(input_ids=torch.tensor([one.ids])).logits[0, place - 1]

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from weightsurgery.datasets.batches import IGNORED, Encoded, batches
 from weightsurgery.models import Model
+from weightsurgery.sliced_loss import token_losses
 from weightsurgery.tasks import CLASSIFICATION
 
 if TYPE_CHECKING:
@@ -82,18 +83,15 @@ class Objective:
         extra = {"use_cache": False} if causal else {}
         logits = self.model.module(**batch.inputs, **extra).logits
         labels, draws = batch.labels, batch.draws
-        if causal:  # the logits at a token are for the next one
-            logits, labels = logits[:, :-1], labels[:, 1:]
-            draws = None if draws is None else draws[:, 1:]
-        if draws is not None:
-            labels = _sampled(logits.detach(), labels, draws)
-        entropy = torch.nn.functional.cross_entropy(
-            logits.flatten(0, -2), labels.flatten(), ignore_index=IGNORED, reduction="none"
-        )
         if not causal:
-            return entropy
-        counts = (labels != IGNORED).sum(1)
-        return entropy.view(labels.shape).sum(1) / counts
+            if draws is not None:
+                labels = _sampled(logits.detach(), labels, draws)
+            return torch.nn.functional.cross_entropy(logits, labels, reduction="none")
+        if draws is not None:  # the logits at a token are for the next one
+            labels = labels.clone()
+            labels[:, 1:] = _sampled(logits.detach()[:, :-1], labels[:, 1:], draws[:, 1:])
+        counts = (labels[:, 1:] != IGNORED).sum(1)
+        return token_losses(logits, labels).sum(1) / counts
 
 
 def _sampled(logits: torch.Tensor, labels: torch.Tensor, draws: torch.Tensor) -> torch.Tensor:

@@ -19,6 +19,7 @@ from weightsurgery.datasets.batches import (
 from weightsurgery.datasets.sizes import bounded_batch_size
 from weightsurgery.errors import NonFiniteError, SettingError
 from weightsurgery.models import Model
+from weightsurgery.sliced_loss import token_losses
 from weightsurgery.stream import Progress
 from weightsurgery.tasks import CLASSIFICATION
 
@@ -122,11 +123,6 @@ def _judge(model: Model, inputs: dict[str, torch.Tensor], labels: torch.Tensor) 
         logits = model.module(**inputs).logits.float()
         losses = cross_entropy(logits, labels, reduction="none")
         return torch.stack([losses, torch.ones_like(losses), logits.argmax(-1)], 1)
-    # The logits at a token are for the next one.
-    logits = model.module(**inputs, use_cache=False).logits[:, :-1].float()
-    following = labels[:, 1:]
-    losses = cross_entropy(
-        logits.transpose(1, 2), following, reduction="none", ignore_index=IGNORED
-    )
-    counts = (following != IGNORED).sum(1)
+    losses = token_losses(model.module(**inputs, use_cache=False).logits, labels)
+    counts = (labels[:, 1:] != IGNORED).sum(1)
     return torch.stack([losses.double().sum(1), counts, torch.full_like(counts, -1)], 1)
