@@ -464,10 +464,11 @@ computed one example at a time. *Coverage* is the share of trainable parameters 
 ## Adapters
 
 `apply-adapter` is tested on the same architectures with the adapters that PEFT saves of them
-(all linear layers, DoRA, a grown vocabulary, embeddings, fused experts, biases): what transformers
-loads from the merge computes what PEFT computes with the adapter. `extract-adapter` is tested the
-other way round, at full rank. Where several modules use one tensor, an adapter of one of them is
-refused. These are the other exceptions:
+(all linear layers, DoRA, a grown vocabulary, embeddings, fused experts, biases, the head of a
+classifier or tagger on a language model), also under names of other versions of transformers:
+what transformers loads from the merge computes what PEFT computes with the adapter.
+`extract-adapter` is tested the other way round, at full rank. Where several modules use one
+tensor, an adapter of one of them is refused. These are the other exceptions:
 
 | architecture | adapter | why |
 |---|---|---|
