@@ -467,10 +467,11 @@ runs one example at a time; *coverage* for the trainable parameters that have a 
 ## Adapters
 
 `apply-adapter` is tested on the same architectures with the adapters that PEFT saves of them
-(all linear layers, DoRA, a grown vocabulary, embeddings, fused experts, biases): what transformers
-loads from the merge computes what PEFT computes with the adapter. `extract-adapter` is tested in
-the other direction, at full rank. An adapter of one of several modules that share a tensor is
-refused. These are the other exceptions:
+(all linear layers, DoRA, a grown vocabulary, embeddings, fused experts, biases, the head of a
+classifier or tagger on a language model), also under the names of other versions of transformers:
+what transformers loads from the merge computes what PEFT computes with the adapter.
+`extract-adapter` is tested in the other direction, at full rank. An adapter of one of several
+modules that share a tensor is refused. These are the other exceptions:
 
 | architecture | adapter | why |
 |---|---|---|

@@ -61,6 +61,7 @@ ADAPTER_LIMITS = {
     ("bark", "grown"): "its word embedding is not known by name; refused",
     ("vision-encoder-decoder", "all-linear"): _SQUARE,
     ("vision-encoder-decoder", "dora"): _SQUARE,
+    ("vision-encoder-decoder", "renamed"): _SQUARE,
     ("vision-encoder-decoder", "biases"): _SQUARE,
     ("mobilebert", "extract"): _HIDDEN,
     ("whisper", "extract"): _HIDDEN,
