@@ -11,6 +11,7 @@ import pytest
 
 from tests.test_datasets import rows, write
 from weightsurgery.datasets.batches import describe_files
+from weightsurgery.datasets.labels import label_ids
 from weightsurgery.datasets.read import (
     Instruction,
     Sentence,
@@ -18,7 +19,7 @@ from weightsurgery.datasets.read import (
     read_instructions,
     read_sentences,
 )
-from weightsurgery.errors import FormatError, SettingError
+from weightsurgery.errors import FormatError, MismatchError, SettingError
 
 ONE = [Sentence(("a fine film",), "1", 2)]
 
@@ -203,6 +204,51 @@ def test_datasets_on_disk_are_read(arrow: Any, tmp_path: Path) -> None:
     assert read_sentences(folder) == [Sentence(("a",), "1", 1), Sentence(("b",), "0", 2)]
     names = [one["name"] for one in describe_files([folder])]
     assert names == ["train/data-00000-of-00002.arrow", "train/data-00001-of-00002.arrow"]
+
+
+def named(arrow: Any, names: Any, labels: list[int]) -> Any:
+    """A table whose metadata name the classes, as datasets 5.2.0 writes it."""
+    label = {"names": names, "_type": "ClassLabel"}
+    features = {"text": {"dtype": "string", "_type": "Value"}, "label": label}
+    about = json.dumps({"info": {"features": features}})
+    table = arrow.table({"text": ["t"] * len(labels), "label": labels})
+    return table.replace_schema_metadata({"huggingface": about})
+
+
+@pytest.mark.parametrize(
+    ("classes", "model", "kind", "expected"),
+    [
+        (["positive", "negative"], {0: "NEGATIVE", 1: "POSITIVE"}, "auto", [1, 0]),
+        (["positive", "negative"], {0: "NEGATIVE", 1: "POSITIVE"}, "ids", [0, 1]),
+        (["positive", "negative"], {0: "LABEL_0", 1: "LABEL_1"}, "auto", [0, 1]),
+        (["2", "1"], {0: "1", 1: "2"}, "auto", [1, 0]),
+        ("not a list of names", {0: "a", 1: "b"}, "auto", [0, 1]),
+        ([3, 4], {0: "a", 1: "b"}, "auto", [0, 1]),
+    ],
+)
+def test_names_that_a_file_gives_its_classes_decide(
+    arrow: Any,
+    classes: Any,
+    model: dict[int, str],
+    kind: str,
+    expected: list[int],
+    tmp_path: Path,
+) -> None:
+    arrow.parquet.write_table(named(arrow, classes, [0, 1]), tmp_path / "a.parquet")
+    sentences, notes = read_sentences(tmp_path / "a.parquet"), list[str]()
+    found = label_ids(sentences, model, file="a", label_kind=kind, note=notes.append)
+    assert found == expected
+    assert any("is 'positive', the model's label 1" in n for n in notes) == (
+        expected == [1, 0] and "positive" in classes
+    )
+
+
+def test_a_class_that_the_model_lacks_is_refused_by_its_name(arrow: Any, tmp_path: Path) -> None:
+    """By its number it would be counted as another one."""
+    table = named(arrow, ["negative", "neutral", "positive"], [0, 1, 2])
+    arrow.parquet.write_table(table, tmp_path / "a.parquet")
+    with pytest.raises(MismatchError, match="line 2: label 'neutral'; the model has"):
+        label_ids(read_sentences(tmp_path / "a.parquet"), {0: "negative", 1: "positive"}, file="a")
 
 
 @pytest.mark.parametrize(

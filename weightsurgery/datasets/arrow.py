@@ -12,12 +12,28 @@ from typing import Any
 
 from weightsurgery.errors import FormatError, first_few, not_installed, shown
 from weightsurgery.formats.files import InputFile
-from weightsurgery.formats.strict_json import parse_object
+from weightsurgery.formats.strict_json import parse, parse_object
 
 _MOST_ROWS = 50_000_000
 _THRIFT = 1 << 26  # bytes and entries of a Parquet file's metadata
 _STATE, _SPLITS = "state.json", "dataset_dict.json"
 _OLDEST = 15  # before 14.0.1 pyarrow could be made to run code
+
+
+class Named(int):
+    """An integer that stands for a class, as `datasets.ClassLabel` stores it.
+
+    Attributes:
+        name: What the file calls the class.
+    """
+
+    name: str
+
+    def __new__(cls, number: int, name: str) -> Named:
+        """The integer, with a name."""
+        made = super().__new__(cls, number)
+        made.name = name
+        return made
 
 
 def read_parquet(path: str, most: int) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -166,11 +182,13 @@ def _rows(
                 hint="rename one",
                 code="E-ROWS-COLUMNS",
             )
+        classes = _classes(batch.schema)
         for i in range(batch.num_rows):
             number += 1
             try:
                 row = {
-                    name: batch.column(j)[i].as_py() for j, name in enumerate(batch.schema.names)
+                    name: _named(batch.column(j)[i].as_py(), classes.get(name, ()))
+                    for j, name in enumerate(batch.schema.names)
                 }
             except Exception as error:  # as above
                 raise _malformed(path, what, error) from None
@@ -178,6 +196,28 @@ def _rows(
             if size > most or number > _MOST_ROWS:
                 raise _large(path, most)
             yield number, row
+
+
+def _classes(schema: Any) -> dict[str, list[str]]:
+    """The names of the classes in each column that has them, as datasets writes into its files."""
+    given = (schema.metadata or {}).get(b"huggingface", b"")
+    if not given or len(given) > _THRIFT:
+        return {}
+    try:
+        features: Any = parse(given, file="", what="features")
+        features = features["info"]["features"]
+        return {
+            column: one["names"]
+            for column, one in features.items()
+            if one.get("_type") == "ClassLabel" and all(isinstance(n, str) for n in one["names"])
+        }
+    except (FormatError, KeyError, TypeError, AttributeError):
+        return {}  # it describes the columns, and whoever wrote it may have done so otherwise
+
+
+def _named(value: Any, names: Sequence[str]) -> Any:
+    is_class = type(value) is int and 0 <= value < len(names)
+    return Named(value, names[value]) if is_class else value
 
 
 def _weight(value: Any) -> int:

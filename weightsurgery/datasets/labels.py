@@ -28,11 +28,13 @@ class Labels:
         table: Text in the file to label id.
         kind: "ids" or "names" where label names are numbers and the two differ; else "both".
         names: The model's labels, id to name.
+        by_class: Whether the names that the file gives its numbers decide.
     """
 
     table: Mapping[str, int]
     kind: str
     names: Mapping[int, str]
+    by_class: bool = False
 
     def find(self, text: str) -> int | None:
         """The id of a label; None if the model has no such label.
@@ -51,6 +53,12 @@ class Labels:
             return self.table.get(whole[1])
         alike = {i for name, i in self.table.items() if name.casefold() == text.casefold()}
         return alike.pop() if len(alike) == 1 else None
+
+    def id_of(self, sentence: Sentence) -> int | None:
+        """The id of a sentence's label; None if the model has no such label."""
+        if not (self.by_class and sentence.class_name):
+            return self.find(sentence.label)
+        return _folded(self.names).get(sentence.class_name.casefold())
 
     @property
     def known(self) -> str:
@@ -72,6 +80,9 @@ def settle_labels(
     "1" to "5" for the ids 0 to 4, the whole file decides: if its labels can only be ids, or only
     be names, they are; if they can be both, they are ambiguous.
 
+    A file of Hugging Face datasets may name the classes that its numbers stand for. If the model
+    has one of these names, they decide, unless `label_kind` is "ids".
+
     Args:
         sentences: Of the file, from `read_sentences`.
         names: The model's labels, id to name (`id2label` of its configuration).
@@ -86,6 +97,9 @@ def settle_labels(
     if label_kind not in LABEL_KINDS:
         known = ", ".join(LABEL_KINDS)
         raise SettingError(f"label_kind is '{shown(label_kind)}'; expected {known}")
+    sentences = list(sentences)
+    if label_kind != "ids" and _shares_names(sentences, names):
+        return _by_class(sentences, names, os.fspath(file), note)
     ids = {str(i): i for i in names}
     by_name = {name.strip(): i for i, name in names.items()}
     whole = {name: match[1] for name in by_name if (match := _WHOLE.fullmatch(name))}
@@ -113,6 +127,30 @@ def settle_labels(
         text = f"{os.fspath(file)}: its labels are read as label {chosen.kind}, not {other}"
         note(f"{text}; the model has {chosen.known}")
     return chosen
+
+
+def _folded(names: Mapping[int, str]) -> dict[str, int]:
+    return {name.strip().casefold(): i for i, name in names.items()}
+
+
+def _shares_names(sentences: Iterable[Sentence], names: Mapping[int, str]) -> bool:
+    """True if the file names a class as the model does."""
+    return not _folded(names).keys().isdisjoint(one.class_name.casefold() for one in sentences)
+
+
+def _by_class(
+    sentences: Sequence[Sentence], names: Mapping[int, str], file: str, note: Note | None
+) -> Labels:
+    """Labels of a file that names its classes; with a note if the model numbers them otherwise."""
+    table = {str(i): i for i in names} | {name.strip(): i for i, name in names.items()}
+    labels = Labels(table, "both", names, by_class=True)
+    for one in sentences:
+        i = labels.id_of(one)
+        if note is not None and i is not None and one.class_name and one.label != str(i):
+            text = f"{file}: its labels are read by the names of its classes"
+            note(f"{text}: {one.label} is '{shown(one.class_name)}', the model's label {i}")
+            break
+    return labels
 
 
 def label_ids(
@@ -155,14 +193,14 @@ def ids_of(
     """
     found = []
     for sentence in sentences:
-        i = labels.find(sentence.label)
+        i = labels.id_of(sentence)
         if i is None:
             hint = "use these ids or names, or a model that has the file's labels"
             if sentence.label == "-1":
                 hint = "-1 stands for a hidden label: use a file with the true labels"
+            label = (labels.by_class and sentence.class_name) or sentence.label
             raise MismatchError(
-                f"line {sentence.line}: label '{shown(sentence.label)}'; the model has "
-                f"{labels.known}",
+                f"line {sentence.line}: label '{shown(label)}'; the model has {labels.known}",
                 file=file,
                 hint=hint,
                 code="E-ROWS-LABEL",

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from weightsurgery.datasets.columns import (
@@ -39,11 +39,13 @@ class Sentence:
         texts: One text, or the two of a pair.
         label: As written in the file: a number or a name.
         line: Line in the file, from 1.
+        class_name: What the file calls a label that is a number; "" where it does not say.
     """
 
     texts: tuple[str, ...]
     label: str
     line: int
+    class_name: str = field(default="", repr=False)
 
 
 @dataclass(frozen=True)
@@ -133,7 +135,8 @@ def read_sentences(
             reason = f"no field {shown(lacking[0])}; the line has {there or 'none'}"
             raise bad_row(name, line, reason, code="E-ROWS-COLUMNS")
         read = tuple(_text(name, line, row, column) for column in texts)
-        sentences.append(Sentence(read, _label(name, line, row[label]), line))
+        written = _label(name, line, row[label])
+        sentences.append(Sentence(read, written, line, getattr(row[label], "name", "").strip()))
     return sentences
 
 
