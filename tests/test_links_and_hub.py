@@ -334,8 +334,8 @@ def test_an_adapters_two_files_are_asked_for(monkeypatch: pytest.MonkeyPatch) ->
         return "/nowhere"
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", fetch)
-    assert list(hub.snapshots("org/adapter")) == ["/nowhere"] * 2
-    for name in ("adapter_config.json", "adapter_model.safetensors"):
+    assert list(hub.snapshots("org/adapter")) == ["/nowhere"] * 3
+    for name in ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"):
         assert any(fnmatch.fnmatchcase(name, pattern) for pattern in asked)
 
 

@@ -15,6 +15,7 @@ from weightsurgery.formats.layout import (
     DIFFUSERS_STEM,
     INDEX,
     PICKLE_ENDINGS,
+    PICKLED_ADAPTER,
     PICKLES,
     SINGLE,
     TOKENIZER,
@@ -26,7 +27,6 @@ from weightsurgery.formats.strict_json import dump, parse_object
 
 _MAX_CONFIG = 100_000_000  # bytes
 _SHARDS = ("model-*.safetensors", "model.*.safetensors", f"{DIFFUSERS_STEM}*.safetensors")
-_PICKLED = "adapter_model.bin"
 _OTHERS = ("adapter_model*.bin", "adapter_model*.safetensors", *PICKLES)
 
 
@@ -52,11 +52,11 @@ def open_adapter(folder: Folder) -> Checkpoint:
         StorageError: A file cannot be read.
     """
     entries = folder.entries
-    pickled = ADAPTER not in entries and _PICKLED in entries
+    pickled = ADAPTER not in entries and PICKLED_ADAPTER in entries
     if ADAPTER not in entries and not pickled:
         reason = f"{ADAPTER_CONFIG} without {ADAPTER}"
         raise FormatError(reason, file=folder.path, code="E-NO-WEIGHTS")
-    chosen = _PICKLED if pickled else ADAPTER
+    chosen = PICKLED_ADAPTER if pickled else ADAPTER
     others = [n for n in sorted(entries) if n != chosen and fits(n, _OTHERS)]
     if others:
         raise PolicyError(

@@ -12,6 +12,7 @@ from weightsurgery.formats.layout import (
     ADAPTER_CONFIG,
     CARD,
     CHAT_TEMPLATES,
+    PICKLED_ADAPTER,
     PICKLES,
     SIDE_FILES,
     TEXTS,
@@ -38,9 +39,9 @@ def snapshots(text: str) -> Iterator[str]:
     """Local snapshot directories of a hub id: what the cache has, then what the hub has.
 
     The first may be incomplete; asking for the second downloads what is missing, and for the third
-    PyTorch files too, for a model that has no others. Where the cache
-    lies, whether the network may be used, and which token is sent are huggingface_hub's business
-    (HF_HOME, HF_HUB_CACHE, HF_HUB_OFFLINE, HF_TOKEN).
+    PyTorch files too, for a model or an adapter that has no others. Where the cache lies, whether
+    the network may be used, and which token is sent are huggingface_hub's business (HF_HOME,
+    HF_HUB_CACHE, HF_HUB_OFFLINE, HF_TOKEN).
 
     Args:
         text: The hub id.
@@ -61,7 +62,7 @@ def snapshots(text: str) -> Iterator[str]:
         with contextlib.suppress(LocalEntryNotFoundError):
             yield str(fetch(local_files_only=True))
         yield str(fetch())
-        yield str(fetch(allow_patterns=[*wanted, *PICKLES]))
+        yield str(fetch(allow_patterns=[*wanted, *PICKLES, PICKLED_ADAPTER]))
     except Exception as error:  # an id it does not like, HTTP, proxies, disk: many kinds
         reason = shown(str(error).strip().partition("\n")[0] or type(error).__name__)
         raise StorageError(

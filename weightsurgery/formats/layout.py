@@ -52,6 +52,7 @@ NOT_OF_THE_MODEL = (
     *("optimizer*", "scheduler*", "training_args*"),
 )
 BESIDE = (*INDEXES, *SIDE_FILES, ADAPTER_CONFIG, CARD)  # what an output's folder has beside weights
+PICKLED_ADAPTER = "adapter_model.bin"
 PICKLED, PICKLED_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
 PICKLED_WEIGHTS = (PICKLED, PICKLED_INDEX, *(f"diffusion_{n}" for n in (PICKLED, PICKLED_INDEX)))
 PICKLES = (*PICKLED_WEIGHTS, "pytorch_model-*.bin", f"{DIFFUSERS_STEM}-*.bin")
