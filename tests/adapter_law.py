@@ -330,6 +330,7 @@ def _adapted(case: _Case, make: Callable[[Any], Settings]) -> Any:
         with Quiet():
             settings = dict(make(model))
             alpha = settings.pop("lora_alpha", 12)
+            embeddings = settings.pop("save_embedding_layers", "auto")
             model = peft.get_peft_model(model, peft.LoraConfig(r=4, lora_alpha=alpha, **settings))
             with torch.random.fork_rng():
                 torch.manual_seed(3)
@@ -337,7 +338,7 @@ def _adapted(case: _Case, make: Callable[[Any], Settings]) -> Any:
                     if parameter.requires_grad:
                         parameter.data += 0.05 * torch.randn(parameter.shape)
             expected = outputs_of(model.eval(), case.inputs)
-            model.save_pretrained(folder)
+            model.save_pretrained(folder, save_embedding_layers=embeddings)
             fresh = load(case.base, type(case.model))
             make(fresh)  # what is grown is grown again
             again = peft.PeftModel.from_pretrained(fresh, folder).eval()
@@ -367,15 +368,31 @@ def _names(model: Any, kind: str) -> set[str]:
 
 def _grown(model: Any) -> Settings:
     """A grown vocabulary, its embedding and head trained and saved whole."""
+    _grow(model)
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    modules = {id(module): name for name, module in model.named_modules()}
+    saved = [modules[id(one)] for one in (embedding, head) if one is not None]
+    return {"target_modules": _layers(model), "modules_to_save": saved}
+
+
+def _tokens(model: Any) -> Settings:
+    """A grown vocabulary of which some tokens are trained, old and new, and the rest is saved."""
+    _grow(model)
+    embedding = model.get_input_embeddings()
+    name = next(name for name, module in model.named_modules() if module is embedding)
+    return {
+        "target_modules": _layers(model),
+        "trainable_token_indices": {name: [1, *range(VOCABULARY, GROWN)]},
+        "save_embedding_layers": True,
+    }
+
+
+def _grow(model: Any) -> None:
     import torch
 
     with torch.random.fork_rng():
         torch.manual_seed(2)
         model.resize_token_embeddings(GROWN)
-    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    modules = {id(module): name for name, module in model.named_modules()}
-    saved = [modules[id(one)] for one in (embedding, head) if one is not None]
-    return {"target_modules": _layers(model), "modules_to_save": saved}
 
 
 def _layers(model: Any) -> list[str]:
@@ -424,6 +441,7 @@ VARIANTS: dict[str, Callable[[Any], Settings]] = {
     "all-linear": _all_linear,
     "dora": _dora,
     "grown": _grown,
+    "tokens": _tokens,
     "embeddings": _embeddings,
     "experts": _experts,
     "biases": _biases,

@@ -29,9 +29,9 @@ pytestmark = [
 # One of each kind: what runs in `tox`.
 FAST = {
     "bert": ("embeddings", "extract"),
-    "gpt2": ("biases", "tagger"),
+    "gpt2": ("biases", "tokens", "tagger"),
     "gpt-neox": ("extract",),
-    "llama-tied": ("grown", "classifier", "extract"),
+    "llama-tied": ("grown", "tokens", "classifier", "extract"),
     "mixtral": ("all-linear", "experts", "extract"),
     "bart": ("embeddings",),
     "qwen2-5-vl": ("dora", "renamed", "extract"),

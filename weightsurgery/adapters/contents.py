@@ -11,6 +11,7 @@ from weightsurgery.architecture.copies import are_equal
 from weightsurgery.checkpoint import Checkpoint, TensorView
 from weightsurgery.errors import FormatError, PolicyError, counted, shown
 from weightsurgery.formats.layout import ADAPTER
+from weightsurgery.ties import is_output_head
 
 FRONT = "base_model.model."
 _ROLES = {
@@ -176,11 +177,34 @@ class _Sorter:
                 self.unused.append((view.name, "what the module was before training"))
             else:
                 self._put(self.plain, name, view)
+        self._drop_tied_rows()
         warnings = [
             f"'{shown(part)}' in the names of {counted(count, 'tensor')} was ignored"
             for part, count in self.removed.items()
         ]
         return Contents(self.modules, self.plain, tuple(self.unused), tuple(warnings))
+
+    def _drop_tied_rows(self) -> None:
+        """Leave out a head's trained tokens that are those of the embedding, which it is tied to.
+
+        PEFT wraps both and names the tokens once. It saves the head's if the vocabulary grew.
+        """
+        given = self.adapter.config.get("trainable_token_indices")
+        named = given if isinstance(given, dict) else ()
+        trained = {
+            module: parts["rows"] for module, parts in self.modules.items() if "rows" in parts
+        }
+        for module, rows in trained.items():
+            is_named = module in named or module.rpartition(".")[2] in named
+            if is_named or not is_output_head(f"{module}.weight"):
+                continue
+            others = [view for one, view in trained.items() if one != module]
+            same = [v for v in others if are_equal(self.adapter, v.name, rows.name)]
+            if same:
+                del self.modules[module]["rows"]
+                self.unused.append((rows.name, f"the same as '{shown(same[0].name)}'"))
+                if not self.modules[module]:
+                    del self.modules[module]
 
 
 def refuse_integers(view: TensorView, adapter: Checkpoint) -> None:

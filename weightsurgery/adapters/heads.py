@@ -227,14 +227,16 @@ def _with_tied_rows(targets: Sequence[Target], tie: Tie, adapter: Checkpoint) ->
     """Trained tokens of the embedding are the head's too, unless those are trained on their own.
 
     Raises:
-        PolicyError: The embedding or the head is adapted besides.
+        PolicyError: The embedding or the head is adapted besides, or saved whole with other bytes.
     """
     by_name = {target.name: target for target in targets}
     embedding, head = by_name.get(tie.embedding), by_name.get(tie.head)
     if embedding is None or not any(isinstance(u, ReplaceRows) for u in embedding.updates):
         return list(targets)
     others = (*embedding.updates, *(head.updates if head else ()))
-    if not all(isinstance(update, ReplaceRows) for update in others):
+    whole = [update for update in others if isinstance(update, Replace)]
+    known = all(isinstance(update, Replace | ReplaceRows) for update in others)
+    if not known or not all(_are_one(update, whole[0]) for update in whole):
         raise PolicyError(
             "trained tokens of an embedding that the head is tied to, beside another change of "
             "one of them",
@@ -243,5 +245,7 @@ def _with_tied_rows(targets: Sequence[Target], tie: Tie, adapter: Checkpoint) ->
             hint="merge it with the library that made it",
             code="E-TIED-TOKENS",
         )
-    shared = [] if head or not tie.head else [Target(tie.head, embedding.updates)]
-    return [*targets, *shared]
+    if not tie.head or (head and any(isinstance(u, ReplaceRows) for u in head.updates)):
+        return list(targets)
+    apart = [target for target in targets if target is not head]
+    return [*apart, Target(tie.head, embedding.updates)]

@@ -110,7 +110,13 @@ class Module:
                 f"trainable_token_indices of BASE's {list(target.shape)}",
             )
         if max(rows) >= target.shape[0]:
-            raise self._fail(view, f"token {max(rows):,} of {target.shape[0]:,}")
+            raise MismatchError(
+                f"it trained token {max(rows):,}, but BASE has {target.shape[0]:,} tokens",
+                file=self.adapter.label,
+                tensor=view.name,
+                hint="save the resized base model and give it as BASE",
+                code="E-ADAPTER-VOCABULARY",
+            )
         return parameter, ReplaceRows(view, rows, target.shape[1])
 
     def _shift(self, view: TensorView) -> tuple[Parameter, Update]:
