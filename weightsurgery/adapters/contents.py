@@ -11,7 +11,6 @@ from weightsurgery.architecture.copies import are_equal
 from weightsurgery.checkpoint import Checkpoint, TensorView
 from weightsurgery.errors import FormatError, PolicyError, counted, shown
 from weightsurgery.formats.layout import ADAPTER
-from weightsurgery.ties import is_output_head
 
 FRONT = "base_model.model."
 _ROLES = {
@@ -30,6 +29,7 @@ _NAMED = re.compile(
     r"\.(lora_[AB]|lora_embedding_[AB]|lora_magnitude_vector|trainable_tokens_delta|"
     r"modules_to_save)\.([^.]+)(\.weight|\.bias|)$"
 )
+_EMBEDDING = re.compile(r"embed|(?:^|\.)wte$|emb$", re.IGNORECASE)
 _SAVED, _ORIGINAL = ".modules_to_save.", ".original_module."
 
 Parts = dict[str, TensorView]
@@ -187,19 +187,17 @@ class _Sorter:
     def _drop_tied_rows(self) -> None:
         """Leave out a head's trained tokens that are those of the embedding, which it is tied to.
 
-        PEFT wraps both and names the tokens once. It saves the head's if the vocabulary grew.
+        PEFT wraps both and names the tokens once; it saves the head's if the vocabulary grew.
         """
         given = self.adapter.config.get("trainable_token_indices")
-        named = given if isinstance(given, dict) else ()
-        trained = {
-            module: parts["rows"] for module, parts in self.modules.items() if "rows" in parts
-        }
-        for module, rows in trained.items():
-            is_named = module in named or module.rpartition(".")[2] in named
-            if is_named or not is_output_head(f"{module}.weight"):
-                continue
-            others = [view for one, view in trained.items() if one != module]
-            same = [v for v in others if are_equal(self.adapter, v.name, rows.name)]
+        trained = {module: p["rows"] for module, p in self.modules.items() if "rows" in p}
+        if isinstance(given, dict):
+            named = {m: v for m, v in trained.items() if {m, m.rpartition(".")[2]} & given.keys()}
+        else:
+            named = {m: view for m, view in trained.items() if _EMBEDDING.search(m)}
+        for module in trained.keys() - named.keys():
+            rows = trained[module]
+            same = [v for v in named.values() if are_equal(self.adapter, v.name, rows.name)]
             if same:
                 del self.modules[module]["rows"]
                 self.unused.append((rows.name, f"the same as '{shown(same[0].name)}'"))

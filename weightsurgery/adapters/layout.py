@@ -19,6 +19,7 @@ from weightsurgery.adapters.naming import Naming
 from weightsurgery.adapters.parameters import Parameter, Parameters
 from weightsurgery.adapters.tie import find_shared
 from weightsurgery.adapters.updates import LowRankRows, Replace, ReplaceRows, Update
+from weightsurgery.architecture.composite import find_architecture
 from weightsurgery.architecture.embedding import find_embedding
 from weightsurgery.checkpoint import Checkpoint, TensorView
 from weightsurgery.errors import FormatError, MismatchError, PolicyError, shown
@@ -180,7 +181,7 @@ def _replaced(names: Parameters, config: AdapterConfig, name: str, view: TensorV
     bias = config.bias != "none" and name.endswith(".bias")
     adapted = ".base_layer." in view.name
     # PEFT also saves the word embedding and the output head where they may have grown.
-    words = is_output_head(name) or _is_word_embedding(names, name)
+    words = is_output_head(name) or _is_of_vocabulary(names, name)
     beside = is_beside(names.adapter, view.name)
     if not (saved or tied or bias or adapted or words or beside):
         raise FormatError(
@@ -204,9 +205,14 @@ def _replaced(names: Parameters, config: AdapterConfig, name: str, view: TensorV
     return parameter
 
 
-def _is_word_embedding(names: Parameters, name: str) -> bool:
+def _is_of_vocabulary(names: Parameters, name: str) -> bool:
+    """True for a tensor of the word embedding's module, or of the output head's."""
     found = names.find(name)
-    return found is not None and found.view.name == find_embedding(names.base)
+    if found is not None and found.view.name == find_embedding(names.base):
+        return True
+    known = find_architecture(names.base.config)
+    both = (known.embedding, known.head) if known is not None else ()
+    return name.rpartition(".")[0] in {one.rpartition(".")[0] for one in both if one}
 
 
 def _refuse_weight(adapter: Checkpoint, found: Mapping[str, list[Update]], weight: float) -> None:
