@@ -251,7 +251,8 @@ def judge_head(name: str, kind: str, scratch: Path) -> Iterator[Verdict]:
             raise Unadaptable("refused: one tensor of several modules") from error
         yield Verdict("merge", "error", _said(error))
     except Exception as error:
-        if "save BASE as that class first" in str(error):  # nothing was written
+        said = str(error)  # nothing was written
+        if "save BASE as that class first" in said or "that class also has" in said:
             raise Unadaptable(f"refused: {error}") from error
         yield Verdict("merge", "error", _said(error))
 

@@ -17,7 +17,7 @@ from safetensors.numpy import load_file, save_file
 
 from tests import cases
 from tests.peft_models import SIZES, TOKENS, WARNINGS, llama
-from weightsurgery import apply_adapter, open_checkpoint, save
+from weightsurgery import apply_adapter, diff, mix, open_checkpoint, save
 from weightsurgery.errors import MismatchError
 
 pytestmark = WARNINGS
@@ -103,6 +103,25 @@ def test_a_head_that_was_not_saved_is_a_warning(tmp_path: Path) -> None:
     found = merged(tmp_path)
     assert found.config["architectures"] == ["LlamaForCausalLM"]
     assert [one for one in found.warnings if "does not store its head" in one]
+
+
+def test_a_class_with_more_layers_than_are_stored_names_them(tmp_path: Path) -> None:
+    """Saved anew, BASE would have a random pooler, and not the one that was trained with."""
+    sizes = {"vocab_size": 32, "hidden_size": 16, "num_hidden_layers": 1}
+    config = transformers.BertConfig(**sizes, num_attention_heads=2, intermediate_size=24)
+    make(tmp_path, base=transformers.BertForMaskedLM(config), target_modules=["query"])
+    with pytest.raises(MismatchError, match=r"BASE has no 'classifier\.") as told:
+        merged(tmp_path)
+    assert "that class also has 'bert.pooler.dense.bias'" in told.value.hint
+    assert "save BASE as that class" not in told.value.hint
+
+
+@pytest.mark.parametrize("command", [diff, mix])
+def test_an_adapter_in_place_of_a_model_is_told(tmp_path: Path, command: Any) -> None:
+    make(tmp_path)
+    base, adapter = (open_checkpoint(tmp_path / name) for name in ("base", "adapter"))
+    with pytest.raises(MismatchError, match=r"an adapter, not a model; .*apply-adapter"):
+        command(base, adapter)
 
 
 def test_a_class_of_other_names_is_one_clear_line(tmp_path: Path) -> None:

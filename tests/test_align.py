@@ -203,6 +203,9 @@ def test_globs_need_a_match() -> None:
     assert found.only() is found
     with pytest.raises(SettingError, match=r"'v' matches no tensor; see `wsurg inspect`"):
         found.only(include=["v"])
+    named = align(*[zeros({"layer.q_proj.weight": (2,)})] * 2)
+    with pytest.raises(SettingError, match=r"did you mean '\*q_proj\*'"):
+        named.only(include=["q_proj"])
 
 
 def test_a_head_that_only_base_has_looks_swapped() -> None:

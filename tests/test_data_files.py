@@ -83,6 +83,12 @@ def test_columns_go_by_the_names_that_are_given(tmp_path: Path) -> None:
         read_instructions(questions, text_column="a", label_column="said")
 
 
+def test_a_table_with_commas_that_is_called_tsv_is_told(tmp_path: Path) -> None:
+    path = write(tmp_path, "a.tsv", "sentence,label\ngood,1\n")
+    with pytest.raises(FormatError, match=r"no tab in the first line.*call the file \.csv"):
+        read_sentences(path)
+
+
 def test_a_column_that_is_there_twice_is_refused(tmp_path: Path) -> None:
     path = write(tmp_path, "a.csv", "text,label,text\nx,1,y\n")
     with pytest.raises(FormatError, match="line 1: two columns are called 'text'; rename one"):

@@ -12,6 +12,7 @@ from weightsurgery.checkpoint import Checkpoint
 from weightsurgery.coverage import ENOUGH, Coverage
 from weightsurgery.dtypes import FLOATING
 from weightsurgery.errors import MismatchError, SettingError, counted, shown
+from weightsurgery.formats.layout import is_adapter_layout
 from weightsurgery.pairing import TIED, Pairing
 from weightsurgery.pairs import Pair, Status
 from weightsurgery.parts import coverage_of, pair_parts, unused_of
@@ -151,7 +152,9 @@ def check_glob(glob: str, names: Sequence[str]) -> None:
         SettingError: Nothing matches.
     """
     if not any(fnmatch.fnmatchcase(name, glob) for name in names):
-        near = difflib.get_close_matches(glob, names, 1, 0.3)
+        wider = f"*{glob}*"
+        near = [wider] if any(fnmatch.fnmatchcase(name, wider) for name in names) else []
+        near = near or difflib.get_close_matches(glob, names, 1, 0.3)
         raise SettingError(
             f"'{shown(glob)}' matches no tensor",
             hint=f"did you mean '{shown(near[0])}'?" if near else "see `wsurg inspect` for names",
@@ -320,6 +323,14 @@ def _are_integers(pair: Pair) -> bool:
 
 
 def _nothing_pairs(base: Checkpoint, tuned: Checkpoint, called: str) -> MismatchError:
+    for one in (base, tuned):
+        if is_adapter_layout(one.layout):
+            return MismatchError(
+                "an adapter, not a model",
+                file=one.label,
+                hint="merge it into its base with `wsurg apply-adapter` first",
+                code="E-PAIR-NONE",
+            )
     names = [next(iter(checkpoint), "(no tensors)") for checkpoint in (base, tuned)]
     advice = "--strip-prefix or --map FILE can pair names"
     if base.parts.keys() != tuned.parts.keys():

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import difflib
 
-from weightsurgery.adapters.task_head import ending_of
+from weightsurgery.adapters.task_head import ending_of, find_unstored
 from weightsurgery.anatomy import kind_of
 from weightsurgery.architecture.canonical import template
 from weightsurgery.architecture.conversion import UnsupportedError
 from weightsurgery.architecture.facts import class_of
 from weightsurgery.architecture.matching import Matcher
 from weightsurgery.checkpoint import Checkpoint
-from weightsurgery.errors import counted, shown
+from weightsurgery.errors import counted, first_few, shown
 
 WRONG_MODEL = "is this the model that the adapter was trained on?"
 
@@ -39,9 +39,13 @@ def explain(
     ending = ending_of(adapter)
     if kind_of(name) == "head":
         ours = class_of(base.config) or "a model without it"
-        told = (
-            f"it is the head of a {ending} model, and BASE is {shown(ours)}; save BASE as that "
-            "class first, its new head is then replaced by the adapter's"
+        told = f"it is the head of a {ending} model, and BASE is {shown(ours)}; "
+        random = [f"'{one}'" for one in find_unstored(base, adapter)]
+        told += (
+            f"that class also has {first_few(random)}, which the adapter "
+            "does not store: give the very base that it was trained on"
+            if random
+            else "save BASE as that class first, its new head is then replaced by the adapter's"
         )
         return "", (told if ending and not hint else hint)
     near = difflib.get_close_matches(name, list(base), 1, 0.6)

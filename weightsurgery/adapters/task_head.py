@@ -60,6 +60,22 @@ def ending_of(adapter: Checkpoint) -> str:
     return ENDINGS.get(task, "") if isinstance(task, str) else ""
 
 
+def find_unstored(base: Checkpoint, adapter: Checkpoint) -> list[str]:
+    """What the class that an adapter was trained as has, and neither BASE's class nor the adapter.
+
+    Args:
+        base: The model.
+        adapter: From `open_checkpoint`.
+    """
+    ours = find_architecture(base.config)
+    ending = ending_of(adapter)
+    name = class_ending(ours.model_type, (ending,)) if ours and ending else None
+    theirs = architecture_of({**base.config, "architectures": [name]}) if name else None
+    if ours is None or theirs is None or ours.prefix != theirs.prefix:
+        return []  # of another prefix, all names would differ
+    return sorted(theirs.parameters - ours.parameters - sort_out(adapter).plain.keys())
+
+
 def with_head_of(base: Checkpoint, adapters: Sequence[Checkpoint], naming: Naming) -> Checkpoint:
     """BASE as the class that its adapters were trained as, its new head zero until it is replaced.
 

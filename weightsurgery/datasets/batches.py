@@ -225,7 +225,10 @@ def check_length(model: Model, max_length: int) -> None:
     """
     most = positions_of(model) or max_length
     if not 2 <= max_length <= most:
-        raise SettingError(f"max_length is {max_length}; expected 2 to {most:,} tokens")
+        raise SettingError(
+            f"max_length is {max_length}; expected 2 to {most:,} tokens",
+            hint=f"this model has {most:,} positions" if max_length > most else "",
+        )
 
 
 def positions_of(model: Model) -> int | None:

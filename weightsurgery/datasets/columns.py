@@ -90,6 +90,13 @@ def find_labelled(
     unnamed = list(names) in _UNNAMED
     texts = texts or (("0",) if unnamed else find(names, TEXTS))
     label = label or (("1",) if unnamed else find(names, LABELS))
+    if len(names) == 1 and file.endswith(".tsv") and "," in names[0]:
+        raise FormatError(
+            f"one column, '{shown(names[0])}': there is no tab in the first line",
+            file=file,
+            hint="if commas separate the columns, call the file .csv",
+            code="E-ROWS-COLUMNS",
+        )
     if texts is None or label is None:
         raise FormatError(
             f"columns {shown(', '.join(names)) or 'none'}; expected "

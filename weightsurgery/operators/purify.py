@@ -257,7 +257,7 @@ def _curvature(
     if score not in ("fisher", "inverse-fisher"):
         return {}
     if fisher is None:
-        hint = "give fisher, from `wsurg fisher`, or clean data"
+        hint = "give --fisher, from `wsurg fisher`, or clean --data, or choose --score drift"
         raise conflict(f"the score '{score}' needs the curvature", hint)
     try:
         aligned = {p.name: p.base for p in align(fisher, paired.tuned, mismatched="keep").pairs}
