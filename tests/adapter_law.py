@@ -381,9 +381,11 @@ def _tokens(model: Any) -> Settings:
     _grow(model)
     embedding = model.get_input_embeddings()
     name = next(name for name, module in model.named_modules() if module is embedding)
+    rows = [1, *range(VOCABULARY, GROWN)]
+    is_tied = model.get_output_embeddings() is not None and model.config.tie_word_embeddings
     return {
         "target_modules": _layers(model),
-        "trainable_token_indices": {name: [1, *range(VOCABULARY, GROWN)]},
+        "trainable_token_indices": rows if is_tied else {name: rows},
         "save_embedding_layers": True,
     }
 

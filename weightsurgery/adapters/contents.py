@@ -29,7 +29,6 @@ _NAMED = re.compile(
     r"\.(lora_[AB]|lora_embedding_[AB]|lora_magnitude_vector|trainable_tokens_delta|"
     r"modules_to_save)\.([^.]+)(\.weight|\.bias|)$"
 )
-_EMBEDDING = re.compile(r"embed|(?:^|\.)wte$|emb$", re.IGNORECASE)
 _SAVED, _ORIGINAL = ".modules_to_save.", ".original_module."
 
 Parts = dict[str, TensorView]
@@ -177,32 +176,11 @@ class _Sorter:
                 self.unused.append((view.name, "what the module was before training"))
             else:
                 self._put(self.plain, name, view)
-        self._drop_tied_rows()
         warnings = [
             f"'{shown(part)}' in the names of {counted(count, 'tensor')} was ignored"
             for part, count in self.removed.items()
         ]
         return Contents(self.modules, self.plain, tuple(self.unused), tuple(warnings))
-
-    def _drop_tied_rows(self) -> None:
-        """Leave out a head's trained tokens that are those of the embedding, which it is tied to.
-
-        PEFT wraps both and names the tokens once; it saves the head's if the vocabulary grew.
-        """
-        given = self.adapter.config.get("trainable_token_indices")
-        trained = {module: p["rows"] for module, p in self.modules.items() if "rows" in p}
-        if isinstance(given, dict):
-            named = {m: v for m, v in trained.items() if {m, m.rpartition(".")[2]} & given.keys()}
-        else:
-            named = {m: view for m, view in trained.items() if _EMBEDDING.search(m)}
-        for module in trained.keys() - named.keys():
-            rows = trained[module]
-            same = [v for v in named.values() if are_equal(self.adapter, v.name, rows.name)]
-            if same:
-                del self.modules[module]["rows"]
-                self.unused.append((rows.name, f"the same as '{shown(same[0].name)}'"))
-                if not self.modules[module]:
-                    del self.modules[module]
 
 
 def refuse_integers(view: TensorView, adapter: Checkpoint) -> None:

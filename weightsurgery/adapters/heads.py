@@ -118,6 +118,8 @@ def _are_alike(ours: Sequence[Update], theirs: Sequence[Update]) -> bool:
 def _are_one(one: Update, other: Update) -> bool:
     if isinstance(one, Replace) and isinstance(other, Replace):
         return have_equal_bytes(one.by, other.by)
+    if isinstance(one, ReplaceRows) and isinstance(other, ReplaceRows):
+        return one.rows == other.rows and have_equal_bytes(one.by, other.by)
     return one == other
 
 

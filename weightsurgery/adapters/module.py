@@ -13,7 +13,6 @@ from weightsurgery.adapters.experts import bare, candidates, fit
 from weightsurgery.adapters.missing import WRONG_MODEL
 from weightsurgery.adapters.parameters import Parameter, Parameters
 from weightsurgery.adapters.updates import LowRank, Magnitude, ReplaceRows, Shift, Update
-from weightsurgery.anatomy import find_embedding
 from weightsurgery.checkpoint import Checkpoint, TensorView
 from weightsurgery.errors import FormatError, MismatchError, PolicyError, shown
 from weightsurgery.kernels import Block
@@ -99,10 +98,9 @@ class Module:
         target = parameter.view
         indices = self.config.token_indices
         last = self.module.rpartition(".")[2]
-        rows = next(
-            (indices[key] for key in (self.module, last) if key in indices),
-            indices.get("", ()) if target.name == find_embedding(self.base) else (),
-        )
+        # PEFT names the tokens once, also where it wraps the head that is tied to the embedding.
+        only = next(iter(indices.values())) if len(indices) == 1 else ()
+        rows = next((indices[key] for key in (self.module, last) if key in indices), only)
         if not rows or len(target.shape) != 2 or view.shape != (len(rows), target.shape[1]):
             raise self._fail(
                 view,
