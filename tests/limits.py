@@ -57,7 +57,6 @@ _SQUARE = "some of its layers are stored transposed, and a square one does not t
 ADAPTER_LIMITS = {
     ("mobilebert", "grown"): "its embedding has a column for each token in another matrix; refused",
     ("mllama", "grown"): "its embedding has more rows than its head; refused",
-    ("mllama", "tokens"): "its embedding has more rows than its head; refused",
     ("fsmt", "grown"): "encoder and decoder have vocabularies of their own; refused",
     ("fsmt", "tokens"): "encoder and decoder have vocabularies of their own; refused",
     ("bark", "grown"): "its word embedding is not known by name; refused",

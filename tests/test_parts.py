@@ -253,7 +253,7 @@ def test_a_folder_without_weights_beside_the_model_is_no_part(tmp_path: Path) ->
     save(mix(base, tuned), tmp_path / "out")
     assert "1_Pooling/config.json" in files_of(tmp_path / "out")
     left = dict(tuned.left_out)
-    assert left["1_Pooling/pooling.py"] == "not on the list of files that travel"
+    assert left["1_Pooling/pooling.py"] == "not on the list of files to copy"
     assert left["onnx"] == "a folder that is not part of the model"
 
 

@@ -57,7 +57,7 @@ def test_only_listed_side_files_travel(tmp_path: Path) -> None:
         assert reasons.pop(name) == "not a regular file"
     assert reasons.pop(r"vocab.\udcff") == "a name that cannot be printed"
     assert "the limit is" in reasons.pop("vocab.huge")
-    assert set(reasons.values()) == {"not on the list of files that travel"}
+    assert set(reasons.values()) == {"not on the list of files to copy"}
     escaped = [name.replace("\x1b", r"\x1b") for name in LEFT]
     assert sorted(reasons) == sorted([*escaped, r"not utf-8 \udcff"])
     assert [e["file"] for e in record["left_out"]] == [name for name, _ in found.left_out]

@@ -93,7 +93,7 @@ class TensorView:
 
 @dataclass(frozen=True)
 class FileRef:
-    """One input file: weights, or a file that travels with them (config, tokenizer, licence).
+    """One input file: weights, or a file that is copied with them (config, tokenizer, licence).
 
     Attributes:
         name: Its path in the model's folder, with slashes; most often a plain name.
@@ -146,7 +146,7 @@ class Checkpoint(Mapping[str, TensorView]):
         layout: Shard file name of each tensor; empty for a single unnamed file.
         is_directory: True for a model directory, False for one file.
         files: The files the weights came from.
-        side_files: Files that travel with the weights.
+        side_files: Files that are copied with the weights.
         left_out: Directory entries that do not travel, each with the reason.
         warnings: What was odd about it, but not wrong.
         config: The parsed config.json, {} if there is none.
@@ -307,7 +307,7 @@ def united(parts: Mapping[str, Checkpoint], *, label: str) -> Checkpoint:
 
     Args:
         parts: Folder to what was opened there; "" is the model's folder itself. Where only this
-            one has weights, it is a model as any other, and the rest are files that travel.
+            one has weights, it is a model as any other, and the rest are files that are copied.
         label: What to call it in messages.
     """
     tensors: dict[str, TensorView] = {}

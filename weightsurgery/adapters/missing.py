@@ -39,15 +39,15 @@ def explain(
     ending = ending_of(adapter)
     if kind_of(name) == "head":
         ours = class_of(base.config) or "a model without it"
-        told = f"it is the head of a {ending} model, and BASE is {shown(ours)}; "
+        advice = f"it is the head of a {ending} model, and BASE is {shown(ours)}; "
         random = [f"'{one}'" for one in find_unstored(base, adapter)]
-        told += (
+        advice += (
             f"that class also has {first_few(random)}, which the adapter "
             "does not store: give the very base that it was trained on"
             if random
             else "save BASE as that class first, its new head is then replaced by the adapter's"
         )
-        return "", (told if ending and not hint else hint)
+        return "", (advice if ending and not hint else hint)
     near = difflib.get_close_matches(name, list(base), 1, 0.6)
     if not near:
         return "", hint
@@ -56,8 +56,8 @@ def explain(
     if shape and sorted(theirs) != sorted(shape):
         return f"; the nearest, '{nearest}', is {list(theirs)}, not {list(shape)}", hint
     old, new = _difference(name, near[0])
-    told = f"if that is the same, --map {shown(old)}={shown(new)}"
-    return f"; the nearest is '{nearest}' {list(theirs)}", "" if is_mapped else told
+    advice = f"if that is the same, --map {shown(old)}={shown(new)}"
+    return f"; the nearest is '{nearest}' {list(theirs)}", "" if is_mapped else advice
 
 
 def some_fit(matcher: Matcher) -> bool:

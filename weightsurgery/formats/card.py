@@ -89,14 +89,14 @@ def _bases(checkpoint: Checkpoint) -> dict[str, Any]:
     Models of the hub are named, an adapter names only its own base. Else it is what the edited
     model's card says.
     """
-    told = _subject(checkpoint).card
+    stated = _subject(checkpoint).card
     if is_adapter_layout(checkpoint.layout):
         base = (checkpoint.step.inputs if checkpoint.step else {}).get("base")
         named = [one.hub_id for one in (base.sources() if base is not None else ())]
         return _named_bases(named, "adapter")
     named = [source.hub_id for source in checkpoint.sources()]
     if not any(named):
-        kept = {key: told[key] for key in ("base_model", "base_model_relation") if key in told}
+        kept = {key: stated[key] for key in ("base_model", "base_model_relation") if key in stated}
         if kept.get("base_model_relation") == "adapter":  # whole weights are not one
             del kept["base_model_relation"]
         return kept

@@ -196,9 +196,9 @@ def _named_as(folder: Folder, weights: str | None) -> str | None:
     single = as_single(weights)
     stem = next((one for one in _STEMS if single.startswith(f"{one}.")), None)
     *variant, ending = single.removeprefix(f"{stem}.").split(".")
-    told = ".".join((ending, "index", *variant, "json"))
+    index = ".".join((ending, "index", *variant, "json"))
     same = [f"{one}{single.removeprefix(stem)}" for one in _STEMS] if stem else []
-    indexes = [f"{one}.{told}" for one in _STEMS] if stem else []
+    indexes = [f"{one}.{index}" for one in _STEMS] if stem else []
     return next((name for name in (weights, *same, *indexes) if name in folder.entries), None)
 
 

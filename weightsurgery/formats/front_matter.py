@@ -83,8 +83,8 @@ def license_warning(inputs: Mapping[str, Mapping[str, Any]]) -> str:
     stated = {name: card["license"] for name, card in inputs.items() if "license" in card}
     if len({str(value) for value in stated.values()}) < 2:
         return ""
-    told = ", ".join(f"{_joined(value)} ('{shown(name)}')" for name, value in stated.items())
-    return f"the inputs have different licenses: {told}; the model card names the first"
+    each = ", ".join(f"{_joined(value)} ('{shown(name)}')" for name, value in stated.items())
+    return f"the inputs have different licenses: {each}; the model card names the first"
 
 
 def _joined(value: Any) -> str:

@@ -107,13 +107,13 @@ def _components(folder: Folder) -> Iterator[tuple[str, str]]:
     content = _read(folder, PIPELINE)
     if not isinstance(content, dict):
         raise _malformed(folder, PIPELINE, "expected an object")
-    for name, told in content.items():
-        several = isinstance(told, list) and len(told) == 2 and not name.startswith("_")
-        if several and all(isinstance(text, str) for text in told):
-            yield name, told[0]
+    for name, pair in content.items():
+        several = isinstance(pair, list) and len(pair) == 2 and not name.startswith("_")
+        if several and all(isinstance(text, str) for text in pair):
+            yield name, pair[0]
             # Several ControlNets are one component, in controlnet/, controlnet_1/, and so on.
-            more = (f"{name}_{i}" for i in range(1, _MOST_PARTS) if "Multi" in told[1])
-            yield from ((one, told[0]) for one in takewhile(folder.holds, more))
+            more = (f"{name}_{i}" for i in range(1, _MOST_PARTS) if "Multi" in pair[1])
+            yield from ((one, pair[0]) for one in takewhile(folder.holds, more))
 
 
 def _modules(folder: Folder) -> Iterator[tuple[str, str]]:
@@ -124,8 +124,8 @@ def _modules(folder: Folder) -> Iterator[tuple[str, str]]:
     """
     content = _read(folder, MODULES)
     for module in content if isinstance(content, list) else [None]:
-        told = module if isinstance(module, dict) else {}
-        path, kind = told.get("path"), told.get("type")
+        fields = module if isinstance(module, dict) else {}
+        path, kind = fields.get("path"), fields.get("type")
         if not isinstance(path, str) or not isinstance(kind, str):
             raise _malformed(folder, MODULES, "expected a list of modules with path and type")
         yield path, kind

@@ -132,7 +132,7 @@ def make_plan(
             too many tensors.
         PolicyError: The destination exists or touches an input.
         StorageError: There is no room for it.
-        FormatError: A config that travels is malformed.
+        FormatError: A config to be copied is malformed.
     """
     limit = None if max_shard_size is None else parse_size(max_shard_size)
     memory_limit = None if max_memory is None else parse_size(max_memory)

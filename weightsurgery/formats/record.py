@@ -43,7 +43,7 @@ def make_record(
         tensors: Tensor name to file, dtype, shape, status, changed elements, SHA-256.
         inputs: One entry for each opened checkpoint, from `describe_input`.
         warnings: What the user should know.
-        left_out: Input files that did not travel, with the reason.
+        left_out: Input files that were not copied, with the reason.
     """
     ids = {id(source): number for number, source in enumerate(checkpoint.sources())}
     alignment = checkpoint.notes.get("alignment") or {}

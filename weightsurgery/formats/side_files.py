@@ -1,4 +1,4 @@
-"""The files that travel with a model's weights: configurations, tokenizers, texts; never code."""
+"""The files that are copied with the weights: configurations, tokenizers, texts; never code."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def find_side_files(
     parts: Collection[str] = (),
     anew: Collection[str] = (CARD, RECORD),
 ) -> tuple[tuple[FileRef, ...], tuple[tuple[str, str], ...]]:
-    """The files of a folder that travel with its weights, and those that do not.
+    """The files of a folder that are copied with its weights, and those that are not.
 
     Args:
         folder: The model's, or that of one of its parts.
@@ -43,10 +43,10 @@ def find_side_files(
         anew: Names of files that are written for each output.
 
     Returns:
-        The files that travel, and the names of all others, each with the reason.
+        The files to copy, and the names of all others, each with the reason.
 
     Raises:
-        FormatError: A file that travels is a Git LFS pointer, or a web page.
+        FormatError: A file to copy is a Git LFS pointer, or a web page.
         PolicyError: One is a link that leads out, and links may not be followed.
         StorageError: One cannot be opened.
     """
@@ -100,7 +100,7 @@ def _why_not(folder: Folder, name: str, patterns: Collection[str]) -> str:
     return ""
 
 
-_NOT_LISTED = "not on the list of files that travel"
+_NOT_LISTED = "not on the list of files to copy"
 
 
 def _checked(folder: Folder, name: str) -> InputFile:
@@ -112,5 +112,5 @@ def _checked(folder: Folder, name: str) -> InputFile:
     file = folder.open(name)
     if not fits(name, TEXTS):  # which may well be pages, and serve as they are
         start = file.read_bytes(0, min(file.size, LONGEST_LOOK))
-        refuse_placeholder(start, file=file.path, expected="a file that travels with the weights")
+        refuse_placeholder(start, file=file.path, expected="a file to be copied beside the weights")
     return file

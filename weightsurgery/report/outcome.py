@@ -55,7 +55,7 @@ def outcome_tables(out: str, record: Mapping[str, Any]) -> list[Table]:
     return [
         *(alignment_tables(alignment) if alignment else []),
         *purification_tables(record),
-        Table("Files that did not travel", ("file", "reason"), left_out),
+        Table("Files not copied", ("file", "reason"), left_out),
         Table("Warnings", ("",), warnings),
         Table(f"wsurg {record['recipe'].get('operator', 'copy')}", ("", ""), rows),
     ]
